@@ -1,0 +1,123 @@
+"""Which implementation of an operation runs.
+
+Every operation has a reference in plain PyTorch, and native (C++), Triton or CUDA kernels where they exist. `auto` takes
+the first in its list, fastest first, that can run on the given tensors. The environment variable `DINO_FAST_BACKEND`
+overrides `auto`, read at each call: `NAME` for every operation that has a backend of that name, or `operation=NAME,...`
+strictly. An explicit choice raises where it cannot run, and says why.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+from torch import Tensor
+
+
+class BackendError(RuntimeError):
+    """An explicitly chosen backend cannot run here; the message says why and what can."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation. `missing()` says what this machine or build lacks for it, `rejects(*tensors)` what is wrong
+    with these inputs; both return None when there is nothing to say."""
+
+    name: str
+    missing: Callable[[], str | None] = lambda: None
+    rejects: Callable[..., str | None] = lambda *tensors: None
+
+
+OPERATIONS: dict[str, tuple[Backend, ...]] = {}
+
+
+def register(operation: str, *backends: Backend) -> None:
+    """Declare an operation's backends, fastest first; the last must run everywhere."""
+    OPERATIONS[operation] = backends
+
+
+def choose(operation: str, *tensors: Tensor, backend: str = "auto") -> str:
+    """The name of the backend that will run `operation` on these tensors."""
+    candidates = OPERATIONS[operation]
+    wanted, strict = _requested(operation, backend)
+    if wanted is not None:
+        for candidate in candidates:
+            if candidate.name == wanted:
+                reason = candidate.missing() or candidate.rejects(*tensors)
+                if reason is None:
+                    return wanted
+                raise BackendError(f"{operation}: backend '{wanted}' was asked for but cannot run: {reason}")
+        if strict:
+            names = ", ".join(candidate.name for candidate in candidates)
+            raise BackendError(f"{operation} has no backend '{wanted}'; it has: {names}, or auto")
+    reasons = []
+    for candidate in candidates:
+        reason = candidate.missing() or candidate.rejects(*tensors)
+        if reason is None:
+            return candidate.name
+        reasons.append(f"{candidate.name}: {reason}")
+    raise BackendError(f"{operation}: no backend can run these inputs. " + "; ".join(reasons))
+
+
+def _requested(operation: str, backend: str) -> tuple[str | None, bool]:
+    """(name, strict): a name given for this operation alone must exist; one given for all is ignored where it does not."""
+    if backend != "auto":
+        return backend, True
+    general = None
+    for part in os.environ.get("DINO_FAST_BACKEND", "").split(","):
+        name, _, choice = part.strip().partition("=")
+        if choice:
+            if name not in OPERATIONS:
+                raise BackendError(f"DINO_FAST_BACKEND names operation '{name}'; there are: {', '.join(OPERATIONS)}")
+            if name == operation:
+                return (None if choice == "auto" else choice), True
+        elif name and name != "auto":
+            if not any(b.name == name for backends in OPERATIONS.values() for b in backends):
+                known = sorted({b.name for backends in OPERATIONS.values() for b in backends})
+                raise BackendError(
+                    f"DINO_FAST_BACKEND={name}: no operation has it; there are: {', '.join(known)}, auto"
+                )
+            general = name
+    return general, False
+
+
+@cache
+def native_missing() -> str | None:
+    """Why the compiled module cannot be used, or None."""
+    try:
+        import dino_fast._C  # noqa: F401
+    except ImportError as error:
+        return f"dino_fast._C does not import ({error}); in a checkout, install with `pip install -e .`"
+    return None
+
+
+@cache
+def cuda_missing() -> str | None:
+    """Why the compiled CUDA kernels cannot be used, or None."""
+    if reason := native_missing():
+        return reason
+    import torch
+
+    from dino_fast import _C
+
+    if _C.cuda_version is None:
+        return "this build has no CUDA kernels: no nvcc was found when it was installed"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return None
+
+
+@cache
+def triton_missing() -> str | None:
+    """Why Triton kernels cannot be used, or None. With TRITON_INTERPRET=1 they run, slowly, on CPU tensors."""
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton does not import ({error})"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    import torch
+
+    return None if torch.cuda.is_available() else "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU)"

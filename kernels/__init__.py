@@ -1,0 +1,1 @@
+"""Triton kernels, installed as `dino_fast.kernels`: one file an operation."""

@@ -1,0 +1,1 @@
+"""A plain transcription of the published algorithm, for tests and benchmarks to compare with."""
