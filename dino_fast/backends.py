@@ -1,9 +1,9 @@
 """Which implementation of an operation runs.
 
-Every operation has a reference in plain PyTorch, and native (C++), Triton or CUDA kernels where they exist. `auto` takes
-the first in its list, fastest first, that can run on the given tensors. The environment variable `DINO_FAST_BACKEND`
-overrides `auto`, read at each call: `NAME` for every operation that has a backend of that name, or `operation=NAME,...`
-strictly. An explicit choice raises where it cannot run, and says why.
+Every operation has a reference in plain PyTorch, and native (C++), Triton or CUDA kernels where they exist. `auto`
+takes the first in its list, fastest first, that can run on the given tensors. The environment variable
+`DINO_FAST_BACKEND` overrides `auto`, read at each call: `NAME` for every operation that has a backend of that name, or
+`operation=NAME,...` strictly. An explicit choice raises where it cannot run, and says why.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def choose(operation: str, *tensors: Tensor, backend: str = "auto") -> str:
 
 
 def _requested(operation: str, backend: str) -> tuple[str | None, bool]:
-    """(name, strict): a name given for this operation alone must exist; one given for all is ignored where it does not."""
+    """(name, strict): strict where the name was given for this operation alone and must therefore exist."""
     if backend != "auto":
         return backend, True
     general = None
