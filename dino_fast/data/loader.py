@@ -1,0 +1,268 @@
+"""Batches of crops for training, and of plain images for evaluation.
+
+Every crop is a function of (seed, epoch, sample index); the order of the images is a function of (seed, epoch). So a
+run continues exactly from (epoch, batch index), whatever the number of workers, and the global batch is the same for
+any number of processes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dino_fast.augment import IMAGENET_MEAN, IMAGENET_STD, MultiCrop, Size, from_pillow, pair, statistics, to_pillow
+from dino_fast.data.decode import ImageError
+from dino_fast.data.sources import Source
+from dino_fast.errors import UserError
+
+logger = logging.getLogger(__name__)
+_REPLACEMENTS = 32  # images tried in place of an unreadable one; all failing means that the source is gone
+_ORDER, _CROPS, _REPLACE = range(3)  # what a random draw is for, so that no two uses share a seed
+
+
+@dataclass
+class Batch:
+    """This process's part of one global batch."""
+
+    global_crops: Tensor  # [2, B, C, h, w] float32
+    local_crops: Tensor  # [n_local, B, C, h, w] float32
+    index: Tensor  # [B] int64, the images used (replacements where one could not be read)
+    epoch: int
+    batch: int  # position in the epoch; (epoch, batch + 1) is where to start after it
+    bad: list[tuple[int, str]] = field(default_factory=list)  # (index, reason) of images that could not be read
+    failure: str = ""  # set when not even replacements could be read
+
+
+def train_loader(
+    source: Source,
+    crops: MultiCrop,
+    *,
+    batch_size: int,
+    seed: int,
+    workers: int = 0,
+    start: tuple[int, int] = (0, 0),
+    epochs: int | None = None,
+    rank: int = 0,
+    world: int = 1,
+    max_bad: float = 0.05,
+    on_bad: Callable[[str], None] | None = None,
+    pin_memory: bool = False,
+) -> TrainLoader:
+    """Batches of crops from `start` (epoch, batch index) to the end of epoch `epochs` - 1, or for ever when it is None.
+
+    `batch_size` counts the images of all `world` processes; incomplete batches at the end of an epoch are left out. An
+    image that cannot be read is replaced by another one, `on_bad` gets a line about it (default: a log warning), and
+    more than `max_bad` of all images failing raises UserError, as do sizes that do not fit together.
+    """
+    return TrainLoader(
+        source, crops, batch_size, seed, workers, start, epochs, rank, world, max_bad, on_bad, pin_memory
+    )
+
+
+@dataclass
+class TrainLoader:
+    """See `train_loader`. Iterate over it once; `bad` then holds the images that could not be read."""
+
+    source: Source
+    crops: MultiCrop
+    batch_size: int
+    seed: int
+    workers: int
+    start: tuple[int, int]
+    epochs: int | None
+    rank: int
+    world: int
+    max_bad: float
+    on_bad: Callable[[str], None] | None
+    pin_memory: bool
+    bad: dict[int, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.batch_size % self.world:
+            raise UserError(
+                f"batch size {self.batch_size} does not divide among {self.world} processes; "
+                f"give a positive multiple of {self.world}"
+            )
+        if self.batch_size > len(self.source):
+            raise UserError(
+                f"batch size {self.batch_size} is larger than the data set ({len(self.source)} images); "
+                f"give at most {len(self.source)}, or more images"
+            )
+        if self.workers < 0:
+            raise UserError(f"workers is {self.workers}; give 0 to load in the training process, or more")
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return len(self.source) // self.batch_size
+
+    def __iter__(self) -> Iterator[Batch]:
+        from torch.utils.data import DataLoader
+
+        loader: DataLoader[Batch] = DataLoader(
+            _Crops(self.source, self.crops, self.seed),  # type: ignore[arg-type]
+            batch_size=None,  # one request is one batch, so what a worker makes does not depend on how many there are
+            sampler=_Order(self),
+            num_workers=self.workers,
+            worker_init_fn=_one_thread,
+            multiprocessing_context="fork" if self.workers else None,  # shares the source's memory; workers use no GPU
+            prefetch_factor=4 if self.workers else None,
+            pin_memory=self.pin_memory,
+        )
+        batches = iter(loader)
+        while (batch := _next(batches)) is not None:
+            self._note(batch)
+            yield batch
+
+    def _note(self, batch: Batch) -> None:
+        """Reports the unreadable images of a batch, and gives up past the stated share."""
+        say = self.on_bad or logger.warning
+        for index, reason in batch.bad:
+            if index not in self.bad:
+                self.bad[index] = reason
+                say(f"skipped an unreadable image ({len(self.bad)} so far): {reason}")
+        if batch.failure:
+            raise UserError(batch.failure)
+        if len(self.bad) > self.max_bad * len(self.source):
+            raise UserError(
+                f"{len(self.bad)} of {len(self.source)} images cannot be read, more than the {self.max_bad:.1%} "
+                f"accepted. The last: {next(reversed(self.bad.values()))}. 'dino-fast data check' lists them all"
+            )
+
+
+def _next(batches: Iterator[Batch]) -> Batch | None:
+    try:
+        return next(batches, None)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"a data-loading worker died ({error}). If memory ran out, use fewer --workers or a smaller batch; "
+            "--workers 0 loads in the training process"
+        ) from error
+
+
+class _Order:
+    """The positions of a run and the images of each: yields (epoch, batch, indices of this process's part)."""
+
+    def __init__(self, loader: TrainLoader) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[tuple[int, int, list[int]]]:
+        run = self.loader
+        epoch, batch = run.start
+        part = run.batch_size // run.world
+        while run.epochs is None or epoch < run.epochs:
+            order = epoch_order(len(run.source), run.seed, epoch)
+            while batch < run.batches_per_epoch:
+                first = batch * run.batch_size + run.rank * part
+                yield epoch, batch, order[first : first + part].tolist()
+                batch += 1
+            epoch, batch = epoch + 1, 0
+
+
+class _Crops:
+    """What runs in a worker: reads the images of one request and cuts their crops."""
+
+    def __init__(self, source: Source, crops: MultiCrop, seed: int) -> None:
+        self.source, self.crops, self.seed = source, crops, seed
+
+    def __getitem__(self, request: tuple[int, int, list[int]]) -> Batch:
+        epoch, number, wanted = request
+        bad: list[tuple[int, str]] = []
+        read = [self._read(index, epoch, bad) for index in wanted]
+        images = [image for image, _ in read if image is not None]
+        if len(images) < len(read):
+            failure = (
+                f"{_REPLACEMENTS + 1} images in a row cannot be read; is the disk still there? The last: {bad[-1][1]}"
+            )
+            nothing = torch.empty(0)
+            return Batch(nothing, nothing, torch.empty(0, dtype=torch.int64), epoch, number, bad, failure)
+        params = self.crops.sample_each([mix(self.seed, _CROPS, epoch, index) for index in wanted])
+        index = torch.tensor([index for _, index in read])
+        return Batch(*self.crops.apply(images, params), index, epoch, number, bad)
+
+    def _read(self, index: int, epoch: int, bad: list[tuple[int, str]]) -> tuple[Tensor | None, int]:
+        """The image and its index, or those of a stand-in that is a function of (seed, epoch, index)."""
+        used = index
+        for attempt in range(_REPLACEMENTS + 1):
+            try:
+                return self.source.read(used), used
+            except ImageError as error:
+                bad.append((used, str(error)))
+            used = mix(self.seed, _REPLACE, epoch, index, attempt) % len(self.source)
+        return None, index
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)  # the workers are the parallelism
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
+    """The permutation [n] int64 of an epoch."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(mix(seed, _ORDER, epoch)))
+
+
+def mix(*numbers: int) -> int:
+    """A well-mixed seed of 63 bits from whole numbers (the finaliser of SplitMix64, applied after each)."""
+    state = 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ state >> 30) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ state >> 27) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1
+
+
+def eval_batches(
+    source: Source,
+    size: Size,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    batch_size: int = 256,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every readable image once, in order: (float32 [B, C, h, w], int64 labels [B], -1 where there is none).
+
+    An image of just `size` is taken as it is; another one is scaled (bicubic) until its tighter side is 256/224 of
+    `size` and cut at the centre, as the original evaluates. Unreadable images are left out with a log warning;
+    UserError when all are.
+    """
+    offset, scale = statistics(mean, std, source.channels)
+    images: list[Tensor] = []
+    labels: list[int] = []
+    found = False
+    for index in range(len(source)):
+        try:
+            image = source.read(index)
+        except ImageError as error:
+            logger.warning("left out of the evaluation: %s", error)
+        else:
+            found = True
+            images.append(centre(image, pair(size)))
+            label = source.label(index)
+            labels.append(-1 if label is None else label)
+        if images and (len(images) == batch_size or index == len(source) - 1):
+            yield torch.stack(images).float().div_(255).sub_(offset).div_(scale), torch.tensor(labels)
+            images, labels = [], []
+    if not found:
+        raise UserError(f"none of the {len(source)} images can be read; 'dino-fast data check' says why")
+
+
+def centre(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 [C, H, W] -> uint8 [C, h, w]; see `eval_batches`."""
+    height, width = image.shape[1:]
+    if (height, width) == size:
+        return image
+    if size[0] * width >= size[1] * height:  # the height is the tighter side
+        h = round(size[0] * 256 / 224)
+        w = max(size[1], h * width // height)
+    else:
+        w = round(size[1] * 256 / 224)
+        h = max(size[0], w * height // width)
+    top, left = round((h - size[0]) / 2), round((w - size[1]) / 2)
+    box = (left, top, left + size[1], top + size[0])
+    return from_pillow([p.resize((w, h), Image.Resampling.BICUBIC).crop(box) for p in to_pillow(image)])
