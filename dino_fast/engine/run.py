@@ -45,8 +45,8 @@ def open_run(out: Path | None, config: dict[str, Any], resume: bool) -> Run:
     """Make or reopen a run directory and write `config` (plain values) to its config.yaml.
 
     `out` None makes `runs/<date-time>` below the working directory. With `resume` the run in `out` is continued, or
-    begun where there is none. Raises `UserError` for an `out` that holds a run (without `resume`), is a file, or cannot be
-    written to; nothing is changed then.
+    begun where there is none. Raises `UserError` for an `out` that holds a run (without `resume`), is a file, or cannot
+    be written to; nothing is changed then.
     """
     if out is None:
         if resume:
