@@ -1,0 +1,393 @@
+"""AdamWEMA against clipping, torch.optim.AdamW and an EMA loop; its state, its errors, mixed precision and DTensors."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from dino_fast.optim import AdamWEMA, ema_update
+
+SHAPES = [(300, 70), (5,), (1,), (), (0, 3), (40, 9)]
+pairs = partial(zip, strict=True)
+
+
+@pytest.fixture(autouse=True, params=["native", "reference"])
+def backend(request, monkeypatch):
+    monkeypatch.setenv("DINO_FAST_BACKEND", f"multi_tensor={request.param}")
+    return request.param
+
+
+def parameters(dtype=torch.float32, seed=0, shapes=SHAPES) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
+
+
+def copies_of(params: list[Tensor]) -> list[Tensor]:
+    return [p.detach().clone() for p in params]
+
+
+def set_gradients(params: list[Tensor], step: int, skip: tuple[int, ...] = (), scale: float = 1.0) -> None:
+    generator = torch.Generator().manual_seed(1000 + step)
+    for i, p in enumerate(params):
+        grad = torch.randn(p.shape, generator=generator)
+        p.grad = None if i in skip else (grad * scale).to(p.dtype)
+
+
+def clip_each(params: list[Tensor], largest: float) -> None:
+    for p in params:
+        if p.grad is not None:
+            coefficient = largest / (p.grad.norm() + 1e-6)
+            if coefficient < 1:
+                p.grad.mul_(coefficient)
+
+
+def groups_of(params: list[Tensor]) -> list[dict]:
+    return [{"params": params[:2] + params[5:]}, {"params": params[2:5], "weight_decay": 0.0}]
+
+
+def in_group_order(tensors: list[Tensor]) -> list[Tensor]:
+    return tensors[:2] + tensors[5:] + tensors[2:5]
+
+
+def assert_close(got: list[Tensor], wanted: list[Tensor]) -> None:
+    for a, b in pairs(got, wanted):
+        torch.testing.assert_close(a.detach(), b.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("clip_mode", [None, "parameter", "global"])
+def test_many_steps_equal_clip_adamw_and_ema_loop(clip_mode):
+    params, theirs = parameters(), parameters()
+    teacher, their_teacher = copies_of(params), copies_of(params)
+    options = {} if clip_mode is None else {"clip_grad": 2.0, "clip_mode": clip_mode}
+    ours = AdamWEMA(groups_of(params), in_group_order(teacher), **options)
+    adamw = torch.optim.AdamW(groups_of(theirs), lr=1e-3, weight_decay=0.04)
+    for step in range(30):
+        lr, weight_decay, momentum = 1e-2 * (step + 1) / 30, 0.04 + 0.01 * step, 0.9 + 0.1 * step / 30
+        for optimizer in (ours, adamw):
+            for i, group in enumerate(optimizer.param_groups):
+                group["lr"], group["weight_decay"] = lr, weight_decay if i == 0 else 0.0
+        skip = (5,) if step < 10 else ()  # as the frozen last layer
+        set_gradients(params, step, skip)
+        set_gradients(theirs, step, skip)
+        ours.step(momentum=momentum)
+        if clip_mode == "parameter":
+            clip_each(theirs, 2.0)
+        elif clip_mode == "global":
+            torch.nn.utils.clip_grad_norm_(theirs, 2.0)
+        adamw.step()
+        for t, p in pairs(their_teacher, theirs):
+            t.mul_(momentum).add_((1 - momentum) * p.detach())
+    assert_close(params, theirs)
+    assert_close(teacher, their_teacher)
+    assert ours.state[params[5]]["step"] == 20 and ours.state[params[0]]["step"] == 30
+
+
+def test_float64_equals_torch_to_its_last_digits():
+    params, theirs = parameters(torch.float64), parameters(torch.float64)
+    teacher = copies_of(params)
+    ours, adamw = AdamWEMA(params, teacher, lr=1e-2), torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.04)
+    os.environ.pop("DINO_FAST_BACKEND")
+    for step in range(5):
+        set_gradients(params, step)
+        set_gradients(theirs, step)
+        ours.step(momentum=0.9)
+        adamw.step()
+    for a, b in pairs(params, theirs):
+        torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+
+
+def test_without_gradient_only_the_teacher_moves():
+    params = parameters()
+    teacher = [torch.zeros_like(p) for p in copies_of(params)]
+    before = copies_of(params)
+    optimizer = AdamWEMA(params, teacher)
+    optimizer.step(momentum=0.75)
+    assert all(torch.equal(p.detach(), b) for p, b in pairs(params, before))
+    assert_close(teacher, [0.25 * b for b in before])
+    assert not optimizer.state
+
+
+def test_without_momentum_the_teacher_stays():
+    params = parameters()
+    teacher = copies_of(params)
+    optimizer = AdamWEMA(params, teacher)
+    set_gradients(params, 0)
+    before = copies_of(params)
+    optimizer.step()
+    assert all(torch.equal(t, b) for t, b in pairs(teacher, before))
+    assert not torch.equal(params[0], before[0])
+
+
+# ---- state ----
+
+
+@pytest.mark.parametrize("options", [{}, {"foreach": True}, {"fused": True}])
+def test_state_loads_from_and_into_adamw(options):
+    params, theirs = parameters(), parameters()
+    adamw = torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.1, **options)
+    for step in range(3):
+        set_gradients(theirs, step)
+        adamw.step()
+    with torch.no_grad():
+        for p, q in pairs(params, theirs):
+            p.copy_(q)
+    ours = AdamWEMA(params, copies_of(params))
+    ours.load_state_dict(copy.deepcopy(adamw.state_dict()))
+    assert ours.param_groups[0]["lr"] == 1e-2 and len(ours.param_groups[0]["teacher_params"]) == len(SHAPES)
+    for step in range(3, 6):
+        for p, optimizer in ((params, ours), (theirs, adamw)):
+            set_gradients(p, step)
+            optimizer.step()
+    assert_close(params, theirs)
+
+    again = torch.optim.AdamW(theirs)
+    again.load_state_dict(copy.deepcopy(ours.state_dict()))
+    assert ours.state_dict()["param_groups"][0].keys() == adamw.state_dict()["param_groups"][0].keys()
+    for step in range(6, 9):
+        for p, optimizer in ((params, ours), (theirs, again)):
+            set_gradients(p, step)
+            optimizer.step()
+    assert_close(params, theirs)
+
+
+def test_state_dict_does_not_hold_the_teacher():
+    params = parameters()
+    optimizer = AdamWEMA(params, copies_of(params), bf16_params=[p.detach().bfloat16() for p in params])
+    set_gradients(params, 0)
+    optimizer.step(momentum=0.9)
+    state = optimizer.state_dict()
+    held = sum(t.numel() for s in state["state"].values() for t in s.values())
+    assert held == sum(2 * p.numel() + 1 for p in params)
+    assert not any(isinstance(v, (list, Tensor)) and k != "params" for k, v in state["param_groups"][0].items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_resumed_run_has_the_same_bits(dtype):
+    def steps(params, optimizer, first, last):
+        for step in range(first, last):
+            set_gradients(params, step, skip=(0,) if step % 2 else ())
+            optimizer.step(momentum=0.99)
+
+    params = parameters(dtype)
+    teacher = copies_of(params)
+    optimizer = AdamWEMA(params, teacher, lr=1e-2, clip_grad=1.0)
+    steps(params, optimizer, 0, 4)
+    state, weights = copy.deepcopy(optimizer.state_dict()), (copies_of(params), copies_of(teacher))
+    steps(params, optimizer, 4, 8)
+
+    params2, teacher2 = [w.clone().requires_grad_() for w in weights[0]], [w.clone() for w in weights[1]]
+    optimizer2 = AdamWEMA(params2, teacher2, lr=1e-2, clip_grad=1.0)
+    optimizer2.load_state_dict(state)
+    steps(params2, optimizer2, 4, 8)
+    assert all(torch.equal(a, b) for a, b in pairs(params + teacher, params2 + teacher2))
+
+
+def test_deep_copy_and_repr():
+    params = parameters()
+    optimizer = copy.deepcopy(AdamWEMA(params, copies_of(params), clip_grad=3.0))
+    assert optimizer.clip_grad == 3.0 and len(repr(optimizer)) < 200
+
+
+# ---- bfloat16 ----
+
+
+def test_bf16_copies_follow_student_and_teacher():
+    params = parameters()
+    teacher = copies_of(params)
+    shadows = [torch.full_like(p, math.nan, dtype=torch.bfloat16, requires_grad=True) for p in copies_of(params)]
+    teacher_shadows = [torch.full_like(p, math.nan, dtype=torch.bfloat16) for p in teacher]
+    optimizer = AdamWEMA(params, teacher, bf16_params=shadows, bf16_teacher=teacher_shadows)
+    for step in range(3):
+        for s, t in ((shadows, params), (teacher_shadows, teacher)):
+            assert all(torch.equal(a, b.bfloat16()) for a, b in pairs(s, t))
+        set_gradients(params if step else shadows, step, skip=(5,))
+        optimizer.step(momentum=0.5)
+        optimizer.zero_grad()
+        assert all(t.grad is None for t in params + shadows)
+    assert optimizer.state[params[0]]["step"] == 3 and params[5] not in optimizer.state
+
+
+def test_bf16_modules_keep_float32_masters():
+    params, exact = (
+        parameters(torch.bfloat16),
+        [p.float().requires_grad_() for p in copies_of(parameters(torch.bfloat16))],
+    )
+    teacher, exact_teacher = copies_of(params), copies_of(exact)
+    optimizer = AdamWEMA(params, teacher, lr=1e-4)
+    wide = AdamWEMA(exact, exact_teacher, lr=1e-4)
+    for step in range(20):
+        set_gradients(params, step, skip=(1,))
+        for p, q in pairs(params, exact):
+            q.grad = None if p.grad is None else p.grad.float()
+        optimizer.step(momentum=0.996)
+        wide.step(momentum=0.996)
+    assert_close(
+        [optimizer.state[p]["master"] for p in params if p.grad is not None], [exact[i] for i in (0, 2, 3, 4, 5)]
+    )
+    assert_close([optimizer.state[p]["teacher_master"] for p in params], exact_teacher)
+    assert all(torch.equal(a, b.bfloat16()) for a, b in pairs(params + teacher, exact + exact_teacher))
+
+    plain = {k: v for k, v in optimizer.state_dict().items()}
+    for state in plain["state"].values():
+        state.pop("master", None)
+        state.pop("teacher_master", None)
+    optimizer.load_state_dict(plain)
+    set_gradients(params, 0)
+    optimizer.step(momentum=0.996)
+    assert all(optimizer.state[p]["master"].dtype == torch.float32 for p in params)
+    assert all(optimizer.state[p]["exp_avg"].dtype == torch.float32 for p in params)
+
+
+# ---- mixed precision ----
+
+
+@pytest.mark.parametrize("unscaled_first", [False, True])
+def test_grad_scaler(unscaled_first):
+    params, theirs = parameters(), parameters()
+    teacher, their_teacher = copies_of(params), copies_of(params)
+    ours = AdamWEMA(params, teacher, lr=1e-2, clip_grad=0.5)
+    adamw = torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0.04)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=100)
+    scaler.scale(torch.ones(()))  # creates the scale
+    scales = []
+    for step in range(6):
+        overflow = step == 3
+        scale = scaler.get_scale()
+        set_gradients(params, step, scale=scale)
+        set_gradients(theirs, step)
+        if overflow:
+            params[0].grad[7, 7] = math.inf
+        if unscaled_first:
+            scaler.unscale_(ours)
+        scaler.step(ours, momentum=0.9)
+        scaler.update()
+        scales.append(scaler.get_scale())
+        if not overflow:
+            clip_each(theirs, 0.5)
+            adamw.step()
+        for t, p in pairs(their_teacher, theirs):
+            t.mul_(0.9).add_(0.1 * p.detach())
+    assert scales[2] == 1024.0 and scales[3] == 512.0
+    assert_close(params, theirs)
+    assert_close(teacher, their_teacher)
+    assert ours.state[params[0]]["step"] == 5
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("clip_mode", ["parameter", "global"])
+def test_non_finite_gradients_show(bad, clip_mode):
+    params = parameters()
+    teacher = copies_of(params)
+    set_gradients(params, 0)
+    params[1].grad[2] = bad
+    AdamWEMA(params, teacher, clip_grad=1.0, clip_mode=clip_mode).step(momentum=0.9)
+    assert not params[1][2].isfinite() and not teacher[1][2].isfinite()
+    if clip_mode == "parameter":
+        assert params[0].isfinite().all() and params[1][:2].isfinite().all()
+    elif math.isnan(bad):
+        assert params[0].isnan().all()  # as clip_grad_norm_: a NaN norm spoils them all
+
+
+# ---- errors ----
+
+
+def test_errors_name_what_is_wrong():
+    params = parameters()
+    teacher = copies_of(params)
+    with pytest.raises(ValueError, match="teacher_params has 5 tensors for 6 parameters"):
+        AdamWEMA(params, teacher[:-1])
+    with pytest.raises(ValueError, match=r"teacher_params\[0\] is \(40, 9\)"):
+        AdamWEMA(params, teacher[::-1])
+    with pytest.raises(ValueError, match="on meta"):
+        AdamWEMA(params, [t.to("meta") for t in teacher])
+    with pytest.raises(TypeError, match=r"torch\.float16"):
+        AdamWEMA([p.detach().half() for p in params], None)
+    with pytest.raises(TypeError, match="the teacher must be"):
+        AdamWEMA(params, [t.half() for t in teacher])
+    with pytest.raises(TypeError, match="bfloat16 ones of float32"):
+        AdamWEMA(params, teacher, bf16_params=teacher)
+    with pytest.raises(ValueError, match="parameter, global"):
+        AdamWEMA(params, teacher, clip_mode="norm")
+    with pytest.raises(ValueError, match="clip_grad"):
+        AdamWEMA(params, teacher, clip_grad=-1.0)
+    with pytest.raises(ValueError, match="no parameters"):
+        AdamWEMA([], [])
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        AdamWEMA(params, teacher).step(momentum=1.5)
+    with pytest.raises(ValueError, match="there is none"):
+        AdamWEMA(params, None).step(momentum=0.5)
+    with pytest.raises(ValueError, match="amsgrad"):
+        AdamWEMA(params, teacher).load_state_dict(torch.optim.AdamW(params, amsgrad=True).state_dict())
+    with pytest.raises(ValueError, match="teacher has 6 tensors but student has 5"):
+        ema_update(teacher, params[:-1], 0.5)
+
+
+# ---- ema_update, compile, DTensor ----
+
+
+def test_ema_update_takes_modules_parameters():
+    student, teacher = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+    wanted = [0.9 * t.detach() + 0.1 * p.detach() for t, p in pairs(teacher.parameters(), student.parameters())]
+    ema_update(teacher.parameters(), student.parameters(), 0.9)
+    assert_close(list(teacher.parameters()), wanted)
+    ema_update([], [], 0.5)
+
+
+def test_ema_update_compiles_without_a_break():
+    teacher, student = copies_of(parameters(seed=1)), copies_of(parameters(seed=2))
+    wanted = [torch.lerp(t, p, 0.25) for t, p in pairs(teacher, student)]
+    torch.compile(ema_update, fullgraph=True, backend="aot_eager")(teacher, student, 0.75)
+    assert_close(teacher, wanted)
+
+
+DTENSOR_RANK = """
+import os, sys, torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from dino_fast.optim import AdamWEMA, ema_update
+
+torch.set_num_threads(1)
+mesh = init_device_mesh("cpu", (2,))
+generator = torch.Generator().manual_seed(0)
+shapes = [(7, 5), (1, 4), (6,), (9, 2)]  # uneven, and empty on the second rank
+full = [torch.randn(s, generator=generator) for s in shapes]
+places = [[Shard(0)], [Shard(0)], [Replicate()], [Shard(1)]]
+
+def spread(tensors):
+    return [distribute_tensor(t.clone(), mesh, p) for t, p in zip(tensors, places)]
+
+for mode in ("parameter", "global"):
+    params = [p.requires_grad_() for p in spread(full)]
+    teacher = spread(full)
+    whole, whole_teacher = [t.clone().requires_grad_() for t in full], [t.clone() for t in full]
+    sharded = AdamWEMA(params, teacher, lr=1e-2, clip_grad=0.7, clip_mode=mode)
+    single = AdamWEMA(whole, whole_teacher, lr=1e-2, clip_grad=0.7, clip_mode=mode)
+    for step in range(4):
+        grads = [torch.randn(s, generator=generator) for s in shapes]
+        for p, q, g, place in zip(params, whole, grads, places):
+            p.grad, q.grad = distribute_tensor(g, mesh, place), g
+        sharded.step(momentum=0.9)
+        single.step(momentum=0.9)
+    ema_update(teacher, params, 0.5)
+    ema_update(whole_teacher, whole, 0.5)
+    for a, b in zip(params + teacher, whole + whole_teacher):
+        torch.testing.assert_close(a.full_tensor(), b, rtol=1e-6, atol=1e-6)
+dist.destroy_process_group()
+"""
+
+
+def test_dtensors_on_two_ranks(tmp_path):
+    script = tmp_path / "rank.py"
+    script.write_text(DTENSOR_RANK)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    result = subprocess.run(launcher, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-3000:]
