@@ -8,6 +8,7 @@ optimizer.step(momentum=0.996)      # clips, updates the student, then the teach
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -16,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import dino_fast.ops.multi_tensor  # noqa: F401  (registers torch.ops.dino_fast.*)
+from dino_fast.ops.multi_tensor import run_adamw_ema, run_grad_norms
 
 CLIP_MODES = ("parameter", "global")
 
 # What a group carries beside torch.optim.AdamW's keys: the modules' own tensors, which no state dict repeats.
 _COMPANIONS = ("teacher_params", "bf16_params", "bf16_teacher")
+
+_PLAIN = {Tensor, torch.nn.Parameter}  # neither sharded nor fake
 
 
 @torch.no_grad()
@@ -95,6 +98,7 @@ class AdamWEMA(torch.optim.Optimizer):
         if not clip_grad >= 0.0:
             raise ValueError(f"clip_grad must be 0 (no clipping) or the largest norm allowed; got {clip_grad}")
         self.clip_grad, self.clip_mode = clip_grad, clip_mode
+        self._last: _Last | None = None
         groups = _as_groups(params)
         companions = (("teacher_params", teacher_params), ("bf16_params", bf16_params), ("bf16_teacher", bf16_teacher))
         for name, tensors in companions:
@@ -124,7 +128,7 @@ class AdamWEMA(torch.optim.Optimizer):
             raise
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "clip_grad": self.clip_grad, "clip_mode": self.clip_mode}
+        return {**super().__getstate__(), "clip_grad": self.clip_grad, "clip_mode": self.clip_mode, "_last": None}
 
     def __repr__(self) -> str:
         shown = ("lr", "betas", "eps", "weight_decay")
@@ -152,7 +156,7 @@ class AdamWEMA(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         _check_momentum(self.param_groups, momentum)
-        moving, resting = self._rows(momentum is not None)
+        moving, resting = self._batches(momentum is not None)
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         multipliers = _multipliers([rows.grads for rows in moving], grad_scale, self.clip_grad, self.clip_mode)
         keep = 1.0 if momentum is None else momentum
@@ -172,6 +176,7 @@ class AdamWEMA(torch.optim.Optimizer):
 
     def rebuild_masters(self) -> None:
         """Forget the float32 masters of bfloat16 tensors; the next step makes them from the modules' weights."""
+        self._last = None
         for state in self.state.values():
             state.pop("master", None)
             state.pop("teacher_master", None)
@@ -194,6 +199,7 @@ class AdamWEMA(torch.optim.Optimizer):
         for group, kept in zip(self.param_groups, companions, strict=True):
             group.update(kept)
         self._keep_float32(state_dict)
+        self._last = None
 
     def _keep_float32(self, state_dict: dict[str, Any]) -> None:
         """Undo the base class's casts to the parameter's dtype; bring step counts to the parameter's device."""
@@ -209,26 +215,51 @@ class AdamWEMA(torch.optim.Optimizer):
                 if p.dtype == torch.bfloat16 and name in source:
                     state[name] = source[name].to(p.device, torch.float32, copy=True)
 
-    def _rows(self, with_teacher: bool) -> tuple[list[_Rows], list[_Rows]]:
-        """What to step, in one batch for each device and setting of AdamW, and teachers of parameters at rest."""
+    def _batches(self, with_teacher: bool) -> tuple[list[_Rows], list[_Rows]]:
+        """What to step, in one batch for each device and setting of AdamW, and teachers of parameters at rest.
+
+        Made anew only where tensors, settings or which of the parameters have gradients changed; otherwise this sets
+        the gradients, learning rates and weight decays of the last ones.
+        """
+        groups = self.param_groups
+        params = [p for group in groups for p in group["params"]]
+        grads = [p.grad for p in params]
+        copies = [copy for group in groups for copy in group["bf16_params"] or [None] * len(group["params"])]
+        if any(group["bf16_params"] for group in groups):
+            grads = [c.grad if g is None and c is not None else g for g, c in zip(grads, copies, strict=True)]
+        settings = [with_teacher, *((*group["betas"], group["eps"]) for group in groups), *(g is None for g in grads)]
+        tensors = [*params, *(t for group in groups for name in _COMPANIONS for t in group[name])]
+        last = self._last
+        if not (last and last.settings == settings and _identical(last.tensors, tensors) and last.state_is_current()):
+            last = self._last = _Last(settings, tensors, *self._assemble(groups, grads, with_teacher))
+        rates = [(float(group["lr"]), float(group["weight_decay"])) for group in groups]
+        for rows in last.moving:
+            rows.grads = [grads[i] for i in rows.index]
+            rows.lrs = [rates[g][0] for g in rows.group]
+            rows.weight_decays = [rates[g][1] for g in rows.group]
+        return last.moving, last.resting
+
+    def _assemble(
+        self, groups: list[dict[str, Any]], grads: list[Tensor | None], with_teacher: bool
+    ) -> tuple[list[_Rows], list[_Rows]]:
         moving: dict[Any, _Rows] = {}
         resting: dict[Any, _Rows] = {}
-        for group in self.param_groups:
-            lr, weight_decay = float(group["lr"]), float(group["weight_decay"])
+        index = -1
+        for group_index, group in enumerate(groups):
             beta1, beta2 = group["betas"]
             eps = group["eps"]
             shadows, teachers, teacher_shadows = group["bf16_params"], group["teacher_params"], group["bf16_teacher"]
             for i, p in enumerate(group["params"]):
-                shadow = shadows[i] if shadows else None
-                grad = p.grad if p.grad is not None or shadow is None else shadow.grad
+                index += 1
+                moves = grads[index] is not None
                 teacher = teachers[i] if teachers and with_teacher else None
-                if grad is None and teacher is None:
+                if not moves and teacher is None:
                     continue
                 key = (p.device, beta1, beta2, eps, teacher is None)
-                batches = resting if grad is None else moving
-                rows = batches.get(key) or batches.setdefault(key, _Rows(p.device, beta1, beta2, eps))
-                if grad is not None:
-                    rows.add_step(grad, self._started(p), lr, weight_decay)
+                rows = (moving if moves else resting).setdefault(key, _Rows(p.device, beta1, beta2, eps))
+                if moves:
+                    rows.add_state(index, group_index, self._started(p))
+                shadow = shadows[i] if shadows else None
                 rows.add(self._master(p, p, "master"), p if p.dtype == torch.bfloat16 else shadow)
                 if teacher is not None:
                     shadow = teacher_shadows[i] if teacher_shadows else None
@@ -264,8 +295,11 @@ class _Rows:
     beta1: float
     beta2: float
     eps: float
+    index: list[int] = field(default_factory=list)  # of the parameter, among all
+    group: list[int] = field(default_factory=list)  # of its group
+    states: list[dict[str, Any]] = field(default_factory=list)
     params: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
+    grads: list[Any] = field(default_factory=list)
     exp_avgs: list[Tensor] = field(default_factory=list)
     exp_avg_sqs: list[Tensor] = field(default_factory=list)
     steps: list[Tensor] = field(default_factory=list)
@@ -276,31 +310,36 @@ class _Rows:
     weight_decays: list[float] = field(default_factory=list)
 
     def add(self, param: Tensor, copy: Tensor | None) -> None:
-        self.params.append(_local(param))
+        self.params.append(param)
         self.param_copies.append(copy)
 
-    def add_step(self, grad: Tensor, state: dict[str, Any], lr: float, weight_decay: float) -> None:
-        self.grads.append(grad)
-        self.exp_avgs.append(_local(state["exp_avg"]))
-        self.exp_avg_sqs.append(_local(state["exp_avg_sq"]))
+    def add_state(self, index: int, group: int, state: dict[str, Any]) -> None:
+        self.index.append(index)
+        self.group.append(group)
+        self.states.append(state)
+        self.exp_avgs.append(state["exp_avg"])
+        self.exp_avg_sqs.append(state["exp_avg_sq"])
         self.steps.append(state["step"])
-        self.lrs.append(lr)
-        self.weight_decays.append(weight_decay)
 
     def add_teacher(self, teacher: Tensor, copy: Tensor | None) -> None:
-        self.teachers.append(_local(teacher))
+        self.teachers.append(teacher)
         self.teacher_copies.append(copy)
 
     def step(self, multipliers: Tensor | None, found_inf: Tensor | None, momentum: float) -> None:
-        torch.ops.dino_fast.adamw_ema(
-            self.params, [_local(g) for g in self.grads], self.exp_avgs, self.exp_avg_sqs, self.steps, self.teachers,
-            self._copies(self.param_copies), self._copies(self.teacher_copies),
-            multipliers, found_inf, self.lrs, self.weight_decays, self.beta1, self.beta2, self.eps, momentum,
+        params, m1, m2, teachers = map(_locals, (self.params, self.exp_avgs, self.exp_avg_sqs, self.teachers))
+        copies, teacher_copies = self._copies(self.param_copies), self._copies(self.teacher_copies)
+        function = run_adamw_ema if _is_eager(params) else torch.ops.dino_fast.adamw_ema
+        function(
+            params, _locals(self.grads), m1, m2, self.steps, teachers, copies, teacher_copies, multipliers, found_inf,
+            self.lrs, self.weight_decays, self.beta1, self.beta2, self.eps, momentum,
         )  # fmt: skip
+        if function is run_adamw_ema:
+            torch.autograd.graph.increment_version([*params, *teachers, *copies, *teacher_copies])
 
     def follow(self, momentum: float) -> None:
         """The EMA of parameters that do not move."""
-        torch.ops.dino_fast.ema_update(self.teachers, self.params, momentum, self._copies(self.teacher_copies))
+        teachers, students = _locals(self.teachers), _locals(self.params)
+        torch.ops.dino_fast.ema_update(teachers, students, momentum, self._copies(self.teacher_copies))
 
     def _copies(self, copies: list[Tensor | None]) -> list[Tensor]:
         """As the operations want them: none at all, or one each, without elements where there is no copy."""
@@ -308,6 +347,24 @@ class _Rows:
             return []
         none = torch.empty(0, dtype=torch.bfloat16, device=self.device)
         return [none if c is None else _local(c) for c in copies]
+
+
+@dataclass
+class _Last:
+    """The last step's batches, and what they were made from."""
+
+    settings: list[Any]
+    tensors: list[Tensor]
+    moving: list[_Rows]
+    resting: list[_Rows]
+
+    def state_is_current(self) -> bool:
+        """Whether the state still holds the tensors of the batches: a caller may have put others there."""
+        return all(
+            s.get("exp_avg") is m1 and s.get("exp_avg_sq") is m2 and s.get("step") is k
+            for rows in self.moving
+            for s, m1, m2, k in zip(rows.states, rows.exp_avgs, rows.exp_avg_sqs, rows.steps, strict=True)
+        )
 
 
 # ---- clipping ----
@@ -344,7 +401,8 @@ def _multipliers(
 
 def _norms(grads: list[Tensor]) -> Tensor:
     """The 2-norm of each whole gradient, [n]; shards' sums of squares are added over the mesh, as one vector."""
-    norms = torch.ops.dino_fast.grad_norms([_local(g) for g in grads])
+    local = _locals(grads)
+    norms = run_grad_norms(local) if _is_eager(local) else torch.ops.dino_fast.grad_norms(local)
     sharded: dict[Any, list[int]] = {}
     for i, g in enumerate(grads):
         for dim, placement in enumerate(getattr(g, "placements", ())):
@@ -367,6 +425,19 @@ def _norms(grads: list[Tensor]) -> Tensor:
 def _local(tensor: Tensor) -> Tensor:
     """This process's shard of a DTensor; any other tensor itself."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _locals(tensors: list[Tensor]) -> list[Tensor]:
+    return tensors if _PLAIN.issuperset(map(type, tensors)) else [_local(t) for t in tensors]
+
+
+def _identical(some: list[Tensor], others: list[Tensor]) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
+
+
+def _is_eager(tensors: list[Tensor]) -> bool:
+    """Whether these are tensors with memory, and nothing records what is done to them."""
+    return not torch.compiler.is_compiling() and _PLAIN.issuperset(map(type, tensors))
 
 
 def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:

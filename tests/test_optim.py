@@ -126,6 +126,36 @@ def test_without_momentum_the_teacher_stays():
     assert not torch.equal(params[0], before[0])
 
 
+def test_what_changes_between_steps_is_noticed():
+    params = parameters()
+    teacher = copies_of(params)
+    optimizer = AdamWEMA(params, teacher, lr=1e-2)
+    for step in range(6):
+        set_gradients(params, step)
+        if step == 1:
+            teacher[0] = optimizer.param_groups[0]["teacher_params"][0] = teacher[0].clone()
+        if step == 2:
+            optimizer.state[params[0]]["exp_avg"] = torch.full_like(params[0], 1e6)
+        if step == 3:
+            with torch.no_grad():
+                params[1].data = params[1].data.clone()
+        if step == 4:
+            optimizer.param_groups[0]["betas"] = (0.5, 0.6)
+            optimizer.param_groups[0]["eps"] = 10.0
+        if step == 5:
+            extra = [torch.ones(3, requires_grad=True), torch.zeros(3)]
+            extra[0].grad = torch.ones(3)
+            optimizer.add_param_group({"params": extra[:1], "teacher_params": extra[1:]})
+        before, moment = copies_of(params + teacher), optimizer.state[params[1]].get("exp_avg", torch.zeros(5)).clone()
+        optimizer.step(momentum=0.5)
+        assert all(not torch.equal(t, b) for t, b in pairs(params + teacher, before) if t.numel())
+        if step == 2:
+            assert optimizer.state[params[0]]["exp_avg"].min() > 8e5
+        if step == 4:
+            torch.testing.assert_close(optimizer.state[params[1]]["exp_avg"], 0.5 * moment + 0.5 * params[1].grad)
+    assert optimizer.state[extra[0]]["step"] == 1 and (extra[1] > 0.4).all()
+
+
 # ---- state ----
 
 

@@ -258,7 +258,7 @@ def test_adamw_drawn_lists(shapes, with_teacher, with_copies):
     eager, _ = run(mt.adamw_ema_reference, [clones(x) for x in state])
     exact, _ = run(mt.adamw_ema_reference, [[t.double() for t in x] for x in state])
     assert_as_accurate_as_eager(got, eager, exact)
-    assert all(torch.equal(c, p.bfloat16()) for c, p in zip(copies, got, strict=True))
+    assert all(torch.equal(c, p.bfloat16()) for c, p in zip(copies, got[: len(copies)], strict=True))
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
