@@ -75,7 +75,8 @@ class Row:
 
     `ms` median milliseconds; `peak_bytes` extra memory at the peak of a call; `error` largest difference from the
     float64 reference over the largest reference value, worst over the results; `floor_share` floor over time;
-    `ratio` this time over ours (how many times as fast ours is); `note` the reason for what is missing.
+    `ratio` this time over ours (how many times as fast ours is); `allocator` its setting; `note` the reason for what
+    is missing; `role` is "ours", "baseline", "floor" or empty.
     """
 
     operation: str
@@ -89,6 +90,7 @@ class Row:
     ratio: float | None = None
     allocator: str = ""
     note: str = ""
+    role: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -191,12 +193,14 @@ def compare(comparison: Comparison, *, allocator: str = "") -> list[Row]:
 
 def _floor_row(comparison: Comparison, name: str, ms: float, floor: float, ours: float | None, note: str) -> Row:
     row = Row(comparison.operation, comparison.shape, comparison.dtype, name, ms=ms, floor_share=floor / ms, note=note)
+    row.role = "floor"
     row.ratio = ms / ours if ours else None
     return row
 
 
 def _row(comparison: Comparison, contender: Contender, allocator: str) -> Row:
     row = Row(comparison.operation, comparison.shape, comparison.dtype, contender.name)
+    row.role = "ours" if contender.ours else "baseline" if contender.baseline else ""
     row.allocator = contender.allocator or allocator
     row.note = f"absent: {contender.absent}" if contender.absent else ""
     return row

@@ -1,0 +1,75 @@
+"""`dino-fast bench [OP...]`: runs the benchmarks, prints tables, writes JSON and pictures."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import pkgutil
+import sys
+from pathlib import Path
+
+from dino_fast.errors import UserError, nearest
+
+
+def operations() -> list[str]:
+    """The names that `dino-fast bench` accepts: one for every bench_<name>.py of this package."""
+    prefix = "bench_"
+    names = (module.name for module in pkgutil.iter_modules([str(Path(__file__).parent)]))
+    return sorted(name.removeprefix(prefix) for name in names if name.startswith(prefix))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    known = ", ".join(operations())
+    parser.add_argument("operations", nargs="*", metavar="OP", help=f"what to measure (default: all of {known})")
+    parser.add_argument("--quick", action="store_true", help="small shapes, 2 seconds each, for a first look")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where the JSON files and pictures go")
+    parser.add_argument("--json", action="store_true", help="print the results as JSON instead of tables")
+
+
+def choose(names: list[str]) -> list[str]:
+    """The operations to run; all of them where none is named. An unknown name is an error with the nearest one."""
+    known = operations()
+    for name in names:
+        if name not in known:
+            raise UserError(f"no benchmark is called '{name}'{nearest(name, known)} There are: {', '.join(known)}.")
+    return names or known
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs what `args` (from `add_arguments`) asks for; returns the exit code, 1 if a result of ours was wrong."""
+    from . import report
+
+    names = choose(args.operations)
+    directory = args.out or report.results_directory()
+    results, failed = [], []
+    for name in names:
+        if not args.json:
+            print(f"measuring {name} ...", file=sys.stderr, flush=True)
+        rows = importlib.import_module(f".bench_{name}", __package__).run(quick=args.quick)
+        result = report.document(name, rows, quick=args.quick)
+        results.append(result)
+        failed += [f"{name}: {r.contender}: {r.note}" for r in rows if r.note.startswith(("wrong", "failed"))]
+        paths = report.write(result, directory)
+        if not args.json:
+            report.show(result)
+            print(f"wrote {paths[0]} and {paths[1].name}")
+    if args.json:
+        print(json.dumps(results, indent=1))
+    for line in failed:
+        print(line, file=sys.stderr)
+    return 1 if any("dino-fast" in line for line in failed) else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.command", description=__doc__)
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
