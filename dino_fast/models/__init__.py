@@ -1,1 +1,62 @@
-"""..."""
+"""Vision transformers, the projection head and their files; state-dict names are the published ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from dino_fast.errors import UserError, nearest
+from dino_fast.models.head import DINOHead, WeightNormLinear
+from dino_fast.models.multi_crop import MultiCropWrapper
+from dino_fast.models.vit import VisionTransformer, set_drop_path_seed
+
+# name -> embed_dim, depth, num_heads
+ARCHITECTURES = {
+    "vit_tiny": (192, 12, 3),
+    "vit_small": (384, 12, 6),
+    "vit_base": (768, 12, 12),
+    "vit_large": (1024, 24, 16),
+}
+
+__all__ = [
+    "ARCHITECTURES",
+    "DINOHead",
+    "MultiCropWrapper",
+    "VisionTransformer",
+    "WeightNormLinear",
+    "build_backbone",
+    "set_drop_path_seed",
+    "vit_base",
+    "vit_large",
+    "vit_small",
+    "vit_tiny",
+]
+
+
+def build_backbone(arch: str, **options: Any) -> VisionTransformer:
+    """A backbone by name; `options` are those of `VisionTransformer` and may replace the name's sizes too."""
+    if arch not in ARCHITECTURES:
+        raise UserError(
+            f"unknown architecture '{arch}'{nearest(arch, ARCHITECTURES)}; known: {', '.join(ARCHITECTURES)}"
+        )
+    embed_dim, depth, num_heads = ARCHITECTURES[arch]
+    return VisionTransformer(**{"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, **options})
+
+
+def vit_tiny(patch_size: int = 16, **options: Any) -> VisionTransformer:
+    """12 blocks of width 192 with 3 heads."""
+    return build_backbone("vit_tiny", patch_size=patch_size, **options)
+
+
+def vit_small(patch_size: int = 16, **options: Any) -> VisionTransformer:
+    """12 blocks of width 384 with 6 heads."""
+    return build_backbone("vit_small", patch_size=patch_size, **options)
+
+
+def vit_base(patch_size: int = 16, **options: Any) -> VisionTransformer:
+    """12 blocks of width 768 with 12 heads."""
+    return build_backbone("vit_base", patch_size=patch_size, **options)
+
+
+def vit_large(patch_size: int = 16, **options: Any) -> VisionTransformer:
+    """24 blocks of width 1024 with 16 heads."""
+    return build_backbone("vit_large", patch_size=patch_size, **options)

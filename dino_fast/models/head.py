@@ -1,0 +1,75 @@
+"""The projection head of DINO (arXiv:2104.14294, appendix C): an MLP, a unit vector, a weight-normed linear layer."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dino_fast.errors import UserError
+from dino_fast.models.vit import init_linear
+
+
+class DINOHead(nn.Module):
+    """Features `[rows, in_dim]` -> prototype logits `[rows, out_dim]`.
+
+    `head.last_layer(head.bottleneck(x))` is `head(x)`: losses that never write the logits take the two parts. With
+    `norm_last_layer` the prototypes keep length 1 (`last_layer.weight_g` is frozen).
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        *,
+        use_bn: bool = False,
+        norm_last_layer: bool = True,
+        nlayers: int = 3,
+        hidden_dim: int = 2048,
+        bottleneck_dim: int = 256,
+    ) -> None:
+        super().__init__()
+        if nlayers < 1 or out_dim < 1:
+            raise UserError(f"nlayers is {nlayers} and out_dim {out_dim}; both must be at least 1")
+        widths = [in_dim, *[hidden_dim] * (nlayers - 1), bottleneck_dim]
+        layers: list[nn.Module] = []
+        for before, after in itertools.pairwise(widths):
+            if layers:
+                layers += [nn.BatchNorm1d(before), nn.GELU()] if use_bn else [nn.GELU()]
+            layers.append(nn.Linear(before, after))
+        # A single layer is named `mlp.weight`, as the original names it.
+        self.mlp = nn.Sequential(*layers) if nlayers > 1 else layers[0]
+        self.apply(init_linear)
+        # Made after the initialisation, so it keeps that of torch's linear layer.
+        self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
+        self.last_layer.weight_g.requires_grad_(not norm_last_layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last_layer(self.bottleneck(x))
+
+    def bottleneck(self, x: Tensor) -> Tensor:
+        """`[rows, in_dim]` -> unit vectors `[rows, bottleneck_dim]`."""
+        return F.normalize(self.mlp(x), dim=-1)
+
+
+class WeightNormLinear(nn.Module):
+    """`x W^T` with W = g v / |v| row by row: `weight_v` `[out, in]`, `weight_g` `[out, 1]`, filled with 1. No bias."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        linear = nn.Linear(in_features, out_features, bias=False)
+        self.weight_g = nn.Parameter(torch.ones(out_features, 1))
+        self.weight_v = nn.Parameter(linear.weight.detach())
+
+    @property
+    def weight(self) -> Tensor:
+        """The matrix that multiplies, `[out, in]`."""
+        return torch._weight_norm(self.weight_v, self.weight_g, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.weight_v.shape[1]}, out_features={self.weight_v.shape[0]}"
