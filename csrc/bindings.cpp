@@ -9,8 +9,10 @@
 
 #include <cstdint>
 #include <stdexcept>
+#include <tuple>
 #include <vector>
 
+#include "cpu/dino_loss.h"
 #include "cpu/isa.h"
 #include "cpu/multi_tensor.h"
 
@@ -91,6 +93,43 @@ void multi_tensor_adamw_ema(int64_t n, const py::buffer& table, const py::buffer
   DINO_FAST_DISPATCH(adamw_ema)(rows.data(), n, {beta1, beta2, eps, momentum, skip}, threads);
 }
 
+using LogitsTuple = std::tuple<uintptr_t, int, int64_t, int64_t>;  // address, LogitType, crop stride, image stride
+
+dino_fast::Logits as_logits(const LogitsTuple& t) {
+  return {reinterpret_cast<const void*>(std::get<0>(t)), static_cast<dino_fast::LogitType>(std::get<1>(t)), std::get<2>(t),
+          std::get<3>(t)};
+}
+
+dino_fast::DinoLossProblem as_problem(const LogitsTuple& student, const LogitsTuple& teacher, uintptr_t center,
+                                      const std::vector<float>& pair_weights, std::tuple<int64_t, int64_t, int64_t> shape,
+                                      std::tuple<double, double> temps, int threads) {
+  return {as_logits(student), as_logits(teacher), reinterpret_cast<const float*>(center), pair_weights.data(),
+          std::get<0>(shape), std::get<1>(shape), std::get<2>(shape), std::get<0>(temps), std::get<1>(temps), threads};
+}
+
+// shape is (V, B, K), temps (student, teacher), pair_weights 2 x V. Results as in cpu/dino_loss.h; gradient 0: not wanted.
+void dino_loss_forward(const LogitsTuple& student, const LogitsTuple& teacher, uintptr_t center,
+                       const std::vector<float>& pair_weights, std::tuple<int64_t, int64_t, int64_t> shape,
+                       std::tuple<double, double> temps, int threads, uintptr_t loss, uintptr_t teacher_mean,
+                       uintptr_t teacher_entropy, uintptr_t row_statistics, uintptr_t gradient) {
+  const auto problem = as_problem(student, teacher, center, pair_weights, shape, temps, threads);
+  const dino_fast::DinoLossResult result{reinterpret_cast<float*>(loss), reinterpret_cast<float*>(teacher_mean),
+                                         reinterpret_cast<float*>(teacher_entropy),
+                                         reinterpret_cast<float*>(row_statistics), reinterpret_cast<void*>(gradient)};
+  py::gil_scoped_release release;
+  DINO_FAST_DISPATCH(dino_loss_forward)(problem, result);
+}
+
+void dino_loss_gradient(const LogitsTuple& student, const LogitsTuple& teacher, uintptr_t center,
+                        const std::vector<float>& pair_weights, std::tuple<int64_t, int64_t, int64_t> shape,
+                        std::tuple<double, double> temps, int threads, uintptr_t row_statistics, double upstream,
+                        uintptr_t gradient) {
+  const auto problem = as_problem(student, teacher, center, pair_weights, shape, temps, threads);
+  py::gil_scoped_release release;
+  DINO_FAST_DISPATCH(dino_loss_gradient)(problem, reinterpret_cast<const float*>(row_statistics), upstream,
+                                         reinterpret_cast<void*>(gradient));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -101,6 +140,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("multi_tensor_ema_update", &multi_tensor_ema_update);
   m.def("multi_tensor_grad_norms", &multi_tensor_grad_norms);
   m.def("multi_tensor_adamw_ema", &multi_tensor_adamw_ema);
+  m.def("dino_loss_forward", &dino_loss_forward);
+  m.def("dino_loss_gradient", &dino_loss_gradient);
 #ifdef DINO_FAST_CUDA_VERSION
   m.attr("cuda_version") = DINO_FAST_CUDA_VERSION;
 #else

@@ -1,0 +1,150 @@
+"""The DINO loss: a function of logits, and a module that replaces the original's.
+
+`DINOLoss` takes what the original takes and gives its numbers: the loss, the centre after every call, the temperature
+of every epoch, the state dict. The work is one fused operation, `dino_fast.ops.dino_loss`.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dino_fast.ops import dino_loss as operation
+
+__all__ = ["DINOLoss", "dino_loss"]
+
+
+def dino_loss(
+    student: Tensor, teacher: Tensor, center: Tensor, *, student_temp: float, teacher_temp: float, backend: str = "auto"
+) -> Tensor:
+    """Mean cross-entropy between the teacher's and the student's distributions over all pairs of different crops.
+
+    Args:
+        student: logits [V, B, K] of V crops of B images, the two global crops first; float32, bfloat16, float16 or
+            float64.
+        teacher: logits [2, B, K] of the global crops, in the same order. Not differentiated.
+        center: [K], subtracted from the teacher's logits.
+        student_temp, teacher_temp: what logits are divided by before the softmax.
+        backend: "auto" or a name that `dino-fast info` lists.
+
+    Returns:
+        A float32 scalar (float64 for float64 logits), differentiable by `student`.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or temperatures that do not fit.
+    """
+    return operation.dino_loss(
+        student, teacher, center, student_temp=student_temp, teacher_temp=teacher_temp, backend=backend
+    ).loss
+
+
+class DINOLoss(nn.Module):
+    """The original's loss module: same arguments, numbers, centre, state dict and temperature schedule.
+
+    Args:
+        out_dim: K, the number of prototypes.
+        ncrops: V, the student's crops of an image, the two global ones among them.
+        warmup_teacher_temp, teacher_temp: the teacher's temperature in epoch 0, and from epoch
+            `warmup_teacher_temp_epochs` on; linear in between.
+        warmup_teacher_temp_epochs, nepochs: the warm-up's length and the run's. A warm-up longer than the run is
+            shortened to it, with a warning; the original raises there.
+        student_temp: the student's temperature.
+        center_momentum: how much of the centre is kept at an update.
+
+    Attributes:
+        center: buffer (1, K), float32: the running mean of the teacher's logits, over all ranks where a process group
+            is initialised.
+        teacher_entropy, kl: of the last forward, detached float32 scalars in nats: the mean entropy of the targets, and
+            what the loss has above it.
+    """
+
+    center: Tensor
+
+    def __init__(
+        self,
+        out_dim: int,
+        ncrops: int,
+        warmup_teacher_temp: float,
+        teacher_temp: float,
+        warmup_teacher_temp_epochs: int,
+        nepochs: int,
+        student_temp: float = 0.1,
+        center_momentum: float = 0.9,
+    ) -> None:
+        super().__init__()
+        if ncrops < operation.TEACHER_CROPS:
+            raise ValueError(f"DINOLoss: ncrops counts the two global crops too, so it is 2 or more; got {ncrops}")
+        self.out_dim, self.ncrops = out_dim, ncrops
+        self.student_temp, self.center_momentum = student_temp, center_momentum
+        self.register_buffer("center", torch.zeros(1, out_dim))
+        self.teacher_temp_schedule = teacher_temp_schedule(
+            warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, nepochs
+        )
+        self.teacher_entropy: Tensor | None = None
+        self.kl: Tensor | None = None
+
+    def forward(self, student_output: Tensor, teacher_output: Tensor, epoch: int) -> Tensor:
+        """The loss of one batch; then the centre takes in the teacher's logits.
+
+        Args:
+            student_output: logits [V * B, K], crop by crop: row v * B + b is crop v of image b.
+            teacher_output: logits [2 * B, K] of the global crops, in the same order.
+            epoch: counted from 0; beyond the schedule the last temperature holds.
+        """
+        student = self._by_crop("student_output", student_output, self.ncrops)
+        teacher = self._by_crop("teacher_output", teacher_output, operation.TEACHER_CROPS)
+        result = operation.dino_loss(
+            student, teacher, self.center[0], student_temp=self.student_temp, teacher_temp=self.teacher_temp(epoch)
+        )
+        self.teacher_entropy = result.teacher_entropy.detach()
+        self.kl = result.loss.detach() - self.teacher_entropy
+        self.update_center(result.teacher_mean)
+        return result.loss
+
+    def teacher_temp(self, epoch: int) -> float:
+        """The teacher's temperature in an epoch."""
+        return self.teacher_temp_schedule[min(max(int(epoch), 0), len(self.teacher_temp_schedule) - 1)]
+
+    @torch.no_grad()
+    def update_center(self, teacher_mean: Tensor) -> None:
+        """Move the centre towards the mean over ranks of `teacher_mean` [K], this process's mean of raw logits."""
+        mean = teacher_mean.to(self.center.dtype)
+        if dist.is_available() and dist.is_initialized():
+            mean = mean.clone()
+            dist.all_reduce(mean)
+            mean = mean / dist.get_world_size()
+        self.center.copy_(self.center * self.center_momentum + mean[None] * (1 - self.center_momentum))
+
+    def _by_crop(self, name: str, logits: Tensor, crops: int) -> Tensor:
+        """[crops * B, K] -> [crops, B, K], a view."""
+        if logits.dim() != 2 or logits.shape[1] != self.out_dim:
+            raise ValueError(
+                f"DINOLoss: {name} must be [{crops} * images, {self.out_dim}] (out_dim={self.out_dim}); "
+                f"got {list(logits.shape)}"
+            )
+        if logits.shape[0] % crops or logits.shape[0] == 0:
+            raise ValueError(
+                f"DINOLoss: {name} has {logits.shape[0]} rows, which {crops} crops do not divide; "
+                f"give one row for each of {crops} crops of every image, or make DINOLoss with the right ncrops"
+            )
+        return logits.unflatten(0, (crops, logits.shape[0] // crops))
+
+    def extra_repr(self) -> str:
+        return f"out_dim={self.out_dim}, ncrops={self.ncrops}, student_temp={self.student_temp}"
+
+
+def teacher_temp_schedule(warmup_temp: float, temp: float, warmup_epochs: int, epochs: int) -> list[float]:
+    """One temperature an epoch: linear from `warmup_temp` to `temp` over `warmup_epochs` values, then `temp`."""
+    if warmup_epochs > epochs:
+        warnings.warn(
+            f"the teacher temperature's warm-up of {warmup_epochs} epochs is longer than the run; "
+            f"it is shortened to {epochs}",
+            stacklevel=3,
+        )
+        warmup_epochs = epochs
+    steps = max(warmup_epochs - 1, 1)
+    warmup = [warmup_temp + (temp - warmup_temp) * epoch / steps for epoch in range(warmup_epochs)]
+    return (warmup + [temp] * (epochs - warmup_epochs)) or [temp]

@@ -1,0 +1,328 @@
+"""DINO's cross-entropy over all pairs of crops of an image, on logits.
+
+With s the student's logits [V, B, K], t the teacher's [2, B, K], c the centre [K]:
+
+    p[u] = softmax((t[u] - c) / tau_t)                              u = 0, 1: the two global crops
+    loss = mean over b and pairs u != v of  -<p[u, b], log_softmax(s[v, b] / tau_s)>        2 V - 2 pairs
+
+(Caron et al. 2021, "Emerging properties in self-supervised vision transformers", algorithm 1 with multi-crop.)
+
+The kernels write the gradient by the student's logits in the forward pass, for an upstream gradient of 1, which is what
+`loss.backward()` brings; another one multiplies it out of place. float16 logits are the exception: divided by
+tau_s B (2 V - 2) their gradient would underflow before a loss scale could lift it, so their backward recomputes it from
+the logits with the scale included, from each row's maximum and sum that the forward saved.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dino_fast.backends import Backend, choose, native_missing, register
+
+TEACHER_CROPS = 2
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of csrc/cpu/dino_loss.h's LogitType
+DTYPES = (*KERNEL_DTYPES, torch.float64)
+
+
+class DinoLoss(NamedTuple):
+    """What `dino_loss` returns."""
+
+    loss: Tensor  # scalar, float32 (float64 for float64 logits), differentiable by the student's logits
+    teacher_mean: Tensor  # [K], mean of the raw teacher logits over its 2 B rows, detached
+    teacher_entropy: Tensor  # scalar, mean entropy of the teacher's target rows in nats, detached
+
+
+def dino_loss(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    *,
+    student_temp: float,
+    teacher_temp: float,
+    backend: str = "auto",
+) -> DinoLoss:
+    """The loss, the mean of the teacher's logits and the entropy of its targets, in one operation.
+
+    Args:
+        student: logits [V, B, K], V >= 2 crops of which the first two are the teacher's; float32, bfloat16, float16 or
+            (reference only) float64. Any strides; rows that are not contiguous are copied.
+        teacher: logits [2, B, K] of the same kinds, not necessarily the student's. Not differentiated.
+        center: [K], taken from the teacher's logits. Not differentiated.
+        student_temp, teacher_temp: positive temperatures.
+        backend: "auto", "native" or "reference"; see `dino_fast.backends`.
+
+    NaN or infinite logits give a loss and gradients that are not finite, as the formula does; they raise nothing, which
+    would cost a pass over the data. Second derivatives are not available.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or temperatures that do not fit, said in the message.
+        BackendError: an explicitly chosen backend cannot run these inputs.
+    """
+    problem = what_is_wrong(student, teacher, center, student_temp, teacher_temp)
+    if problem is not None:
+        raise ValueError(f"dino_loss: {problem}")
+    differentiable = student.requires_grad and torch.is_grad_enabled()
+    loss, teacher_mean, teacher_entropy, _, _ = torch.ops.dino_fast.dino_loss(
+        student, teacher.detach(), center.detach(), student_temp, teacher_temp, differentiable, backend
+    )
+    return DinoLoss(loss, teacher_mean, teacher_entropy)
+
+
+def what_is_wrong(
+    student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float
+) -> str | None:
+    """Why these inputs cannot be used, for the person who gave them, or None."""
+    shapes = f"got student {list(student.shape)}, teacher {list(teacher.shape)}, centre {list(center.shape)}"
+    if student.dim() != 3 or teacher.dim() != 3 or center.dim() != 1:
+        return f"student logits are [crops, images, K], teacher logits [2, images, K], the centre [K]; {shapes}"
+    if teacher.shape[0] != TEACHER_CROPS:
+        return f"the teacher sees {TEACHER_CROPS} crops of each image, so its first size is 2; {shapes}"
+    if student.shape[0] < 2:
+        return f"the student needs at least the two global crops, so its first size is 2 or more; {shapes}"
+    if student.shape[1] != teacher.shape[1]:
+        return f"student and teacher must have the same number of images (second size); {shapes}"
+    if not student.shape[2] == teacher.shape[2] == center.shape[0]:
+        return f"student, teacher and centre must have the same number of prototypes K (last size); {shapes}"
+    if 0 in student.shape:
+        return f"there is nothing to average over; {shapes}"
+    for name, tensor in (("student", student), ("teacher", teacher), ("centre", center)):
+        if tensor.dtype not in DTYPES:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            return f"the {name}'s dtype is {tensor.dtype}; accepted are {known}"
+        if tensor.device != student.device:
+            return f"the {name} is on {tensor.device} but the student on {student.device}; move one of them"
+    if not (student_temp > 0 and teacher_temp > 0):
+        return f"temperatures must be positive; got student {student_temp}, teacher {teacher_temp}"
+    return None
+
+
+def dino_loss_reference(
+    student: Tensor, teacher: Tensor, center: Tensor, *, student_temp: float, teacher_temp: float
+) -> DinoLoss:
+    """The definition in plain PyTorch, pair by pair, in float64 for float64 logits and float32 for all others."""
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    student, teacher, center = student.to(dtype), teacher.detach().to(dtype), center.detach().to(dtype)
+    centred = (teacher - center) / teacher_temp
+    targets = torch.softmax(centred, dim=-1)  # [2, B, K]
+    log_predictions = torch.log_softmax(student / student_temp, dim=-1)  # [V, B, K]
+    terms = [
+        -(targets[u] * log_predictions[v]).sum(-1).mean()
+        for u in range(TEACHER_CROPS)
+        for v in range(student.shape[0])
+        if u != v
+    ]
+    entropy = -(targets * torch.log_softmax(centred, dim=-1)).sum(-1).mean()
+    return DinoLoss(torch.stack(terms).mean(), teacher.mean(dim=(0, 1)), entropy)
+
+
+# --- the operator ---------------------------------------------------------------------------------------------------
+# `gradient` is for an upstream gradient of 1 and empty where none is written; `row_statistics` [2, 2 + V, B] holds each
+# row's maximum and sum of exponentials, the teacher's two crops first. Both are for the backward alone.
+
+
+@torch.library.custom_op("dino_fast::dino_loss", mutates_args=())
+def _operator(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+    differentiable: bool,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    chosen = choose("dino_loss", student, teacher, backend=backend)
+    return FORWARD[chosen](student, teacher, center, student_temp, teacher_temp, differentiable)
+
+
+@_operator.register_fake
+def _(student, teacher, center, student_temp, teacher_temp, differentiable, backend="auto"):
+    return _empty_outputs(student, teacher, differentiable)
+
+
+def _empty_outputs(student: Tensor, teacher: Tensor, differentiable: bool) -> tuple[Tensor, ...]:
+    V, B, K = student.shape
+    result = torch.float64 if student.dtype == torch.float64 else torch.float32
+    written = differentiable and gradient_is_written_forward(student)
+    return (
+        student.new_empty((), dtype=result),
+        student.new_empty((K,), dtype=result),
+        student.new_empty((), dtype=result),
+        student.new_empty((V, B, K) if written else (0,)),
+        student.new_empty((2, TEACHER_CROPS + V, B), dtype=result),
+    )
+
+
+def gradient_is_written_forward(student: Tensor) -> bool:
+    """Whether the forward writes the gradient. float16 waits for the upstream gradient: 1 / (tau_s B N) underflows."""
+    return student.dtype != torch.float16
+
+
+@torch.library.custom_op("dino_fast::dino_loss_gradient", mutates_args=())
+def _gradient_operator(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    row_statistics: Tensor,
+    upstream: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+    backend: str = "auto",
+) -> Tensor:
+    """The gradient by the student's logits, times `upstream`, from the logits and the forward's row statistics."""
+    chosen = choose("dino_loss", student, teacher, backend=backend)
+    return GRADIENT[chosen](student, teacher, center, row_statistics, upstream, student_temp, teacher_temp)
+
+
+@_gradient_operator.register_fake
+def _(student, teacher, center, row_statistics, upstream, student_temp, teacher_temp, backend="auto"):
+    return student.new_empty(student.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    student, teacher, center, student_temp, teacher_temp, differentiable, backend = inputs
+    _, teacher_mean, teacher_entropy, gradient, row_statistics = output
+    ctx.mark_non_differentiable(teacher_mean, teacher_entropy, gradient, row_statistics)
+    ctx.set_materialize_grads(False)
+    ctx.differentiable = differentiable
+    ctx.written = gradient_is_written_forward(student)
+    ctx.temps_and_backend = student_temp, teacher_temp, backend
+    if ctx.written:
+        ctx.save_for_backward(gradient)
+    else:
+        ctx.save_for_backward(student, teacher, center.clone(), row_statistics)  # DINOLoss updates its centre in place
+
+
+def _backward(ctx, upstream, *unused):
+    nothing = (None,) * 6
+    if upstream is None:
+        return None, *nothing
+    if not ctx.differentiable:
+        raise RuntimeError("dino_fast::dino_loss was called with differentiable=False, so it kept no gradient")
+    if not ctx.written:
+        gradient = torch.ops.dino_fast.dino_loss_gradient(
+            *ctx.saved_tensors[:3], ctx.saved_tensors[3], upstream, *ctx.temps_and_backend
+        )
+    else:
+        (gradient,) = ctx.saved_tensors
+        gradient = _times(gradient, upstream)
+    if torch.is_grad_enabled() and type(upstream) is Tensor:
+        gradient = _Once.apply(gradient, torch.empty(0, requires_grad=True))
+    return gradient, *nothing
+
+
+def _times(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """gradient * upstream, without a copy where upstream is known to be 1. Never in place: a graph may be run twice."""
+    # While a graph is traced there is no number to look at, and on an accelerator looking would wait for it.
+    if type(upstream) is Tensor and upstream.device.type == "cpu" and upstream.item() == 1.0:
+        return gradient
+    return gradient * upstream.to(gradient.dtype)
+
+
+class _Once(torch.autograd.Function):
+    """Lets a gradient through, and refuses to differentiate it: it would be taken for a constant without a word."""
+
+    @staticmethod
+    def forward(ctx, gradient: Tensor, marker: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, upstream):
+        raise RuntimeError("dino_loss has no second derivative; differentiate dino_loss_reference instead")
+
+
+_operator.register_autograd(_backward, setup_context=_setup_context)
+
+
+# --- backends, fastest first ----------------------------------------------------------------------------------------
+
+
+def _native_rejects(student: Tensor | None = None, *others: Tensor) -> str | None:
+    for tensor in (student, *others):
+        if tensor is None:
+            continue
+        if tensor.device.type != "cpu":
+            return f"it runs on the CPU, the logits are on {tensor.device}"
+        if tensor.dtype not in KERNEL_DTYPES:
+            return f"it takes float32, bfloat16 and float16 logits, not {tensor.dtype}"
+    return None
+
+
+register(
+    "dino_loss",
+    Backend("native", missing=native_missing, rejects=_native_rejects),
+    Backend("reference"),
+)
+
+
+def _reference_forward(student, teacher, center, student_temp, teacher_temp, differentiable):
+    temps = {"student_temp": student_temp, "teacher_temp": teacher_temp}
+    loss, teacher_mean, teacher_entropy = dino_loss_reference(student, teacher, center, **temps)
+    *_, gradient, row_statistics = _empty_outputs(student, teacher, differentiable)
+    if gradient.numel() > 0:
+        gradient.copy_(_reference_gradient(student, teacher, center, None, torch.ones_like(loss), **temps))
+    dtype = row_statistics.dtype
+    crops = [((t - center).to(dtype), teacher_temp) for t in teacher] + [(s.to(dtype), student_temp) for s in student]
+    for statistics, (logits, temp) in zip(row_statistics.unbind(1), crops, strict=True):
+        maxima = logits.amax(-1)
+        statistics[0] = maxima
+        statistics[1] = ((logits - maxima[:, None]) / temp).exp().sum(-1)
+    return loss, teacher_mean, teacher_entropy, gradient, row_statistics
+
+
+def _reference_gradient(student, teacher, center, row_statistics, upstream, student_temp, teacher_temp):
+    """(w softmax(s / tau_s) - q) / (tau_s B N), q the sum of a student crop's targets and w their number.
+
+    Written out, because inside an operator's implementation autograd does not record.
+    """
+    V, B, _ = student.shape
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    targets = torch.softmax((teacher.to(dtype) - center.to(dtype)) / teacher_temp, dim=-1)  # [2, B, K]
+    pairs = torch.tensor(pair_weights(V), dtype=dtype, device=student.device).view(TEACHER_CROPS, V)
+    predictions = torch.softmax(student.to(dtype) / student_temp, dim=-1)  # [V, B, K]
+    difference = pairs.sum(0)[:, None, None] * predictions - torch.einsum("uv,ubk->vbk", pairs, targets)
+    return (difference * (upstream / (student_temp * B * pairs.sum()))).to(student.dtype).contiguous()
+
+
+def _native_forward(student, teacher, center, student_temp, teacher_temp, differentiable):
+    from dino_fast import _C
+
+    outputs = _empty_outputs(student, teacher, differentiable)
+    problem, _alive = _native_problem(student, teacher, center, student_temp, teacher_temp)
+    addresses = [output.data_ptr() for output in outputs]  # of an empty tensor: 0, "no gradient wanted"
+    loss, mean, entropy, gradient, row_statistics = addresses
+    _C.dino_loss_forward(*problem, loss, mean, entropy, row_statistics, gradient)
+    return outputs
+
+
+def _native_gradient(student, teacher, center, row_statistics, upstream, student_temp, teacher_temp):
+    from dino_fast import _C
+
+    gradient = torch.empty(student.shape, dtype=student.dtype)
+    problem, _alive = _native_problem(student, teacher, center, student_temp, teacher_temp)
+    _C.dino_loss_gradient(*problem, row_statistics.data_ptr(), upstream.item(), gradient.data_ptr())
+    return gradient
+
+
+def _native_problem(
+    student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float
+) -> tuple[tuple, tuple]:
+    """The arguments that describe a problem to the native code, and the tensors that must outlive the call."""
+    rows = [x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (student, teacher)]
+    center = center.to(torch.float32).contiguous()
+    logits = [(x.data_ptr(), KERNEL_DTYPES.index(x.dtype), x.stride(0), x.stride(1)) for x in rows]
+    V, B, K = student.shape
+    temps = (student_temp, teacher_temp)
+    problem = (*logits, center.data_ptr(), pair_weights(V), (V, B, K), temps, torch.get_num_threads())
+    return problem, (rows, center)
+
+
+def pair_weights(V: int) -> list[float]:
+    """[2 x V], row by row: 1 for a pair that counts, 0 for a crop with itself."""
+    return [float(u != v) for u in range(TEACHER_CROPS) for v in range(V)]
+
+
+FORWARD = {"native": _native_forward, "reference": _reference_forward}
+GRADIENT = {"native": _native_gradient, "reference": _reference_gradient}
