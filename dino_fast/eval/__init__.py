@@ -1,1 +1,1 @@
-"""..."""
+"""Evaluations of frozen features."""

@@ -1,0 +1,337 @@
+"""Reads weights from our checkpoints, the original's and backbone-only files; writes backbones for timm and torch.hub.
+
+Nothing is executed on loading: safetensors are plain data, and of a .pth file only tensors, plain values, numpy's
+scalars (the original's schedules leave some in its optimizer) and `argparse.Namespace` are accepted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import uuid
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dino_fast.errors import UserError, nearest
+from dino_fast.models import ARCHITECTURES, VisionTransformer
+
+_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
+_SHOWN = 6  # lines of each kind in a message
+# Shapes and image statistics that go with the weights; the rest of a configuration is of no use here.
+_FACTS = ("arch", "patch_size", "num_heads", "img_size", "global_size", "in_chans", "mean", "std")
+
+
+def read_state(path: str | Path, which: str = "teacher") -> dict[str, Tensor]:
+    """The weights of one network, on the CPU: `backbone.*` and `head.*`, or a backbone's plain names.
+
+    `path` is a run directory (its newest whole checkpoint), a checkpoint folder, a .safetensors file, or a file of
+    torch.save laid out as the original's (`which` picks student or teacher) or holding one network alone. Raises
+    UserError for what cannot be read or would have to run code.
+    """
+    return _read(Path(path), which)[0]
+
+
+def describe(path: str | Path, which: str = "teacher") -> dict[str, Any]:
+    """What the file says of its network: any of `arch`, `patch_size`, `num_heads`, `img_size`, `mean`, `std`, ..."""
+    return _read(Path(path), which)[1]
+
+
+def backbone_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The backbone's weights under their plain names (`cls_token`, ...)."""
+    inside = {name.removeprefix("backbone."): t for name, t in state.items() if name.startswith("backbone.")}
+    return inside or state
+
+
+def load_weights(module: nn.Module, state: dict[str, Tensor], source: str | Path = "the given weights") -> None:
+    """Copies `state` into `module`. Raises UserError naming every key that is missing, unexpected or of another shape,
+    with the module unchanged."""
+    own = module.state_dict()
+    missing, extra = [n for n in own if n not in state], [n for n in state if n not in own]
+    shapes = [n for n in own if n in state and own[n].shape != state[n].shape]
+    if missing or extra or shapes:
+        lines = [f"the weights in {source} do not fit this {type(module).__name__}:"]
+        lines += _some("missing", [f"{n}{nearest(n, extra)}" for n in missing])
+        lines += _some("unexpected", [f"{n}{nearest(n, missing)}" for n in extra])
+        lines += _some("shape", [f"{n}: given {list(state[n].shape)}, expected {list(own[n].shape)}" for n in shapes])
+        lines.append("Build the model with the architecture, patch size and image size of these weights")
+        raise UserError("\n".join(lines))
+    module.load_state_dict(state, strict=True)
+
+
+def load_backbone(
+    path: str | Path,
+    arch: str | None = None,
+    patch_size: int | None = None,
+    which: str = "teacher",
+    num_heads: int | None = None,
+) -> VisionTransformer:
+    """The backbone in `path` (see `read_state`), built to the shapes of its weights.
+
+    What is given must agree with the file. Heads are not visible in the shapes: they come from the file's description,
+    from `arch`, or are taken 64 wide. Raises UserError where the weights are not a vision transformer's.
+    """
+    whole, facts = _read(Path(path), which)
+    state = backbone_state(whole)
+    options = _sizes(state, facts, path)
+    if patch_size is not None and patch_size != options["patch_size"]:
+        raise UserError(f"{path} has patches of {options['patch_size']} pixels, {patch_size} were asked for")
+    if arch is not None:
+        if arch not in ARCHITECTURES:
+            raise UserError(f"unknown architecture '{arch}'{nearest(arch, ARCHITECTURES)}")
+        asked = ARCHITECTURES[arch][:2]
+        found = (options["embed_dim"], options["depth"])
+        if asked != found:
+            raise UserError(
+                f"{path} is not a {arch}: its width and depth are {found[0]} and {found[1]}, those of {arch} "
+                f"{asked[0]} and {asked[1]}{_named(found)}"
+            )
+    options["num_heads"] = num_heads or _heads(options, facts, path)
+    backbone = VisionTransformer(**options)
+    load_weights(backbone, state, path)
+    return backbone
+
+
+def export_backbone(backbone: VisionTransformer, path: str | Path, **facts: Any) -> Path:
+    """Writes the backbone's weights with the published names, which timm and torch.hub load as they are.
+
+    `.safetensors`, or `.pth` for torch.load. Sizes and `facts` (such as `mean` and `std`) go into the safetensors'
+    metadata. The file appears whole or not at all.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    if path.suffix not in (".safetensors", ".pth"):
+        raise UserError(f"cannot export to {path}: the name must end in .safetensors or .pth")
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
+    facts = {
+        "patch_size": backbone.patch_size,
+        "num_heads": backbone.num_heads,
+        "img_size": list(backbone.img_size),
+        **facts,
+    }
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".pth":
+            torch.save(state, temporary)
+        else:
+            save_file(state, temporary, metadata={"dino_fast": json.dumps(facts)})
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `dino-fast export`."""
+    parser.add_argument("--checkpoint", required=True, help="a run, one of its checkpoints, .safetensors or .pth")
+    parser.add_argument("--out", required=True, type=Path, help="the file to write: .safetensors or .pth")
+    parser.add_argument("--which", choices=("teacher", "student"), default="teacher", help="default: %(default)s")
+
+
+def run(args: argparse.Namespace) -> int:
+    """`dino-fast export`."""
+    facts = describe(args.checkpoint, args.which)
+    statistics = {name: facts[name] for name in ("mean", "std") if name in facts}
+    backbone = load_backbone(args.checkpoint, which=args.which)
+    path = export_backbone(backbone, args.out, **statistics)
+    count = sum(p.numel() for p in backbone.parameters())
+    print(f"wrote the {args.which}'s backbone ({count / 1e6:.2f} M parameters) to {path}")
+    return 0
+
+
+# ---- files ----
+
+
+def _read(path: Path, which: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if which not in ("teacher", "student"):
+        raise UserError(f"which is '{which}'; it is 'teacher' or 'student'")
+    if not path.exists():
+        raise UserError(f"{path} does not exist; give a run directory, one of its checkpoints, or a weights file")
+    if path.is_dir():
+        state, facts = _read_folder(path, which)
+    elif path.suffix == ".safetensors":
+        state, facts = _read_safetensors(path, which)
+    else:
+        state, facts = _read_pickle(path, which)
+    if not state:
+        raise UserError(f"{path} holds no weights of a {which}")
+    return {_plain_name(name): tensor for name, tensor in state.items()}, facts
+
+
+def _read_folder(path: Path, which: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A checkpoint folder, or the newest whole one of a run. Only the weights asked for are read."""
+    if (path / "tensors.safetensors").exists() or (path / "state.json").exists():
+        return _read_checkpoint(path, which)
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    for candidate in sorted(folder.glob("step-*"), key=lambda p: (len(p.name), p.name), reverse=True):
+        try:
+            return _read_checkpoint(candidate, which)
+        except UserError as error:
+            warnings.warn(f"{error}; trying the one before it", stacklevel=2)
+    raise UserError(f"{path} holds no complete checkpoint (looked for checkpoints/step-*); is it a run directory?")
+
+
+def _read_checkpoint(folder: Path, which: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    file = folder / "tensors.safetensors"
+    try:
+        body = json.loads((folder / "state.json").read_bytes())
+        size = file.stat().st_size
+    except (OSError, ValueError) as error:
+        raise UserError(f"checkpoint {folder} is damaged: {error}") from error
+    if size != body.get("tensors_bytes", size):
+        raise UserError(f"checkpoint {folder} is damaged: {size} bytes of {body['tensors_bytes']} are there")
+    config = (body.get("state") or body).get("config") or {}
+    return _read_safetensors(file, which)[0], _facts(config)
+
+
+def _read_safetensors(path: Path, which: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            inside = [name for name in names if name.startswith(f"{which}/")]
+            if not inside and any(name.startswith(("teacher/", "student/")) for name in names):
+                raise UserError(f"{path} holds no {which}")
+            state = {name.removeprefix(f"{which}/"): file.get_tensor(name) for name in inside or names}
+            text = (file.metadata() or {}).get("dino_fast", "{}")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a whole safetensors file: {error}. Copy or download it again") from error
+    try:
+        return state, _facts(json.loads(text))
+    except ValueError as error:
+        raise UserError(f"{path} has a description that is not JSON: {error}") from error
+
+
+def _read_pickle(path: Path, which: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace, *_numpy_scalars()]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # A damaged file raises whatever the damaged byte leads to; none of it is worth a traceback.
+        if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
+            raise UserError(
+                f"{path} is refused: it holds Python objects other than weights, and loading them could run code. If "
+                "you trust where it comes from, load it with torch yourself and save its state dict alone"
+            ) from error
+        raise UserError(
+            f"{path} cannot be read as a file of torch.save: {str(error).splitlines()[0] if str(error) else error!r}. "
+            "It may be cut off: compare its size with the source's, and copy it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a checkpoint or state dict")
+    state = content
+    if "teacher" in content or "student" in content:
+        if which not in content:
+            raise UserError(f"{path} holds no {which}; it has {', '.join(map(str, content))}")
+        state = content[which]
+    elif isinstance(content.get("state_dict"), dict):
+        state = content["state_dict"]
+    wrong = (
+        [str(n) for n, t in state.items() if not isinstance(t, Tensor)] if isinstance(state, dict) else ["all of it"]
+    )
+    if wrong:
+        raise UserError(f"{path} is not laid out as a checkpoint: not a tensor: {', '.join(wrong[:_SHOWN])}")
+    args = content.get("args")
+    facts = _facts(vars(args) if isinstance(args, argparse.Namespace) else {})
+    facts.pop("arch", None)  # the original's names (deit_small) and defaults; the shapes say it
+    return state, facts
+
+
+def _numpy_scalars() -> list[Any]:
+    """What a pickled numpy float64 is made of, under the names of numpy 1 and 2."""
+    import numpy as np
+
+    scalar = np.float64(0).__reduce__()[0]
+    return [
+        (scalar, "numpy.core.multiarray.scalar"),
+        (scalar, "numpy._core.multiarray.scalar"),
+        np.dtype,
+        type(np.dtype(np.float64)),
+    ]
+
+
+# ---- names and sizes ----
+
+
+def _plain_name(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "") if wrapper != "module." else name.removeprefix(wrapper)
+    return name
+
+
+def _facts(config: Any) -> dict[str, Any]:
+    """The entries of `_FACTS` wherever they lie in a nested configuration."""
+    found: dict[str, Any] = {}
+    if isinstance(config, dict):
+        for key, value in config.items():
+            if isinstance(value, dict) and "$tuple" in value:
+                value = value["$tuple"]
+            if isinstance(value, dict):
+                found = {**_facts(value), **found}
+            elif key in _FACTS and value is not None:
+                found[key] = value
+    return found
+
+
+def _sizes(state: dict[str, Tensor], facts: dict[str, Any], path: str | Path) -> dict[str, Any]:
+    """The constructor's arguments that shapes tell."""
+    try:
+        embed_dim, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
+        tokens = state["pos_embed"].shape[1] - 1
+        hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
+    except (KeyError, ValueError, IndexError):
+        near = ", ".join(list(state)[:_SHOWN])
+        raise UserError(
+            f"{path} is not a vision transformer as DINO names it: it lacks patch_embed.proj.weight, pos_embed or "
+            f"blocks.0.mlp.fc1.weight; its first names are {near}"
+        ) from None
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
+    return {
+        "img_size": _img_size(tokens, patch, facts, path),
+        "patch_size": patch,
+        "in_chans": in_chans,
+        "embed_dim": embed_dim,
+        "depth": depth,
+        "mlp_ratio": hidden / embed_dim,
+        "qkv_bias": "blocks.0.attn.qkv.bias" in state,
+    }
+
+
+def _img_size(tokens: int, patch: int, facts: dict[str, Any], path: str | Path) -> tuple[int, int]:
+    for key in ("img_size", "global_size"):
+        size = facts.get(key)
+        sides = (size, size) if isinstance(size, int) else tuple(size or ())
+        if len(sides) == 2 and (sides[0] // patch) * (sides[1] // patch) == tokens:
+            return sides[0] // patch * patch, sides[1] // patch * patch
+    side = round(tokens**0.5)
+    if side * side != tokens:
+        raise UserError(f"{path} has {tokens} position embeddings, not a square, and does not say the image size")
+    return side * patch, side * patch
+
+
+def _heads(options: dict[str, Any], facts: dict[str, Any], path: str | Path) -> int:
+    dim = options["embed_dim"]
+    known = ARCHITECTURES.get(facts.get("arch", ""))
+    heads = facts.get("num_heads") or (known[2] if known and known[0] == dim else 0)
+    if heads or dim % 64 == 0:
+        return int(heads) or dim // 64
+    raise UserError(f"{path} does not say how many heads its blocks of width {dim} have; give num_heads")
+
+
+def _named(sizes: tuple[int, int]) -> str:
+    return "".join(f"; it is a {name}" for name, known in ARCHITECTURES.items() if known[:2] == sizes)
+
+
+def _some(what: str, entries: list[str]) -> list[str]:
+    more = [f"  and {len(entries) - _SHOWN} more"] if len(entries) > _SHOWN else []
+    return [f"  {what}: {entry}" for entry in entries[:_SHOWN]] + more
