@@ -7,6 +7,7 @@ scalars (the original's schedules leave some in its optimizer) and `argparse.Nam
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import pickle
@@ -21,7 +22,6 @@ from torch import Tensor, nn
 from dino_fast.errors import UserError, nearest
 from dino_fast.models import ARCHITECTURES, VisionTransformer
 
-_WRAPPERS = ("module.", "_orig_mod.")  # DistributedDataParallel, torch.compile
 _SHOWN = 6  # lines of each kind in a message
 # Shapes and image statistics that go with the weights; the rest of a configuration is of no use here.
 _FACTS = ("arch", "patch_size", "num_heads", "img_size", "global_size", "in_chans", "mean", "std")
@@ -103,6 +103,7 @@ def export_backbone(backbone: VisionTransformer, path: str | Path, **facts: Any)
     `.safetensors`, or `.pth` for torch.load. Sizes and `facts` (such as `mean` and `std`) go into the safetensors'
     metadata. The file appears whole or not at all.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     path = Path(path)
@@ -123,10 +124,11 @@ def export_backbone(backbone: VisionTransformer, path: str | Path, **facts: Any)
         else:
             save_file(state, temporary, metadata={"dino_fast": json.dumps(facts)})
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    except (OSError, RuntimeError, SafetensorError) as error:  # what the two writers raise on a full disk
+        raise UserError(f"cannot write {path}: {error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
     return path
 
 
@@ -218,7 +220,7 @@ def _read_pickle(path: Path, which: str) -> tuple[dict[str, Tensor], dict[str, A
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # A damaged file raises whatever the damaged byte leads to; none of it is worth a traceback.
-        if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
+        if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
             raise UserError(
                 f"{path} is refused: it holds Python objects other than weights, and loading them could run code. If "
                 "you trust where it comes from, load it with torch yourself and save its state dict alone"
@@ -264,9 +266,8 @@ def _numpy_scalars() -> list[Any]:
 
 
 def _plain_name(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "") if wrapper != "module." else name.removeprefix(wrapper)
-    return name
+    """Without what DistributedDataParallel and torch.compile put into names."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
 
 
 def _facts(config: Any) -> dict[str, Any]:
