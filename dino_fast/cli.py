@@ -1,0 +1,96 @@
+"""The command line: `dino-fast COMMAND [options]`. Only the module of the command that is called is imported."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from dino_fast import __version__
+from dino_fast.errors import UserError, nearest
+
+# Words of a command -> (module with `add_arguments(parser)` and `run(args)`, what the command does).
+COMMANDS = {
+    ("train",): ("dino_fast.engine.command", "pretrain a vision transformer on images without labels"),
+    ("eval", "knn"): ("dino_fast.eval.knn", "classify held-out images by their nearest neighbours' labels"),
+    ("export",): ("dino_fast.models.checkpoints", "write a checkpoint's backbone under the names that timm knows"),
+    ("data", "check"): ("dino_fast.data.check", "read every image and list those that cannot be used"),
+    ("data", "preview"): ("dino_fast.data.preview", "draw the crops that training would see"),
+    ("bench",): ("dino_fast.benchmarks.command", "time the operations beside what else there is"),
+    ("info",): ("dino_fast.info", "versions, devices, and which implementation of each operation runs here"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns its exit status: 0, 2 for what the user can correct, 130 or 143 for a signal."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(words)
+    except UserError as error:
+        print(f"dino-fast: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"dino-fast: {stop or 'interrupted'}", file=sys.stderr)
+        return getattr(stop, "code", 130)
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"dino-fast {__version__}")
+        return 0
+    command, rest = _command(words)
+    module_name, summary = COMMANDS[command]
+    module = importlib.import_module(module_name)
+    parser = argparse.ArgumentParser(prog=" ".join(("dino-fast", *command)), description=summary, allow_abbrev=False)
+    module.add_arguments(parser)
+    args, unknown = parser.parse_known_args(rest)
+    if unknown:
+        options = [option for action in parser._actions for option in action.option_strings]
+        word = unknown[0].partition("=")[0]
+        raise UserError(
+            f"{parser.prog} has no option {word!r}{nearest(word, options) or '.'} '{parser.prog} --help' lists all"
+        )
+    return int(module.run(args) or 0)
+
+
+def _command(words: list[str]) -> tuple[tuple[str, ...], list[str]]:
+    """The command that the words begin with, and the words after it."""
+    for length in (1, 2):
+        if tuple(words[:length]) in COMMANDS:
+            return tuple(words[:length]), words[length:]
+    group = [command[1] for command in COMMANDS if len(command) == 2 and command[0] == words[0]]
+    if group and len(words) > 1 and words[1] not in ("-h", "--help"):
+        raise UserError(
+            f"dino-fast {words[0]} has no {words[1]!r}{nearest(words[1], group) or '.'} There is: {', '.join(group)}"
+        )
+    if group:
+        raise UserError(f"dino-fast {words[0]} needs one of: {', '.join(group)}")
+    names = list(dict.fromkeys(command[0] for command in COMMANDS))
+    raise UserError(
+        f"there is no command {words[0]!r}{nearest(words[0], names) or '.'} Commands: {', '.join(names)} "
+        "('dino-fast --help' explains them)"
+    )
+
+
+def _overview() -> str:
+    width = max(len(" ".join(command)) for command in COMMANDS)
+    lines = [f"  {' '.join(command):<{width}}   {summary}" for command, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: dino-fast COMMAND [options]",
+            "",
+            "Pretrain vision transformers by self-distillation (DINO), with fused kernels.",
+            "",
+            *lines,
+            "",
+            "'dino-fast COMMAND --help' lists a command's options. To begin: dino-fast train",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,408 @@
+"""Everything that can be set about a run: one typed dataclass, of which every field is a command-line option.
+
+Values come from, later ones winning: the defaults (the published ones), a preset, a YAML file, the command line.
+Nothing here imports torch, so `dino-fast train --help` is immediate.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from dino_fast.errors import UserError, nearest
+
+
+def option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
+    """A field of `Config`, with what `--help` says about it."""
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings of a run. Lengths in epochs may be fractions; sizes are pixels; `batch_size` is the global batch."""
+
+    # data
+    data: str = option("demo", "folder, .parquet file, list of files, or 'demo' (ships with the package)")
+    channels: int | None = option(None, "read images as grey (1) or colour (3); by default what the data says")
+    mean: tuple[float, ...] = option((0.485, 0.456, 0.406), "per channel, of pixels in 0..1")
+    std: tuple[float, ...] = option((0.229, 0.224, 0.225), "per channel, of pixels in 0..1")
+    workers: int = option(0, "processes that load data; 0 loads in the training process")
+    max_bad: float = option(0.05, "share of unreadable images that is skipped before the run stops")
+
+    # crops
+    global_size: int = option(224, "side of the two global crops")
+    local_size: int = option(96, "side of the local crops")
+    local_crops: int = option(8, "local crops of an image; 0 trains on the global ones alone")
+    global_scale: tuple[float, float] = option((0.4, 1.0), "share of the image that a global crop covers")
+    local_scale: tuple[float, float] = option((0.05, 0.4), "share of the image that a local crop covers")
+    flip_p: float = option(0.5, "probability of a horizontal flip")
+    jitter_p: float = option(0.8, "probability of colour jitter")
+    jitter: tuple[float, float, float, float] = option(
+        (0.4, 0.4, 0.2, 0.1), "strength: brightness, contrast, saturation, hue"
+    )
+    grey_p: float = option(0.2, "probability of dropping colour")
+    blur_p: tuple[float, float, float] = option((1.0, 0.1, 0.5), "of a blur: first global, second global, local crops")
+    solarize_p: tuple[float, float, float] = option((0.0, 0.2, 0.0), "of solarizing: the same three")
+
+    # model
+    arch: str = option("vit_small", "backbone: vit_tiny, vit_small, vit_base, vit_large")
+    patch_size: int = option(16, "side of a patch")
+    embed_dim: int | None = option(None, "width, instead of the architecture's")
+    depth: int | None = option(None, "blocks, instead of the architecture's")
+    heads: int | None = option(None, "attention heads, instead of the architecture's")
+    drop_path_rate: float = option(0.1, "stochastic depth of the student's last block; linear from 0")
+    out_dim: int = option(65536, "prototypes, K")
+    head_layers: int = option(3, "linear layers of the head before the prototypes")
+    head_hidden_dim: int = option(2048, "width of the head")
+    head_bottleneck_dim: int = option(256, "width of the head's output, of which the prototypes are compared")
+    head_bn: bool = option(False, "batch norm in the head")
+    norm_last_layer: bool = option(True, "keep the prototypes at length 1")
+    init: str = option("published", "weights at the start; xavier suits narrow models", ("published", "xavier"))
+
+    # loss
+    student_temp: float = option(0.1, "the student's temperature")
+    teacher_temp: float = option(0.04, "the teacher's temperature, after its warm-up")
+    warmup_teacher_temp: float = option(0.04, "the teacher's temperature at the start")
+    warmup_teacher_temp_epochs: int = option(0, "epochs of the linear way from the one to the other")
+    center_momentum: float = option(0.9, "how much of the centre is kept at each step")
+    center_init: str = option("zero", "the centre at the start", ("zero", "first_batch"))
+
+    # optimization
+    batch_size: int = option(64, "images of a step, over all processes")
+    accumulate: int = option(1, "parts in which a step's images go through the model, to save memory")
+    epochs: int = option(100, "length of the run, and of its schedules")
+    max_steps: int | None = option(None, "stop after so many steps; the schedules still span the epochs")
+    lr: float = option(0.0005, "learning rate for 256 images; it is scaled with the batch size")
+    min_lr: float = option(1e-6, "learning rate at the end (not scaled)")
+    warmup_epochs: float = option(10.0, "epochs of linear warm-up of the learning rate")
+    weight_decay: float = option(0.04, "at the start")
+    weight_decay_end: float = option(0.4, "at the end, along a cosine")
+    momentum: float = option(0.996, "of the teacher, at the start; 1 at the end, along a cosine")
+    clip_grad: float = option(3.0, "largest norm of each parameter's gradient; 0 does not clip")
+    freeze_last_layer: float = option(1.0, "epochs in which the prototypes stay as they are")
+
+    # evaluation and checkpoints
+    knn_every: float = option(1.0, "epochs between k-NN evaluations on held-out images; 0 for none")
+    knn_k: int = option(20, "neighbours that vote")
+    knn_temperature: float = option(0.07, "of the votes' weights")
+    knn_images: int = option(10_000, "at most so many images on either side of the k-NN evaluation")
+    save_every: float = option(1.0, "epochs between checkpoints")
+    keep: int = option(3, "checkpoints that are kept, beside the best")
+
+    # the run
+    out: str | None = option(None, "run directory; by default a new runs/<date-time>")
+    resume: bool = option(False, "continue the run in --out exactly where its last checkpoint is")
+    seed: int = option(0, "every random draw is a function of it")
+    device: str = option("auto", "where to train", ("auto", "cpu", "cuda"))
+    precision: str = option("auto", "fp32 on a CPU, bf16 on a GPU that has it", ("auto", "fp32", "bf16", "fp16"))
+    keep_freed_memory: bool = option(True, "let the C allocator keep freed memory: no new page faults in every step")
+
+
+# Fields that do not change what the rest of a run computes: a resumed run may be given others.
+FREE_ON_RESUME = (
+    *("data", "workers", "max_bad", "max_steps", "knn_every", "knn_k", "knn_temperature", "knn_images"),
+    *("save_every", "keep", "out", "resume", "device", "keep_freed_memory"),
+)
+# Where and whether to continue is the command's affair and not written into config.yaml.
+_OF_THE_COMMAND = ("out", "resume")
+
+_BOOST: dict[str, Any] = {
+    "epochs": 300,
+    "teacher_temp": 0.07,
+    "warmup_teacher_temp_epochs": 30,
+    "norm_last_layer": False,
+    "batch_size": 1024,  # 16 GPUs with 64 images each
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "demo": {
+        "data": "demo",
+        "mean": (0.286,),
+        "std": (0.353,),
+        "global_size": 28,
+        "local_size": 14,
+        "local_crops": 2,
+        "local_scale": (0.15, 0.5),
+        "jitter": (0.4, 0.4, 0.0, 0.0),  # the images are grey
+        "grey_p": 0.0,
+        "blur_p": (0.0, 0.0, 0.0),  # up to 2 pixels, which is much at this size
+        "solarize_p": (0.0, 0.0, 0.0),
+        "arch": "vit_tiny",
+        "patch_size": 7,
+        "embed_dim": 64,
+        "depth": 3,
+        "heads": 1,
+        "drop_path_rate": 0.0,
+        "init": "xavier",
+        "out_dim": 512,
+        "head_hidden_dim": 256,
+        "head_bottleneck_dim": 64,
+        "teacher_temp": 0.03,
+        "warmup_teacher_temp": 0.03,
+        "center_init": "first_batch",
+        "batch_size": 32,
+        "epochs": 24,
+        "lr": 0.016,  # 0.002 at 32 images
+        "min_lr": 4e-5,
+        "warmup_epochs": 0.64,  # 100 steps
+        "weight_decay_end": 0.04,
+        "momentum": 0.985,
+        "freeze_last_layer": 0.32,  # 50 steps
+        "knn_every": 3.0,
+    },
+    "vit_small_100ep": {"arch": "vit_small", "epochs": 100, "batch_size": 512, "workers": 10},  # 8 GPUs with 64 each
+    "vit_small_boost": {"arch": "vit_small", "workers": 10, **_BOOST},
+    "vit_base": {  # of the released ViT-B/16
+        "arch": "vit_base",
+        "workers": 10,
+        "epochs": 400,
+        "batch_size": 1024,
+        "lr": 0.00075,
+        "min_lr": 2e-6,
+        "teacher_temp": 0.07,
+        "warmup_teacher_temp_epochs": 50,
+        "freeze_last_layer": 3.0,
+        "clip_grad": 0.3,
+        "local_crops": 10,
+        "global_scale": (0.25, 1.0),
+        "local_scale": (0.05, 0.25),
+    },
+}
+
+
+def build_config(
+    given: dict[str, Any] | None = None, *, preset: str | None = None, file: str | Path | None = None
+) -> Config:
+    """The configuration from a preset, a YAML file and `given` values, the later winning; checked.
+
+    Where the data is the demo's and no preset is named, the demo's preset is used. With `resume` the base is the
+    config.yaml of the run in `out`, and only what may change may differ from it. Raises UserError.
+    """
+    given = {name: _typed(name, value, _flag(name)) for name, value in (given or {}).items()}
+    layers = [_read_yaml(Path(file))] if file is not None else []
+    layers.append(given)
+    stored = _stored(layers)
+    if preset is None and stored is None and not any("data" in x and x["data"] != "demo" for x in layers):
+        preset = "demo"
+    if preset is not None:
+        layers.insert(0, _preset(preset))
+    values = dict(stored or {})
+    for layer in layers:
+        if "arch" in layer and values.get("arch") != layer["arch"]:  # another architecture's sizes do not carry over
+            values = {name: value for name, value in values.items() if name not in ("embed_dim", "depth", "heads")}
+        values.update(layer)
+    config = Config(**values)
+    validate(config)
+    return config
+
+
+def load_config(path: str | Path) -> Config:
+    """The configuration in a YAML file (a run's config.yaml, say) over the defaults."""
+    config = Config(**_read_yaml(Path(path)))
+    validate(config)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """What config.yaml holds: every field but `out` and `resume`, which belong to the command."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in _OF_THE_COMMAND}
+
+
+def check_same(before: Config, now: Config) -> None:
+    """Raise UserError naming the settings with which a resumed run would be another one."""
+    changed = [f.name for f in fields(Config) if f.name not in FREE_ON_RESUME and _of(before, f) != _of(now, f)]
+    if changed:
+        named = ", ".join(f"{name} {getattr(before, name)!r} -> {getattr(now, name)!r}" for name in changed)
+        raise UserError(
+            f"--resume cannot continue the run in {now.out} with other settings ({named}). Leave them out to continue "
+            "it as it was, or start a new run with another --out"
+        )
+
+
+def _of(config: Config, one: dataclasses.Field[Any]) -> Any:
+    return getattr(config, one.name)
+
+
+def stored_config(config: Config) -> Config | None:
+    """The configuration of the run that `config` resumes; None where nothing is resumed or nothing is there yet."""
+    if not config.resume or config.out is None:
+        return None
+    path = Path(config.out) / "config.yaml"
+    return Config(**_read_yaml(path)) if path.exists() else None
+
+
+def _stored(layers: list[dict[str, Any]]) -> dict[str, Any] | None:
+    asked: dict[str, Any] = {}
+    for layer in layers:
+        asked.update({name: layer[name] for name in _OF_THE_COMMAND if name in layer})
+    stored = stored_config(Config(**asked))
+    return None if stored is None else to_dict(stored)
+
+
+def _preset(name: str) -> dict[str, Any]:
+    if name not in PRESETS:
+        raise UserError(f"there is no preset {name!r}{nearest(name, PRESETS) or '.'} Presets: {', '.join(PRESETS)}")
+    return {key: _typed(key, value, f"preset {name}: {key}") for key, value in PRESETS[name].items()}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the configuration {path}: {getattr(error, 'strerror', None) or error}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}; expected lines such as 'batch_size: 64'")
+    return {str(name): _typed(str(name), value, f"{path}: {name}") for name, value in values.items()}
+
+
+# ---- types ----
+
+_HINTS = typing.get_type_hints(Config)
+
+
+def _typed(name: str, value: Any, where: str) -> Any:
+    """`value` as the field's type, or a UserError naming `where`, what was given and what is accepted."""
+    if name not in _HINTS:
+        raise UserError(
+            f"{where}: there is no such setting{nearest(name, _HINTS) or '.'} 'dino-fast train --help' lists all"
+        )
+    try:
+        return _convert(_HINTS[name], value)
+    except (TypeError, ValueError):
+        raise UserError(f"{where} is {value!r}; expected {_describe(_HINTS[name])}") from None
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    if isinstance(hint, types.UnionType):  # X | None
+        return None if value is None else _convert(typing.get_args(hint)[0], value)
+    if typing.get_origin(hint) is tuple:
+        kinds = typing.get_args(hint)
+        if not isinstance(value, list | tuple) or (kinds[-1] is not ... and len(value) != len(kinds)) or not value:
+            raise TypeError
+        return tuple(_convert(kinds[0], item) for item in value)
+    if hint is float and isinstance(value, int | str) and not isinstance(value, bool):
+        return float(value)  # YAML reads 1e-3 as text
+    if hint is str and isinstance(value, Path):
+        return str(value)
+    if type(value) is not hint:
+        raise TypeError
+    return value
+
+
+def _describe(hint: Any) -> str:
+    if isinstance(hint, types.UnionType):
+        return f"{_describe(typing.get_args(hint)[0])}, or null"
+    if typing.get_origin(hint) is tuple:
+        kinds = typing.get_args(hint)
+        return "a list of numbers" if kinds[-1] is ... else f"a list of {len(kinds)} numbers"
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[hint]
+
+
+# ---- the command line ----
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One option a field, without defaults, so that only what was given is in the namespace."""
+    parser.add_argument("--preset", metavar="NAME", help=f"a recipe to start from: {', '.join(PRESETS)}")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; the command line wins over it")
+    for one in fields(Config):
+        hint, text = _HINTS[one.name], one.metadata["help"].replace("%", "%%")
+        shown = " ".join(map(str, one.default)) if isinstance(one.default, tuple) else one.default
+        default = "" if one.default is None or (hint is bool and not one.default) else f" (default: {shown})"
+        keywords: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text + default}
+        if hint is bool:
+            parser.add_argument(_flag(one.name), action=argparse.BooleanOptionalAction, **keywords)
+            continue
+        if typing.get_origin(hint) is tuple:
+            kinds = typing.get_args(hint)
+            keywords["nargs"], hint = ("+" if kinds[-1] is ... else len(kinds)), kinds[0]
+        plain: Callable[[str], Any] = typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
+        keywords |= {"type": plain, "metavar": {int: "N", float: "X", str: "TEXT"}[plain]}  # type: ignore[index]
+        if one.metadata["choices"]:
+            keywords |= {"metavar": "|".join(one.metadata["choices"])}
+        parser.add_argument(_flag(one.name), **keywords)
+
+
+def from_arguments(args: argparse.Namespace) -> Config:
+    """The configuration that a parsed command line asks for."""
+    given = {name: value for name, value in vars(args).items() if name in _HINTS}
+    return build_config(given, preset=args.preset, file=args.config)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+# ---- checks, before any time is spent ----
+
+
+def validate(config: Config) -> None:
+    """Raise UserError for the first setting that cannot work, naming it, its value and what is accepted."""
+    for one in fields(Config):
+        value, choices = getattr(config, one.name), one.metadata["choices"]
+        if choices and value not in choices:
+            raise UserError(
+                f"{_flag(one.name)} is {value!r}{nearest(value, choices) or '.'} Accepted: {', '.join(choices)}"
+            )
+    for accepted, holds, names in _RULES:
+        for name in names.split():
+            value = getattr(config, name)
+            if value is not None and not all(map(holds, value if isinstance(value, tuple) else (value,))):
+                raise UserError(f"{_flag(name)} is {value}; it must be {accepted}")
+    for size in ("global_size", "local_size") if config.local_crops else ("global_size",):
+        if getattr(config, size) % config.patch_size:
+            value = getattr(config, size)
+            low = value // config.patch_size * config.patch_size
+            raise UserError(
+                f"{_flag(size)} is {value}, which patches of {config.patch_size} do not tile; "
+                f"give {f'{low} or ' if low else ''}{low + config.patch_size}, or another --patch-size"
+            )
+    for name in ("global_scale", "local_scale"):
+        low, high = getattr(config, name)
+        if not low <= high:
+            raise UserError(f"{_flag(name)} is {low} {high}; give the smaller share first")
+    if config.batch_size % config.accumulate:
+        raise UserError(f"--accumulate {config.accumulate} does not divide --batch-size {config.batch_size}")
+    if config.embed_dim and config.heads and config.embed_dim % config.heads:
+        raise UserError(f"--embed-dim {config.embed_dim} is not a multiple of --heads {config.heads}")
+
+
+_Rule = tuple[str, Callable[[Any], bool], str]
+_RULES: tuple[_Rule, ...] = (
+    (
+        "1 or more",
+        lambda x: x >= 1,
+        "patch_size global_size local_size embed_dim depth heads out_dim head_layers head_hidden_dim "
+        "head_bottleneck_dim batch_size accumulate epochs max_steps knn_k knn_images keep",
+    ),
+    (
+        "0 or more",
+        lambda x: 0 <= x < float("inf"),
+        "workers local_crops min_lr warmup_epochs weight_decay weight_decay_end clip_grad freeze_last_layer knn_every "
+        "warmup_teacher_temp_epochs jitter seed",
+    ),
+    (
+        "above 0",
+        lambda x: 0 < x < float("inf"),
+        "lr student_temp teacher_temp warmup_teacher_temp knn_temperature save_every std",
+    ),
+    (
+        "between 0 and 1",
+        lambda x: 0 <= x <= 1,
+        "momentum center_momentum flip_p jitter_p grey_p blur_p solarize_p max_bad",
+    ),
+    ("above 0 and at most 1", lambda x: 0 < x <= 1, "global_scale local_scale"),
+    ("at least 0 and below 1", lambda x: 0 <= x < 1, "drop_path_rate"),
+    ("1 or 3", lambda x: x in (1, 3), "channels"),
+)

@@ -1,0 +1,455 @@
+"""The training run: data, the loop, evaluation, checkpoints, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+
+from dino_fast.augment import MultiCrop
+from dino_fast.backends import native_missing
+from dino_fast.data import Batch, Source, Subset, TrainLoader, eval_batches, open_source, split, train_loader
+from dino_fast.engine import checkpoint
+from dino_fast.engine.config import Config, check_same, stored_config, to_dict, validate
+from dino_fast.engine.monitor import Health, Progress, memory
+from dino_fast.engine.run import Run, open_run
+from dino_fast.engine.schedules import Rates, Schedules
+from dino_fast.engine.step import Learner, NonFiniteLoss, build_learner, learner_state, restore_learner, train_step
+from dino_fast.errors import UserError
+
+T = TypeVar("T")
+# Saving takes at most this share of the time, however short the epochs are.
+SAVE_SHARE = 0.1
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM ended the run after it was saved; `code` is the exit status that shells expect."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.code = 128 + number
+
+
+def train(config: Config) -> Path:
+    """Train as configured; returns the run directory. Raises UserError, and Interrupted after Ctrl-C or SIGTERM."""
+    validate(config)
+    device = choose_device(config.device)
+    precision = choose_precision(config.precision, device)
+    stored = stored_config(config)
+    if stored is not None:
+        check_same(stored, config)
+    if config.keep_freed_memory and native_missing() is None:
+        from dino_fast import _C
+
+        _C.keep_freed_memory()
+    data = open_data(config)
+    loader = make_loader(config, data.train, device)
+    learner = build_learner(config, data.train.channels, device, precision)
+    with open_run(Path(config.out) if config.out else None, to_dict(config), config.resume) as run, Stop() as stop:
+        job = Job(config, data, loader, run, learner, stop)
+        if resume(job):
+            loop(job)
+        finish(job)
+        return run.path
+
+
+# ---- the loop ----
+
+
+def loop(job: Job) -> None:
+    """From the job's step to its end: the whole of a run but its beginning and its end."""
+    introduce(job)
+    before = knn(job) if job.step == 0 else {}  # of the untrained weights, on the first line
+    with job.progress:
+        for batch, clock in timed(job):
+            rates = job.schedules.at(job.step)
+            metrics = guarded_step(job, batch, rates)  # forward, loss, backward, clip, AdamW, teacher, centre
+            job.step += 1
+            metrics |= clock()
+            measured = knn(job) if job.knn_is_due() else {}
+            record(job, batch, rates, metrics | before | measured)
+            before = {}
+            if job.save_is_due(measured) or job.stop.number is not None:
+                save(job, measured)
+            if job.stop.number is not None:
+                raise Interrupted(job.stop.number, f"interrupted at step {job.step} and saved. {how_to_resume(job)}")
+
+
+@dataclass
+class Job:
+    """A run under way."""
+
+    config: Config
+    data: Data
+    loader: TrainLoader
+    run: Run
+    learner: Learner
+    stop: Stop
+    step: int = 0  # optimizer steps done
+    best: float = -1.0  # the teacher's highest k-NN accuracy
+    saved: int = -1  # step of the last checkpoint
+    saved_at: float = field(default_factory=time.monotonic)
+    save_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        config, device = self.config, str(self.learner.device)
+        self.schedules = Schedules(config, self.loader.batches_per_epoch)
+        self.end = min(self.schedules.steps, config.max_steps or self.schedules.steps)
+        self.progress = Progress(self.end, device=device)
+        patience = max(200, self.schedules.freeze_steps + self.schedules.warmup_steps)
+        self.health = Health(config.out_dim, patience=patience, workers=config.workers, device=device)
+        self.loader.on_bad = self.say
+
+    def say(self, text: str) -> None:
+        """To the console and to log.txt."""
+        self.progress.message(text)
+        self.run.note(text)
+
+    def _every(self, epochs: float) -> bool:
+        return epochs > 0 and self.step % max(1, round(epochs * self.loader.batches_per_epoch)) == 0
+
+    def knn_is_due(self) -> bool:
+        """Every so many epochs and at the end; the first step's line has the measurement before any update."""
+        due = self.step == self.end or self._every(self.config.knn_every)
+        return self.step > 1 and self.config.knn_every > 0 and due
+
+    def save_is_due(self, measured: dict[str, float]) -> bool:
+        """At the end, at a new best, and every so many epochs, where saving does not become a burden."""
+        if self.step == self.end or measured.get("knn", -1.0) > self.best:
+            return True
+        waited = time.monotonic() - self.saved_at
+        return self._every(self.config.save_every) and waited * SAVE_SHARE >= self.save_seconds
+
+
+def guarded_step(job: Job, batch: Batch, rates: Rates) -> dict[str, float]:
+    """`train_step`, which for a loss that is not finite stops the run and leaves the evidence."""
+    try:
+        return train_step(job.learner, batch, rates, job.step)
+    except NonFiniteLoss as error:
+        from safetensors.torch import save_file
+
+        path = job.run.path / f"nonfinite-step-{job.step:08d}.safetensors"
+        inputs = {"global_crops": batch.global_crops, "local_crops": batch.local_crops, "index": batch.index}
+        weights = {f"student/{name}": value for name, value in job.learner.student.state_dict().items()}
+        save_file({name: value.detach().cpu().contiguous() for name, value in (inputs | weights).items()}, path)
+        raise UserError(
+            f"the loss of step {job.step} is {error}. The step's crops, the images' numbers and the student's weights "
+            f"are in {path}; checkpoints are as they were. Try a lower --lr, a longer --warmup-epochs, or --precision "
+            "fp32, and look for odd images with 'dino-fast data check'"
+        ) from error
+
+
+def record(job: Job, batch: Batch, rates: Rates, metrics: dict[str, float]) -> None:
+    """One line of metrics.jsonl, the progress bar, and advice where something goes wrong."""
+    row = {
+        "step": job.step - 1,  # updates that the weights of this loss had seen
+        "epoch": batch.epoch,
+        **metrics,
+        "lr": rates.lr,
+        "weight_decay": rates.weight_decay,
+        "momentum": rates.momentum,
+        "teacher_temp": rates.teacher_temp,
+        "memory": memory(str(job.learner.device)),
+    }
+    job.run.log(row)
+    job.progress.update(row | {"step": job.step})
+    for advice in job.health.check(row):
+        job.say(advice)
+
+
+def timed(job: Job) -> Iterator[tuple[Batch, Any]]:
+    """Batches, each with a function that tells, after the step, its images a second and its share of waiting."""
+    batches = batches_from_here(job)
+    while job.step < job.end:
+        asked = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            return
+        got = time.perf_counter()
+
+        def clock(asked: float = asked, got: float = got) -> dict[str, float]:
+            whole = time.perf_counter() - asked
+            return {"images_per_second": job.config.batch_size / whole, "data_wait": (got - asked) / whole}
+
+        yield batch, clock
+
+
+def batches_from_here(job: Job) -> Iterator[Batch]:
+    """The loader's batches from the job's step on."""
+    job.loader.start = divmod(job.step, job.loader.batches_per_epoch)
+    batches = iter(job.loader)
+    with signals_held():  # workers are forked here and keep this: a Ctrl-C for the whole group is this process's affair
+        first = next(batches, None)
+    if first is not None:
+        yield first
+        yield from batches
+
+
+# ---- data ----
+
+
+@dataclass
+class Data:
+    """The images of a run; `bank` and `test` are None where k-NN is not measured, for the reason in `why`."""
+
+    train: Source
+    bank: Source | None = None
+    test: Source | None = None
+    why: str = ""
+
+
+def open_data(config: Config) -> Data:
+    """Opens the images; holds some out for k-NN where they have labels and no held-out part of their own."""
+    source = open_source(config.data)
+    if config.channels is not None:
+        for part in (source, source.test):
+            if part is not None:
+                part.channels = config.channels
+    if config.knn_every == 0:
+        return Data(source, why="k-NN evaluation is off (knn_every 0)")
+    if not labelled(source):
+        return Data(source, why="no k-NN evaluation: the images have no labels (class sub-folders give them labels)")
+    training, test = split(source)
+    if not labelled(test):
+        return Data(training, why="no k-NN evaluation: the held-out images have no labels")
+    return Data(training, sample(training, config.knn_images), sample(test, config.knn_images))
+
+
+def labelled(source: Source) -> bool:
+    return source.labels is not None and bool((source.labels >= 0).any())
+
+
+def sample(source: Source, count: int) -> Source:
+    """At most `count` images, always the same ones."""
+    if len(source) <= count:
+        return source
+    return Subset(source, np.sort(np.random.default_rng(0).permutation(len(source))[:count]))
+
+
+def make_loader(config: Config, source: Source, device: torch.device) -> TrainLoader:
+    colour = source.channels == 3 and len(config.mean) == 3
+    crops = MultiCrop(
+        global_size=config.global_size,
+        local_size=config.local_size,
+        n_local=config.local_crops,
+        global_scale=config.global_scale,
+        local_scale=config.local_scale,
+        flip_p=config.flip_p,
+        jitter_p=config.jitter_p,
+        jitter=config.jitter,
+        grey_p=config.grey_p,
+        blur_p=config.blur_p,
+        solarize_p=config.solarize_p,
+        mean=config.mean,
+        std=config.std,
+    )
+    if not colour:
+        crops.statistics(source.channels)  # refuses means that do not fit, before anything is written
+    return train_loader(
+        source,
+        crops,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        workers=config.workers,
+        epochs=config.epochs,
+        max_bad=config.max_bad,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "--device cuda: PyTorch finds no GPU here ('dino-fast info' tells what it finds); use --device cpu"
+        )
+    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    if name != "auto":
+        return name
+    if device.type == "cpu":
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+# ---- evaluation ----
+
+
+def knn(job: Job) -> dict[str, float]:
+    """k-NN accuracy on held-out images: `knn` of the teacher, `knn_student`; empty without labels or after a signal."""
+    data, config, learner = job.data, job.config, job.learner
+    if data.bank is None or data.test is None:
+        return {}
+    from dino_fast.eval.knn import extract_features, knn_accuracy
+
+    found: dict[str, float] = {}
+    for name, model in (("knn", learner.teacher), ("knn_student", learner.student)):
+        parts = []
+        for source in (data.bank, data.test):
+            batches = eval_batches(source, config.global_size, config.mean, config.std)
+            try:
+                parts.append(extract_features(model.backbone, job.stop.watch(batches)))
+            except Halted:
+                return {}
+        (bank, bank_labels), (queries, labels) = ((x[y >= 0], y[y >= 0]) for x, y in parts)
+        k = min(config.knn_k, len(bank))
+        top1, _ = knn_accuracy(bank, bank_labels, queries, labels, k=k, temperature=config.knn_temperature)
+        found[name] = float(top1)
+    job.say(
+        f"step {job.step}: k-NN (k={k}, temperature {config.knn_temperature:g}, {len(queries)} held-out images): "
+        f"teacher {found['knn']:.1%}, student {found['knn_student']:.1%}"
+    )
+    return found
+
+
+# ---- beginning, checkpoints, end ----
+
+
+def introduce(job: Job) -> None:
+    config, learner = job.config, job.learner
+    count = sum(p.numel() for p in learner.student.backbone.parameters())
+    head = sum(p.numel() for p in learner.student.head.parameters())
+    precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[learner.autocast]
+    job.say(
+        f"{config.arch}/{config.patch_size} ({count / 1e6:.2f} M weights, head {head / 1e6:.2f} M, "
+        f"K = {config.out_dim}), {len(job.data.train)} images of {config.data}, "
+        f"{job.loader.batches_per_epoch} steps an epoch, {config.epochs} epochs, "
+        f"{learner.device} {precision}, in {job.run.path}"
+    )
+    for note in (*job.schedules.notes(), job.data.why):
+        if note:
+            job.say(f"note: {note}")
+
+
+def resume(job: Job) -> bool:
+    """Puts the job where its last whole checkpoint is. False where the run was already finished."""
+    if not job.config.resume:
+        return True
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        loaded = checkpoint.load(job.run.checkpoints)
+    for warning in caught:
+        job.say(f"note: {warning.message}")
+    if loaded is None:
+        job.run.cut_back(-1)
+        job.say(f"{job.run.path} has no whole checkpoint yet: starting over")
+        return True
+    job.step, state = loaded
+    if state["images"] != len(job.data.train):
+        raise UserError(
+            f"the run in {job.run.path} trains on {state['images']} images, and {job.config.data} has "
+            f"{len(job.data.train)}; give the same images with --data, or start a new run with another --out"
+        )
+    restore_learner(job.learner, state, str(job.run.path))
+    job.best, job.saved = state["best"], job.step
+    if job.step >= job.end:
+        job.say(f"the run in {job.run.path} is finished: {job.step} steps of {job.end}")
+        return False
+    job.run.cut_back(job.step - 1)
+    job.progress = Progress(job.end, start=job.step, device=str(job.learner.device))
+    job.say(f"continuing at step {job.step} of {job.end}")
+    return True
+
+
+def save(job: Job, measured: dict[str, float]) -> None:
+    """A checkpoint, and the best one where the k-NN accuracy is the highest so far."""
+    began = time.monotonic()
+    is_best = measured.get("knn", -1.0) > job.best
+    job.best = max(job.best, measured.get("knn", -1.0))
+    state = {
+        **learner_state(job.learner),
+        "config": to_dict(job.config),
+        "images": len(job.data.train),
+        "num_heads": job.learner.teacher.backbone.num_heads,
+        "best": job.best,
+    }
+    checkpoint.save(job.run.checkpoints, job.step, state, keep=job.config.keep)
+    if is_best:
+        checkpoint.mark_best(job.run.checkpoints, job.step)
+    job.saved, job.saved_at = job.step, time.monotonic()
+    job.save_seconds = job.saved_at - began
+
+
+def finish(job: Job) -> None:
+    """Exports the teacher's backbone and says what there is and what to do with it."""
+    from dino_fast.models import VisionTransformer
+    from dino_fast.models.checkpoints import export_backbone
+
+    path = job.run.path
+    export_backbone(
+        cast(VisionTransformer, job.learner.teacher.backbone),
+        job.run.export / "teacher.safetensors",
+        mean=list(job.config.mean),
+        std=list(job.config.std),
+    )
+    best = f" (best k-NN {job.best:.1%} in checkpoints/best)" if job.best >= 0 else ""
+    job.say(
+        f"finished at step {job.step}{best}. Written to {path}:\n"
+        "  export/teacher.safetensors   the trained backbone\n"
+        "  checkpoints/                 to continue from, or to evaluate\n"
+        "  metrics.jsonl, events.out.*  every step's numbers, for you and for TensorBoard\n"
+        "  config.yaml                  the settings, to repeat it\n"
+        f"Try next: dino-fast eval knn --checkpoint {path} --data {job.config.data}"
+    )
+
+
+def how_to_resume(job: Job) -> str:
+    return f"Continue with: dino-fast train --resume --out {job.run.path}"
+
+
+# ---- signals ----
+
+
+class Halted(Exception):
+    """A signal came during an evaluation."""
+
+
+class Stop:
+    """Ctrl-C and SIGTERM set `number`, which the loop reads between steps; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():  # the only one that may
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.number = number
+        self.__exit__()
+
+    def watch(self, items: Iterable[T]) -> Iterator[T]:
+        """The items; Halted once a signal came."""
+        for item in items:
+            if self.number is not None:
+                raise Halted
+            yield item
+
+
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Delivers signals at the end; processes that are started in between never get them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -1,0 +1,108 @@
+"""What changes from step to step: learning rate, weight decay, the teacher's momentum and temperature, the freeze."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dino_fast.engine.config import Config
+
+
+@dataclass(frozen=True)
+class Rates:
+    """The values of one step."""
+
+    lr: float
+    weight_decay: float
+    momentum: float
+    teacher_temp: float
+    frozen: bool  # the last layer stays as it is
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """The published schedules of a run of `config.epochs` epochs of `steps_per_epoch` optimizer steps."""
+
+    config: Config
+    steps_per_epoch: int
+
+    @property
+    def steps(self) -> int:
+        """Steps that the schedules span."""
+        return self.config.epochs * self.steps_per_epoch
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of warm-up; where it is longer than the run, a tenth of the run (the published: 10 of 100 epochs)."""
+        wanted = self._count(self.config.warmup_epochs)
+        return wanted if wanted <= self.steps else self.steps // 10
+
+    @property
+    def freeze_steps(self) -> int:
+        return self._count(self.config.freeze_last_layer)
+
+    def at(self, step: int) -> Rates:
+        """The values of step `step`, counted from 0."""
+        config, end = self.config, self.steps
+        return Rates(
+            lr=cosine(step, config.lr * config.batch_size / 256, config.min_lr, end, self.warmup_steps),
+            weight_decay=cosine(step, config.weight_decay, config.weight_decay_end, end),
+            momentum=cosine(step, config.momentum, 1.0, end),
+            teacher_temp=self.teacher_temp(step // self.steps_per_epoch),
+            frozen=step < self.freeze_steps,
+        )
+
+    def teacher_temp(self, epoch: int) -> float:
+        """Constant within an epoch; linear over the warm-up's epochs, of which the last has the final value."""
+        config = self.config
+        warmup = min(config.warmup_teacher_temp_epochs, config.epochs)
+        if epoch >= warmup:
+            return config.teacher_temp
+        share = epoch / (warmup - 1) if warmup > 1 else 0.0
+        return config.warmup_teacher_temp + (config.teacher_temp - config.warmup_teacher_temp) * share
+
+    def notes(self) -> list[str]:
+        """What to tell about a run that is shorter than what was asked of its schedules."""
+        config, notes = self.config, []
+        if config.warmup_epochs > config.epochs:
+            notes.append(
+                f"the warm-up of {config.warmup_epochs:g} epochs is longer than the run of {config.epochs}: shortened "
+                f"to {self.warmup_steps} of its {self.steps} steps"
+            )
+        if config.warmup_teacher_temp_epochs > config.epochs:
+            notes.append(
+                f"the teacher temperature's warm-up of {config.warmup_teacher_temp_epochs} epochs is longer than the "
+                f"run: shortened to its {config.epochs}"
+            )
+        if config.freeze_last_layer >= config.epochs:
+            notes.append(
+                f"the last layer stays frozen for the whole run (freeze_last_layer {config.freeze_last_layer:g})"
+            )
+        stop = config.max_steps
+        if stop is not None and stop < self.steps:
+            text = f"stops at step {stop} of the {self.steps} that the schedules span ({config.epochs} epochs)"
+            if stop < self.warmup_steps:
+                text += (
+                    f", within the learning rate's warm-up of {self.warmup_steps} steps; for a short run with whole "
+                    "schedules use --epochs and --warmup-epochs"
+                )
+            notes.append(text)
+        elif stop is not None and stop > self.steps:
+            notes.append(
+                f"ends after {self.steps} steps ({config.epochs} epochs), before max_steps {stop}; see --epochs"
+            )
+        return notes
+
+    def _count(self, epochs: float) -> int:
+        return round(epochs * self.steps_per_epoch)
+
+
+def cosine(step: int, start: float, end: float, steps: int, warmup: int = 0) -> float:
+    """Linear from 0 to `start` over `warmup` steps (both ends included), then half a cosine towards `end`.
+
+    The value of step `step` of `steps`; `end` itself would be that of step `steps`, as published.
+    """
+    if step < warmup:
+        return start * step / max(warmup - 1, 1)
+    share = min(1.0, (step - warmup) / max(steps - warmup, 1))
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * share))
