@@ -65,7 +65,7 @@ def dino_loss(
     if problem is not None:
         raise ValueError(f"dino_loss: {problem}")
     differentiable = student.requires_grad and torch.is_grad_enabled()
-    loss, teacher_mean, teacher_entropy, _, _ = torch.ops.dino_fast.dino_loss(
+    loss, teacher_mean, teacher_entropy, *_ = torch.ops.dino_fast.dino_loss(
         student, teacher.detach(), center.detach(), student_temp, teacher_temp, differentiable, backend
     )
     return DinoLoss(loss, teacher_mean, teacher_entropy)
@@ -119,8 +119,10 @@ def dino_loss_reference(
 
 
 # --- the operator ---------------------------------------------------------------------------------------------------
-# `gradient` is for an upstream gradient of 1 and empty where none is written; `row_statistics` [2, 2 + V, B] holds each
-# row's maximum and sum of exponentials, the teacher's two crops first. Both are for the backward alone.
+# For the backward alone: `gradient`, for an upstream gradient of 1, empty where none is written; `row_statistics`
+# [2, 2 + V, B], each row's maximum and sum of exponentials, the teacher's two crops first; `kept_center` [K], a copy of
+# the centre where the backward will need it, or empty. (Copied here, not when the context is set up: there
+# torch.compile drops the copy, and the backward would see the centre that the next update writes in place.)
 
 
 @torch.library.custom_op("dino_fast::dino_loss", mutates_args=())
@@ -132,9 +134,13 @@ def _operator(
     teacher_temp: float,
     differentiable: bool,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     chosen = choose("dino_loss", student, teacher, backend=backend)
-    return FORWARD[chosen](student, teacher, center, student_temp, teacher_temp, differentiable)
+    outputs = FORWARD[chosen](student, teacher, center, student_temp, teacher_temp, differentiable)
+    kept_center = outputs[-1]
+    if kept_center.numel() > 0:
+        kept_center.copy_(center)
+    return outputs
 
 
 @_operator.register_fake
@@ -152,6 +158,7 @@ def _empty_outputs(student: Tensor, teacher: Tensor, differentiable: bool) -> tu
         student.new_empty((), dtype=result),
         student.new_empty((V, B, K) if written else (0,)),
         student.new_empty((2, TEACHER_CROPS + V, B), dtype=result),
+        student.new_empty((K,) if differentiable and not written else (0,), dtype=result),
     )
 
 
@@ -182,9 +189,10 @@ def _(student, teacher, center, row_statistics, upstream, student_temp, teacher_
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    student, teacher, center, student_temp, teacher_temp, differentiable, backend = inputs
-    _, teacher_mean, teacher_entropy, gradient, row_statistics = output
-    ctx.mark_non_differentiable(teacher_mean, teacher_entropy, gradient, row_statistics)
+    student, teacher, _, student_temp, teacher_temp, differentiable, backend = inputs
+    _, *others = output
+    gradient, row_statistics, kept_center = others[2:]
+    ctx.mark_non_differentiable(*others)
     ctx.set_materialize_grads(False)
     ctx.differentiable = differentiable
     ctx.written = gradient_is_written_forward(student)
@@ -192,7 +200,7 @@ def _setup_context(ctx, inputs, output) -> None:
     if ctx.written:
         ctx.save_for_backward(gradient)
     else:
-        ctx.save_for_backward(student, teacher, center.clone(), row_statistics)  # DINOLoss updates its centre in place
+        ctx.save_for_backward(student, teacher, kept_center, row_statistics)
 
 
 def _backward(ctx, upstream, *unused):
@@ -260,7 +268,7 @@ register(
 def _reference_forward(student, teacher, center, student_temp, teacher_temp, differentiable):
     temps = {"student_temp": student_temp, "teacher_temp": teacher_temp}
     loss, teacher_mean, teacher_entropy = dino_loss_reference(student, teacher, center, **temps)
-    *_, gradient, row_statistics = _empty_outputs(student, teacher, differentiable)
+    *_, gradient, row_statistics, kept_center = _empty_outputs(student, teacher, differentiable)
     if gradient.numel() > 0:
         gradient.copy_(_reference_gradient(student, teacher, center, None, torch.ones_like(loss), **temps))
     dtype = row_statistics.dtype
@@ -269,7 +277,7 @@ def _reference_forward(student, teacher, center, student_temp, teacher_temp, dif
         maxima = logits.amax(-1)
         statistics[0] = maxima
         statistics[1] = ((logits - maxima[:, None]) / temp).exp().sum(-1)
-    return loss, teacher_mean, teacher_entropy, gradient, row_statistics
+    return loss, teacher_mean, teacher_entropy, gradient, row_statistics, kept_center
 
 
 def _reference_gradient(student, teacher, center, row_statistics, upstream, student_temp, teacher_temp):
@@ -292,7 +300,7 @@ def _native_forward(student, teacher, center, student_temp, teacher_temp, differ
     outputs = _empty_outputs(student, teacher, differentiable)
     problem, _alive = _native_problem(student, teacher, center, student_temp, teacher_temp)
     addresses = [output.data_ptr() for output in outputs]  # of an empty tensor: 0, "no gradient wanted"
-    loss, mean, entropy, gradient, row_statistics = addresses
+    loss, mean, entropy, gradient, row_statistics, _ = addresses
     _C.dino_loss_forward(*problem, loss, mean, entropy, row_statistics, gradient)
     return outputs
 

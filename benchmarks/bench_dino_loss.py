@@ -1,0 +1,100 @@
+"""`dino_loss`, forward and backward on logits, beside the loss as the original writes it and the einsum of later codes.
+
+Floor: reading the logits once and writing the student's gradient once, (2V + 2) e B K bytes for e bytes a logit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dino_fast.loss import dino_loss
+from dino_fast.ops.dino_loss import dino_loss_reference
+
+from .harness import Comparison, Contender, Row, peer, run_all
+from .original.loss import DINOLoss as OriginalLoss
+from .original.loss import einsum_dino_loss
+
+TEMPS = {"student_temp": 0.1, "teacher_temp": 0.04}
+# (B, V, K), dtype. The first is the shape that the bars are set for; the others: no local crops, half precision, wide.
+CASES = (
+    ((16, 10, 65536), torch.float32),
+    ((16, 10, 65536), torch.bfloat16),
+    ((32, 10, 4096), torch.float32),
+    ((32, 2, 65536), torch.float32),
+)
+QUICK = (((4, 10, 4096), torch.float32),)
+
+
+def comparisons(quick: bool = False) -> Iterator[Comparison]:
+    for (B, V, K), dtype in QUICK if quick else CASES:
+        yield _comparison(B, V, K, dtype)
+
+
+def _comparison(B: int, V: int, K: int, dtype: torch.dtype) -> Comparison:
+    generator = torch.Generator().manual_seed(0)
+    # cosines of a trained head spread over a few tenths
+    student = (0.3 * torch.randn(V, B, K, generator=generator)).to(dtype).requires_grad_()
+    teacher = (0.3 * torch.randn(2, B, K, generator=generator)).to(dtype)
+    center = 0.05 * torch.randn(K, generator=generator)
+
+    def forward_backward(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], tuple[Tensor, Tensor]]:
+        def call() -> tuple[Tensor, Tensor]:
+            value = loss(student, teacher, center)
+            return value, torch.autograd.grad(value, student)[0]
+
+        return call
+
+    module = OriginalLoss(K, V, 0.04, 0.04, 0, 1)
+
+    def original(s: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        module.center = c[None]
+        return module(s.flatten(0, 1), t.flatten(0, 1), 0)
+
+    def einsum(s: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        return einsum_dino_loss(s.float(), t.float(), c, **TEMPS)
+
+    def ours(s: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        return dino_loss(s, t, c, **TEMPS)
+
+    def make_lightly(lightly: Any) -> Callable[[], tuple[Tensor, Tensor]]:
+        peer_loss = lightly.DINOLoss(output_dim=K, warmup_teacher_temp=0.04, teacher_temp=0.04)
+
+        def lightly_loss(s: Tensor, t: Tensor, c: Tensor) -> Tensor:
+            getattr(peer_loss.center, "value", peer_loss.center).data = c.view(1, 1, K)
+            return peer_loss(list(t.unbind(0)), list(s.unbind(0)), epoch=0)
+
+        return forward_backward(lightly_loss)
+
+    def exact() -> tuple[Tensor, Tensor]:
+        leaf = student.detach().double().requires_grad_()
+        value = dino_loss_reference(leaf, teacher.double(), center.double(), **TEMPS).loss
+        return value.detach(), torch.autograd.grad(value, leaf)[0]
+
+    return Comparison(
+        operation="dino_loss",
+        shape=f"B{B} V{V} K{K}",
+        dtype=str(dtype).removeprefix("torch."),
+        reference=exact,
+        floor_bytes=(2 * V + 2) * student.element_size() * B * K,
+        output_bytes=student.nbytes,  # the gradient, which every contender must write
+        contenders=[
+            Contender("dino-fast", forward_backward(ours), ours=True),
+            Contender("original, eager", forward_backward(original), baseline=True),
+            Contender("einsum, eager", forward_backward(einsum)),
+            Contender("original, torch.compile", forward_backward(torch.compile(original))),
+            Contender("einsum, torch.compile", forward_backward(torch.compile(einsum))),
+            peer("lightly", "lightly.loss", make_lightly),
+        ],
+    )
+
+
+def run(quick: bool = False) -> list[Row]:
+    return run_all(comparisons(quick), quick=quick)
+
+
+def test_speed(benchmark, contender):
+    benchmark(contender)
