@@ -15,12 +15,13 @@ the logits with the scale included, from each row's maximum and sum that the for
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dino_fast.backends import Backend, choose, native_missing, register
+from dino_fast.backends import Backend, choose, native_missing, register, triton_missing
 
 TEACHER_CROPS = 2
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # in the order of csrc/cpu/dino_loss.h's LogitType
@@ -52,7 +53,7 @@ def dino_loss(
         teacher: logits [2, B, K] of the same kinds, not necessarily the student's. Not differentiated.
         center: [K], taken from the teacher's logits. Not differentiated.
         student_temp, teacher_temp: positive temperatures.
-        backend: "auto", "native" or "reference"; see `dino_fast.backends`.
+        backend: "auto", "triton", "native" or "reference"; see `dino_fast.backends`.
 
     NaN or infinite logits give a loss and gradients that are not finite, as the formula does; they raise nothing, which
     would cost a pass over the data. Second derivatives are not available.
@@ -163,8 +164,10 @@ def _empty_outputs(student: Tensor, teacher: Tensor, differentiable: bool) -> tu
 
 
 def gradient_is_written_forward(student: Tensor) -> bool:
-    """Whether the forward writes the gradient. float16 waits for the upstream gradient: 1 / (tau_s B N) underflows."""
-    return student.dtype != torch.float16
+    """Whether the forward writes the gradient. float16 waits for the upstream gradient: 1 / (tau_s B N) underflows.
+    So does an accelerator, whose upstream gradient the host cannot see without waiting: one pass that scales as it
+    writes costs less than multiplying afterwards."""
+    return student.dtype != torch.float16 and student.device.type == "cpu"
 
 
 @torch.library.custom_op("dino_fast::dino_loss_gradient", mutates_args=())
@@ -258,8 +261,20 @@ def _native_rejects(student: Tensor | None = None, *others: Tensor) -> str | Non
     return None
 
 
+def _triton_rejects(student: Tensor | None = None, *others: Tensor) -> str | None:
+    for tensor in (student, *others):
+        if tensor is None:
+            continue
+        if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            return f"it runs on CUDA (on the CPU under TRITON_INTERPRET=1), the logits are on {tensor.device}"
+        if tensor.dtype not in KERNEL_DTYPES:
+            return f"it takes float32, bfloat16 and float16 logits, not {tensor.dtype}"
+    return None
+
+
 register(
     "dino_loss",
+    Backend("triton", missing=triton_missing, rejects=_triton_rejects),
     Backend("native", missing=native_missing, rejects=_native_rejects),
     Backend("reference"),
 )
@@ -318,7 +333,7 @@ def _native_problem(
     student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float
 ) -> tuple[tuple, tuple]:
     """The arguments that describe a problem to the native code, and the tensors that must outlive the call."""
-    rows = [x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in (student, teacher)]
+    rows = _contiguous_rows(student, teacher)
     center = center.to(torch.float32).contiguous()
     logits = [(x.data_ptr(), KERNEL_DTYPES.index(x.dtype), x.stride(0), x.stride(1)) for x in rows]
     V, B, K = student.shape
@@ -332,5 +347,35 @@ def pair_weights(V: int) -> list[float]:
     return [float(u != v) for u in range(TEACHER_CROPS) for v in range(V)]
 
 
-FORWARD = {"native": _native_forward, "reference": _reference_forward}
-GRADIENT = {"native": _native_gradient, "reference": _reference_gradient}
+def _triton_forward(student, teacher, center, student_temp, teacher_temp, differentiable):
+    from dino_fast.kernels import dino_loss as kernels
+
+    _, _, _, gradient, row_statistics = _empty_outputs(student, teacher, differentiable)
+    student, teacher = _contiguous_rows(student, teacher)
+    center = center.to(torch.float32).contiguous()
+    loss, entropy = kernels.statistics(student, teacher, center, student_temp, teacher_temp, row_statistics)
+    if gradient.numel() > 0:
+        one = torch.ones((), device=student.device)
+        mean = kernels.gradient(student, teacher, center, row_statistics, one, gradient, student_temp, teacher_temp)
+    else:
+        mean = kernels.mean(student, teacher, center, row_statistics)
+    return loss, mean, entropy, gradient, row_statistics
+
+
+def _triton_gradient(student, teacher, center, row_statistics, upstream, student_temp, teacher_temp):
+    from dino_fast.kernels import dino_loss as kernels
+
+    gradient = student.new_empty(student.shape)
+    student, teacher = _contiguous_rows(student, teacher)
+    center = center.to(torch.float32).contiguous()
+    kernels.gradient(student, teacher, center, row_statistics, upstream, gradient, student_temp, teacher_temp)
+    return gradient
+
+
+def _contiguous_rows(*logits: Tensor) -> list[Tensor]:
+    """The same tensors, copied only where the elements of a row do not lie side by side."""
+    return [x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in logits]
+
+
+FORWARD = {"triton": _triton_forward, "native": _native_forward, "reference": _reference_forward}
+GRADIENT = {"triton": _triton_gradient, "native": _native_gradient, "reference": _reference_gradient}
