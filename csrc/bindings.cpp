@@ -15,6 +15,9 @@
 #include "cpu/dino_loss.h"
 #include "cpu/isa.h"
 #include "cpu/multi_tensor.h"
+#ifdef DINO_FAST_HAS_CUDA
+#include "cuda/multi_tensor.h"
+#endif
 
 namespace py = pybind11;
 
@@ -93,6 +96,50 @@ void multi_tensor_adamw_ema(int64_t n, const py::buffer& table, const py::buffer
   DINO_FAST_DISPATCH(adamw_ema)(rows.data(), n, {beta1, beta2, eps, momentum, skip}, threads);
 }
 
+#ifdef DINO_FAST_HAS_CUDA
+// Plans are given as (address, tensors, chunks); the stream is torch.cuda.current_stream().cuda_stream.
+void bind_cuda(py::module_& m) {
+  using dino_fast::cuda::Plan;
+  using Unlocked = py::call_guard<py::gil_scoped_release>;
+  m.attr("cuda_multi_tensor_chunk") = dino_fast::cuda::chunk_elements();
+  m.def("cuda_multi_tensor_offsets", [](uint32_t tensors, uint32_t chunks) {
+    const dino_fast::cuda::Offsets at = dino_fast::cuda::offsets_of(tensors, chunks);
+    return py::make_tuple(at.hyper, at.gradients, at.entries, at.bytes);
+  });
+  m.def("cuda_upload", [](uint64_t address, const py::bytes& bytes, uint64_t stream) {
+    char* data = nullptr;
+    Py_ssize_t size = 0;
+    if (PyBytes_AsStringAndSize(bytes.ptr(), &data, &size) != 0) throw py::error_already_set();
+    py::gil_scoped_release unlocked;
+    dino_fast::cuda::upload(address, data, size, stream);
+  });
+  m.def(
+      "cuda_multi_tensor_fill_chunks",
+      [](uint64_t base, uint32_t tensors, uint32_t chunks, uint64_t stream) {
+        dino_fast::cuda::fill_chunks(Plan{base, tensors, chunks}, stream);
+      },
+      Unlocked());
+  m.def(
+      "cuda_multi_tensor_norms",
+      [](uint64_t base, uint32_t tensors, uint32_t chunks, uint64_t to, uint64_t stream) {
+        dino_fast::cuda::norms(Plan{base, tensors, chunks}, to, stream);
+      },
+      Unlocked());
+  m.def(
+      "cuda_multi_tensor_adamw_ema",
+      [](uint64_t base, uint32_t tensors, uint32_t chunks, uint64_t multipliers, uint64_t found_inf, uint64_t stream) {
+        dino_fast::cuda::adamw_ema(Plan{base, tensors, chunks}, multipliers, found_inf, stream);
+      },
+      Unlocked());
+  m.def(
+      "cuda_multi_tensor_ema_update",
+      [](uint64_t base, uint32_t tensors, uint32_t chunks, uint64_t stream) {
+        dino_fast::cuda::ema_update(Plan{base, tensors, chunks}, stream);
+      },
+      Unlocked());
+}
+#endif
+
 using LogitsTuple = std::tuple<uintptr_t, int, int64_t, int64_t>;  // address, LogitType, crop stride, image stride
 
 dino_fast::Logits as_logits(const LogitsTuple& t) {
@@ -142,6 +189,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("multi_tensor_adamw_ema", &multi_tensor_adamw_ema);
   m.def("dino_loss_forward", &dino_loss_forward);
   m.def("dino_loss_gradient", &dino_loss_gradient);
+#ifdef DINO_FAST_HAS_CUDA
+  bind_cuda(m);
+#endif
 #ifdef DINO_FAST_CUDA_VERSION
   m.attr("cuda_version") = DINO_FAST_CUDA_VERSION;
 #else

@@ -166,6 +166,17 @@ class AdamWEMA(torch.optim.Optimizer):
             rows.follow(keep)
         return loss
 
+    def write_hyperparameters(self, momentum: float | None = None) -> None:
+        """Before each replay of a CUDA graph that holds `step(momentum=...)`: bring the groups' present learning rates
+        and weight decays, and the momentum, to the device. Nothing else is computed.
+
+        Run one step before the capture, and leave the gradients (or their set of Nones) as they were captured.
+        """
+        from dino_fast.ops.multi_tensor_cuda import writing_hyper_only
+
+        with writing_hyper_only():
+            self.step(momentum=momentum)
+
     @torch.no_grad()
     def refresh_copies(self) -> None:
         """Write the bfloat16 copies from the parameters and teachers, as `step` does. Call it after loading weights."""

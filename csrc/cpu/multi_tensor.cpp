@@ -94,18 +94,21 @@ void ema_piece(const EmaScalars& scalars, int64_t size, T* t, const S* s, bf16* 
   });
 }
 
+// Four quarters are read side by side, so that four of the processor's own prefetchers run: 7.3 ms for 176 MB on two
+// cores, 7.8 ms front to back. Prefetch instructions on top changed nothing.
 template <typename G>
 double sum_of_squares(int64_t size, const G* g) {
   Vec sums[4] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
-  int64_t i = 0;
-  for (; i + 4 * Vec::width <= size; i += 4 * Vec::width) {
+  const int64_t quarter = size / (4 * Vec::width) * Vec::width;
+  for (int64_t i = 0; i < quarter; i += Vec::width) {
     for (int k = 0; k < 4; ++k) {
-      const Vec x = load(g + i + k * Vec::width);
+      const Vec x = load(g + k * quarter + i);
       sums[k] = fma(x, x, sums[k]);
     }
   }
-  for_each_vector(size - i, [&](int64_t j, auto part) {
-    const Vec x = part.get(g + i + j);
+  const G* rest = g + 4 * quarter;
+  for_each_vector(size - 4 * quarter, [&](int64_t i, auto part) {
+    const Vec x = part.get(rest + i);
     sums[0] = fma(x, x, sums[0]);
   });
   return static_cast<double>(reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3])));

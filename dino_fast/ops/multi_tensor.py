@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino_fast.backends import Backend, choose, native_missing, register
+from dino_fast.backends import Backend, choose, cuda_missing, native_missing, register
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -373,8 +373,43 @@ def _write_back(written: list[tuple[Tensor, Tensor]]) -> None:
         original.copy_(copy)
 
 
-_EMA_UPDATE: dict[str, Callable[..., None]] = {"native": _native_ema_update, "reference": ema_update_reference}
-_GRAD_NORMS: dict[str, Callable[..., Tensor]] = {"native": _native_grad_norms, "reference": grad_norms_reference}
-_ADAMW_EMA: dict[str, Callable[..., Any]] = {"native": _native_adamw_ema, "reference": adamw_ema_reference}
+def _cuda_rejects(*tensors: Tensor) -> str | None:
+    for t in tensors:
+        if not t.is_cuda:
+            return f"the CUDA kernels run on CUDA tensors; one is on {t.device}"
+        if t.dtype not in FLOATS:
+            return f"the CUDA kernels take float32, bfloat16 and float16; one tensor is {t.dtype}"
+    return None
 
-register("multi_tensor", Backend("native", native_missing, _native_rejects), Backend("reference"))
+
+def _cuda(operation: str) -> Callable[..., Any]:
+    def run(*arguments: Any) -> Any:
+        from dino_fast.ops import multi_tensor_cuda
+
+        return getattr(multi_tensor_cuda, operation)(*arguments)
+
+    return run
+
+
+_EMA_UPDATE: dict[str, Callable[..., None]] = {
+    "cuda": _cuda("ema_update"),
+    "native": _native_ema_update,
+    "reference": ema_update_reference,
+}
+_GRAD_NORMS: dict[str, Callable[..., Tensor]] = {
+    "cuda": _cuda("grad_norms"),
+    "native": _native_grad_norms,
+    "reference": grad_norms_reference,
+}
+_ADAMW_EMA: dict[str, Callable[..., Any]] = {
+    "cuda": _cuda("adamw_ema"),
+    "native": _native_adamw_ema,
+    "reference": adamw_ema_reference,
+}
+
+register(
+    "multi_tensor",
+    Backend("cuda", cuda_missing, _cuda_rejects),
+    Backend("native", native_missing, _native_rejects),
+    Backend("reference"),
+)
