@@ -1,0 +1,237 @@
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dino_fast.engine.config import Config, build_config
+from dino_fast.engine.schedules import Schedules
+from dino_fast.engine.step import (
+    Learner,
+    NonFiniteLoss,
+    build_learner,
+    learner_state,
+    parameter_groups,
+    restore_learner,
+    train_step,
+)
+from dino_fast.errors import UserError
+from tests import original
+
+PER_EPOCH = 5
+TINY: dict[str, Any] = {
+    "data": "x", "arch": "vit_tiny", "embed_dim": 32, "depth": 2, "heads": 2, "patch_size": 4, "global_size": 16,
+    "local_size": 8, "local_crops": 3, "out_dim": 96, "head_hidden_dim": 48, "head_bottleneck_dim": 24,
+    "drop_path_rate": 0.0, "batch_size": 8, "epochs": 4, "warmup_epochs": 1, "lr": 0.03, "init": "xavier",
+    "warmup_teacher_temp_epochs": 2, "teacher_temp": 0.07, "momentum": 0.9,
+}  # fmt: skip
+
+
+@dataclass
+class Crops:
+    global_crops: Tensor
+    local_crops: Tensor
+
+
+def _config(**given: Any) -> Config:
+    return build_config({**TINY, **given})
+
+
+def _learner(config: Config, precision: str = "fp32") -> Learner:
+    return build_learner(config, 3, torch.device("cpu"), precision)
+
+
+def _batch(step: int, config: Config) -> Crops:
+    generator = torch.Generator().manual_seed(100 + step)
+    n, large, small = config.batch_size, config.global_size, config.local_size
+    return Crops(
+        torch.randn(2, n, 3, large, large, generator=generator),
+        torch.randn(config.local_crops, n, 3, small, small, generator=generator),
+    )
+
+
+def _run(learner: Learner, steps: range) -> list[float]:
+    schedules = Schedules(learner.config, PER_EPOCH)
+    return [train_step(learner, _batch(s, learner.config), schedules.at(s), s)["loss"] for s in steps]
+
+
+def _assert_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Equal weights to rounding, but for the keys' biases: the softmax does not feel them, their gradient is rounding
+    noise, and AdamW scales that up to whole steps."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        rows = torch.ones(len(value), dtype=torch.bool)
+        if name.endswith("qkv.bias"):
+            rows[len(value) // 3 : 2 * len(value) // 3] = False
+        torch.testing.assert_close(found[name][rows], value[rows], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: n + m)
+
+
+def _original(learner: Learner, config: Config) -> original.Trainer:
+    models = []
+    for _ in range(2):
+        backbone = original.ViT(16, 4, 3, config.embed_dim, config.depth, config.heads)
+        head = original.DINOHead(
+            config.embed_dim,
+            config.out_dim,
+            norm_last_layer=config.norm_last_layer,
+            hidden_dim=config.head_hidden_dim,
+            bottleneck_dim=config.head_bottleneck_dim,
+        )
+        models.append(original.MultiCropWrapper(backbone, head))
+    models[0].load_state_dict(learner.student.state_dict())
+    crops = 2 + config.local_crops
+    loss = original.DINOLoss(config.out_dim, crops, 0.04, config.teacher_temp, 2, config.epochs)
+    schedule = original.cosine_scheduler
+    return original.Trainer(
+        *models,
+        loss,
+        lr=schedule(config.lr * config.batch_size / 256, 1e-6, config.epochs, PER_EPOCH, warmup_epochs=1),
+        weight_decay=schedule(0.04, 0.4, config.epochs, PER_EPOCH),
+        momentum=schedule(config.momentum, 1, config.epochs, PER_EPOCH),
+        clip_grad=config.clip_grad,
+        freeze_last_layer=int(config.freeze_last_layer),
+    )
+
+
+@pytest.mark.parametrize("given", [{}, {"norm_last_layer": False, "freeze_last_layer": 2.0, "clip_grad": 0.05}])
+def test_losses_equal_the_published_algorithms(given: dict[str, Any]) -> None:
+    config = _config(**given)
+    ours = _learner(config)
+    theirs = _original(ours, config)
+    for step in range(20):
+        batch = _batch(step, config)
+        rates = Schedules(config, PER_EPOCH).at(step)
+        loss = train_step(ours, batch, rates, step)["loss"]
+        expected = theirs.step([*batch.global_crops, *batch.local_crops], step, step // PER_EPOCH)
+        assert loss == pytest.approx(expected, rel=1e-5), step
+    torch.testing.assert_close(ours.loss.center, theirs.loss.center, rtol=1e-4, atol=1e-6)
+    _assert_near(ours.teacher.state_dict(), theirs.teacher.state_dict())
+
+
+def test_the_loss_falls_and_the_metrics_fit() -> None:
+    config = _config(local_crops=2)
+    learner, schedules = _learner(config), Schedules(config, PER_EPOCH)
+    batch = _batch(0, config)
+    rows = [train_step(learner, batch, schedules.at(10), 10) for _ in range(15)]
+    assert rows[-1]["kl"] < 0.5 * rows[0]["kl"]
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["teacher_entropy"] + row["kl"], rel=1e-5)
+        assert 0 <= row["teacher_entropy"] <= math.log(config.out_dim) + 1e-4
+        assert 0 < row["feature_spread"] < 1.2
+
+
+@pytest.mark.parametrize("start", ["zero", "first_batch"])
+def test_accumulation_equals_the_large_batch(start: str) -> None:
+    whole, parts = (_learner(_config(center_init=start, accumulate=n)) for n in (1, 4))
+    steps = range(6)
+    assert _run(parts, steps) == pytest.approx(_run(whole, steps), rel=1e-5)
+    torch.testing.assert_close(parts.loss.center, whole.loss.center, rtol=1e-5, atol=1e-6)
+    _assert_near(parts.teacher.state_dict(), whole.teacher.state_dict())
+
+
+def test_a_frozen_last_layer_gets_no_gradient_and_moves_later() -> None:
+    config = _config(norm_last_layer=False)
+    learner, schedules = _learner(config), Schedules(config, PER_EPOCH)
+    last = learner.student.head.last_layer
+    before = last.weight_v.detach().clone()
+    touched: list[int] = []
+    last.weight_v.register_hook(lambda grad: touched.append(len(touched)))
+    for step in range(PER_EPOCH):
+        train_step(learner, _batch(step, config), schedules.at(step), step)
+    assert torch.equal(last.weight_v, before)
+    assert torch.equal(last.weight_g, torch.ones_like(last.weight_g))
+    assert not touched
+    train_step(learner, _batch(9, config), schedules.at(9), 9)
+    assert touched
+    assert not torch.equal(last.weight_v, before)
+    assert not torch.equal(last.weight_g, torch.ones_like(last.weight_g))
+
+
+def test_the_centre_starts_at_the_first_batch() -> None:
+    config = _config(center_init="first_batch")
+    learner = _learner(config)
+    batch = _batch(0, config)
+    with torch.no_grad():
+        expected = learner.teacher([batch.global_crops.flatten(0, 1)]).mean(dim=0)
+    train_step(learner, batch, Schedules(config, PER_EPOCH).at(0), 0)
+    torch.testing.assert_close(learner.loss.center[0], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_parameter_groups_are_the_published() -> None:
+    learner = _learner(_config(norm_last_layer=False))
+    names = {id(p): name for name, p in learner.student.named_parameters()}
+    decayed, plain = parameter_groups(learner.student, learner.teacher)
+    expected = original.get_params_groups(learner.student)
+    for ours, theirs in zip((decayed, plain), expected, strict=True):
+        assert [names[id(p)] for p in ours["params"]] == [names[id(p)] for p in theirs["params"]]
+    followers = {id(p): name for name, p in learner.teacher.named_parameters()}
+    for group in (decayed, plain):
+        pairs = zip(group["params"], group["teacher_params"], strict=True)
+        assert all(names[id(p)] == followers[id(t)] for p, t in pairs)
+    assert plain["weight_decay"] == 0
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_mixed_precision_stays_near(precision: str) -> None:
+    config = _config()
+    exact = _run(_learner(config), range(6))
+    mixed = _run(_learner(config, precision), range(6))
+    assert mixed != exact
+    assert mixed == pytest.approx(exact, rel=0.05)
+
+
+def test_a_loss_that_is_not_finite_changes_nothing() -> None:
+    config = _config()
+    learner = _learner(config)
+    before = copy.deepcopy(learner_state(learner))
+    batch = _batch(0, config)
+    batch.global_crops[0, 0, 0, 0, 0] = torch.nan
+    with pytest.raises(NonFiniteLoss):
+        train_step(learner, batch, Schedules(config, PER_EPOCH).at(0), 0)
+    for name in ("student", "teacher", "dino_loss"):
+        for key, value in before[name].items():
+            assert torch.equal(learner_state(learner)[name][key], value), key
+    assert all(p.grad is None for p in learner.student.parameters())
+    assert not learner.optimizer.state
+
+
+def test_a_restored_learner_goes_on_bit_for_bit() -> None:
+    config = _config(drop_path_rate=0.3)
+    straight = _learner(config)
+    expected = _run(straight, range(8))
+    first = _learner(config)
+    assert _run(first, range(4)) == expected[:4]
+    second = _learner(replace(config, seed=5))  # its weights must all be overwritten
+    restore_learner(second, copy.deepcopy(learner_state(first)), "here")
+    second.config = config
+    assert _run(second, range(4, 8)) == expected[4:]
+    for name, value in straight.student.state_dict().items():
+        assert torch.equal(second.student.state_dict()[name], value)
+
+
+def test_stochastic_depth_is_a_function_of_seed_and_step() -> None:
+    config = _config(drop_path_rate=0.5)
+    torch.manual_seed(1)
+    first = _run(_learner(config), range(3))
+    learner = _learner(config)
+    torch.manual_seed(99)  # the global generator plays no part
+    assert _run(learner, range(3)) == first
+    other = _learner(config)
+    other.config = replace(config, seed=7)
+    assert _run(other, range(3)) != first
+
+
+def test_another_models_checkpoint_is_refused() -> None:
+    state = learner_state(_learner(_config(embed_dim=64)))
+    with pytest.raises(UserError, match="another model"):
+        restore_learner(_learner(_config()), state, "runs/a")
+
+
+def test_an_unknown_architecture_is_named() -> None:
+    with pytest.raises(UserError, match="vit_tiny"):
+        _learner(_config(arch="vit_tini"))
