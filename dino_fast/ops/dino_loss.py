@@ -350,7 +350,7 @@ def pair_weights(V: int) -> list[float]:
 def _triton_forward(student, teacher, center, student_temp, teacher_temp, differentiable):
     from dino_fast.kernels import dino_loss as kernels
 
-    _, _, _, gradient, row_statistics = _empty_outputs(student, teacher, differentiable)
+    *_, gradient, row_statistics, kept_center = _empty_outputs(student, teacher, differentiable)
     student, teacher = _contiguous_rows(student, teacher)
     center = center.to(torch.float32).contiguous()
     loss, entropy = kernels.statistics(student, teacher, center, student_temp, teacher_temp, row_statistics)
@@ -359,7 +359,7 @@ def _triton_forward(student, teacher, center, student_temp, teacher_temp, differ
         mean = kernels.gradient(student, teacher, center, row_statistics, one, gradient, student_temp, teacher_temp)
     else:
         mean = kernels.mean(student, teacher, center, row_statistics)
-    return loss, mean, entropy, gradient, row_statistics
+    return loss, mean, entropy, gradient, row_statistics, kept_center
 
 
 def _triton_gradient(student, teacher, center, row_statistics, upstream, student_temp, teacher_temp):
