@@ -189,7 +189,9 @@ def batches_from_here(job: Job) -> Iterator[Batch]:
     """The loader's batches from the job's step on."""
     job.loader.start = divmod(job.step, job.loader.batches_per_epoch)
     batches = iter(job.loader)
-    with signals_held():  # workers are forked here and keep this: a Ctrl-C for the whole group is this process's affair
+    # Workers are forked here and keep the mask: a Ctrl-C for the whole group is this process's affair. And the loader's
+    # iterator draws from the global generator whenever one is made, which must leave no trace.
+    with signals_held(), torch.random.fork_rng(devices=[]):
         first = next(batches, None)
     if first is not None:
         yield first

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dino_fast import __version__, cli
+
+
+def test_the_overview_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["--help"]):
+        assert cli.main(words) == 0
+        output = capsys.readouterr().out
+        for command in cli.COMMANDS:
+            assert " ".join(command) in output
+    assert cli.main(["--version"]) == 0
+    assert __version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [words for words in cli.COMMANDS if words[0] != "data"])
+def test_every_command_has_help(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main([*command, "--help"])
+    assert end.value.code == 0
+    assert f"usage: dino-fast {' '.join(command)}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["trian"], ["'trian'", "did you mean 'train'"]),
+        (["eval", "kn"], ["did you mean 'knn'"]),
+        (["eval"], ["needs one of: knn"]),
+        (["data"], ["check, preview"]),
+        (["train", "--batchsize", "4"], ["no option '--batchsize'", "did you mean '--batch-size'"]),
+        (["train", "--bat=4"], ["no option '--bat'"]),  # no silent abbreviations
+        (["train", "--patch-size", "3"], ["--global-size is 28"]),
+        (["train", "--data", "no/such/folder"], ["no/such/folder does not exist"]),
+        (["train", "--preset", "big"], ["no preset 'big'", "demo"]),
+    ],
+)
+def test_mistakes_get_a_sentence(
+    words: list[str],
+    parts: list[str],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("dino-fast: ")
+    assert "Traceback" not in error
+    for part in parts:
+        assert part in error
+    assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+def test_a_signal_becomes_an_exit_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from dino_fast.engine import loop
+
+    def interrupted(config: object) -> None:
+        raise loop.Interrupted(15, "interrupted at step 3 and saved")
+
+    monkeypatch.setattr(loop, "train", interrupted)
+    assert cli.main(["train"]) == 143
+    assert "interrupted at step 3" in capsys.readouterr().err
+
+
+def test_train_then_evaluate_then_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    assert cli.main(["train", "--max-steps", "3", "--out", str(run), "--knn-images", "200", "--device", "cpu"]) == 0
+    output = capsys.readouterr().out
+    assert "dino-fast eval knn --checkpoint" in output
+    assert cli.main(["eval", "knn", "--checkpoint", str(run), "--data", "demo", "--json"]) == 0
+    assert '"top1"' in capsys.readouterr().out
+    assert cli.main(["export", "--checkpoint", str(run), "--out", str(tmp_path / "vit.safetensors")]) == 0
+    assert (tmp_path / "vit.safetensors").read_bytes() == (run / "export" / "teacher.safetensors").read_bytes()
