@@ -32,7 +32,7 @@ class Config:
     channels: int | None = option(None, "read images as grey (1) or colour (3); by default what the data says")
     mean: tuple[float, ...] = option((0.485, 0.456, 0.406), "per channel, of pixels in 0..1")
     std: tuple[float, ...] = option((0.229, 0.224, 0.225), "per channel, of pixels in 0..1")
-    workers: int = option(0, "processes that load data; 0 loads in the training process")
+    workers: int | None = option(None, "processes that load data; default: 0 on a CPU, on a GPU one a core, at most 10")
     max_bad: float = option(0.05, "share of unreadable images that is skipped before the run stops")
 
     # crops
@@ -155,11 +155,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "freeze_last_layer": 0.32,  # 50 steps
         "knn_every": 3.0,
     },
-    "vit_small_100ep": {"arch": "vit_small", "epochs": 100, "batch_size": 512, "workers": 10},  # 8 GPUs with 64 each
-    "vit_small_boost": {"arch": "vit_small", "workers": 10, **_BOOST},
+    "vit_small_100ep": {"arch": "vit_small", "epochs": 100, "batch_size": 512},  # 8 GPUs with 64 each
+    "vit_small_boost": {"arch": "vit_small", **_BOOST},
     "vit_base": {  # of the released ViT-B/16
         "arch": "vit_base",
-        "workers": 10,
         "epochs": 400,
         "batch_size": 1024,
         "lr": 0.00075,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -108,7 +109,7 @@ class Job:
         self.end = min(self.schedules.steps, config.max_steps or self.schedules.steps)
         self.progress = Progress(self.end, device=device)
         patience = max(200, self.schedules.freeze_steps + self.schedules.warmup_steps)
-        self.health = Health(config.out_dim, patience=patience, workers=config.workers, device=device)
+        self.health = Health(config.out_dim, patience=patience, workers=self.loader.workers, device=device)
         self.loader.on_bad = self.say
 
     def say(self, text: str) -> None:
@@ -263,7 +264,7 @@ def make_loader(config: Config, source: Source, device: torch.device) -> TrainLo
         crops,
         batch_size=config.batch_size,
         seed=config.seed,
-        workers=config.workers,
+        workers=choose_workers(config.workers, device),
         epochs=config.epochs,
         max_bad=config.max_bad,
         pin_memory=device.type == "cuda",
@@ -276,6 +277,17 @@ def choose_device(name: str) -> torch.device:
             "--device cuda: PyTorch finds no GPU here ('dino-fast info' tells what it finds); use --device cpu"
         )
     return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
+
+
+def choose_workers(count: int | None, device: torch.device) -> int:
+    """On a CPU none: training and loading share the cores.
+
+    On two cores the demo ran at 1030 images/s without workers, 990 with one, 870 with two; and at 560 where OpenMP's
+    threads slept between operations (OMP_WAIT_POLICY=PASSIVE), so their spinning is left as it is.
+    """
+    if count is not None:
+        return count
+    return 0 if device.type == "cpu" else min(10, os.cpu_count() or 1)
 
 
 def choose_precision(name: str, device: torch.device) -> str:

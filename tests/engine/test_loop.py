@@ -296,3 +296,9 @@ def test_an_unreadable_image_is_skipped_and_named(images: Path, tmp_path: Path) 
     (tmp_path / "data" / "dark" / "0.png").write_text("not a picture")
     train(_config(tmp_path / "data", tmp_path / "run", max_steps=5, knn_every=0, batch_size=44))
     assert "dark/0.png" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_workers_by_device() -> None:
+    assert loop.choose_workers(3, torch.device("cpu")) == 3
+    assert loop.choose_workers(None, torch.device("cpu")) == 0
+    assert 1 <= loop.choose_workers(None, torch.device("cuda")) <= 10
