@@ -10,8 +10,8 @@
 //   1. `teacher_chunk`  reads the teacher: maxima, sums, entropies, and the mean over rows.        2 e B K
 //   2. `student_rows`   takes a group of one image's student rows that fits the L2 cache: reads them once for maximum
 //      and sum, then again (from L2) tile by tile beside the teacher's tile, for <q, x> and the gradient, which
-//      bypasses the cache on its way out.                                                  (2V + 2) e B K, and V e B K in L2
-// The floor is (2V + 2) e B K. Exponentials per column of an image: 2V for the student, 2 + 2 per group for the teacher.
+//      bypasses the cache on its way out.                                             (2V + 2) e B K, and V e B K in L2
+// The floor is (2V + 2) e B K. Exponentials per column of an image: student 2V, teacher 2 + 2 per group.
 // What is summed in which order depends on K alone: the result's bits do not depend on the number of threads.
 #include "cpu/dino_loss.h"
 
@@ -26,7 +26,7 @@ namespace dino_fast {
 namespace DINO_FAST_ISA {
 namespace {
 
-constexpr int64_t kTile = 1024;          // columns: three float tiles and a row's stay in the L1 cache (16 KB of 32 or 48)
+constexpr int64_t kTile = 1024;  // columns: three float tiles and a row's stay in the L1 cache (16 KB of 32 or 48)
 constexpr int64_t kGroupBytes = 1280 << 10;  // a group's logits: what a 2 MB L2 cache holds beside the teacher's tiles
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -89,6 +89,8 @@ void teacher_chunk(const DinoLossProblem& p, int64_t first, int64_t n, RowSum* s
   for (int64_t k = 0; k < n; ++k) mean[first + k] = 0.0f;
   for (int64_t row = 0; row < 2 * p.B; ++row) {
     const T* t = row_of<T>(p.teacher, row / p.B, row % p.B) + first;
+    const int64_t following = std::min(row + 1, 2 * p.B - 1);  // far away in memory: no hardware prefetcher finds it
+    const T* next = row_of<T>(p.teacher, following / p.B, following % p.B) + first;
     Vec maximum(-kInfinity);
     for_vectors(n, [&](int64_t k, int part) {
       const Vec raw = load_part(t + k, part, 0.0f);
@@ -102,6 +104,7 @@ void teacher_chunk(const DinoLossProblem& p, int64_t first, int64_t n, RowSum* s
     Vec sum(0.0f), product(0.0f);
     for_vectors(n, [&](int64_t k, int part) {
       const Vec y = (load_part(t + k, part, 0.0f) - load_part(center + k, part, 0.0f) - m) * inverse_temp;
+      __builtin_prefetch(next + k);
       Vec e = exp(y);
       if (part < Vec::width) e = load_first(reinterpret_cast<const float*>(&e), part, 0.0f);
       sum = sum + e;
@@ -155,7 +158,7 @@ template <typename S> RowSum row_sum(const S* s, int64_t K, double inverse_temp)
     const Vec subtract(total.maximum);
     Vec sum(0.0f);
     for_vectors(n, [&](int64_t k, int part) {
-      __builtin_prefetch(tile + k + kTile);
+      __builtin_prefetch(tile + k + 2 * kTile, 0, 2);  // into L2; measured with 2 MB pages, 10 % over one tile into L1
       sum = sum + exp((load_part(tile + k, part, -kInfinity) - subtract) * inverse);
     });
     total.sum += reduce_add(sum);
