@@ -9,6 +9,7 @@ Pillow's blur.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -189,8 +190,9 @@ class MultiCrop:
             for v, (height, width) in enumerate(sizes):
                 top, left, h, w = boxes[i][v]
                 area = (left, top, left + w, top + h)
+                # Cut, then scale: resize(box=...) would read pixels beyond the box, which the original cannot see.
                 crop = [plane.crop(area).resize((width, height), Image.Resampling.BICUBIC) for plane in planes]
-                pixels[v].append(b"".join([plane.tobytes() for plane in self._distort(crop, rows, i, v)]))
+                pixels[v].extend([plane.tobytes() for plane in self._distort(crop, rows, i, v)])
         split = params.solarize.T
         return (
             self._normalise(pixels[:GLOBALS], split[:GLOBALS], channels, sizes[0]),
@@ -296,13 +298,19 @@ def from_pillow(planes: list[Image.Image]) -> Tensor:
 
 
 def _brightness(planes: list[Image.Image], factor: float) -> list[Image.Image]:
-    return [Image.blend(Image.new(p.mode, p.size, 0), p, factor) for p in planes]
+    return [Image.blend(_black(p.mode, p.size), p, factor) for p in planes]
+
+
+@functools.lru_cache
+def _black(mode: str, size: tuple[int, int]) -> Image.Image:
+    return Image.new(mode, size, 0)
 
 
 def _contrast(planes: list[Image.Image], factor: float) -> list[Image.Image]:
     """Towards the mean of the luma, or of all channels where there is no luma."""
-    means = [np.frombuffer(p.convert("L").tobytes(), np.uint8).mean() for p in planes]
-    mean = int(sum(means) / len(means) + 0.5)
+    lumas = [p if p.mode == "L" else p.convert("L") for p in planes]
+    total = sum(int(np.frombuffer(luma.tobytes(), np.uint8).sum()) for luma in lumas)
+    mean = int(total / (len(planes) * planes[0].width * planes[0].height) + 0.5)
     return [Image.blend(Image.new(p.mode, p.size, (mean,) * len(p.mode)), p, factor) for p in planes]
 
 
@@ -313,10 +321,10 @@ def _saturation(planes: list[Image.Image], factor: float) -> list[Image.Image]:
 def _hue(planes: list[Image.Image], factor: float) -> list[Image.Image]:
     if planes[0].mode != "RGB":
         return planes
-    hue, saturation, value = planes[0].convert("HSV").split()
-    turn = int(factor * 255)  # towards zero, then modulo 256, as the original's cast to 8 bits
-    hue = hue.point([(level + turn) % 256 for level in range(256)])
-    return [Image.merge("HSV", (hue, saturation, value)).convert("RGB")]
+    pixels = bytearray(planes[0].convert("HSV").tobytes())
+    hue = np.frombuffer(pixels, np.uint8)[::3]
+    hue += np.uint8(int(factor * 255) % 256)  # towards zero, then modulo 256, as the original's cast to 8 bits
+    return [Image.frombytes("HSV", planes[0].size, pixels).convert("RGB")]
 
 
 def _grey(image: Image.Image) -> Image.Image:

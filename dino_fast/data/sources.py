@@ -60,7 +60,11 @@ class Source:
 
     def read(self, index: int) -> Tensor:
         """uint8 [channels, H, W]. Raises ImageError naming the image."""
-        return decode(self.data(index), self.name(index), self.channels)
+        data = self.data(index)
+        try:
+            return decode(data, self.channels)
+        except ImageError as error:
+            raise ImageError(f"{self.name(index)}: {error}") from error
 
     def data(self, index: int) -> bytes:
         """The encoded file. Raises ImageError naming the image."""

@@ -1,0 +1,119 @@
+"""`dino-fast data preview PATH`: one picture of all crops of a few images, as training sees them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from dino_fast.augment import MultiCrop, pair, to_pillow
+from dino_fast.data.decode import ImageError
+from dino_fast.data.loader import mix
+from dino_fast.data.sources import Source, open_source
+from dino_fast.errors import UserError
+
+_GAP = 4
+_MARKS = ("#e4572e", "#2e86e4")  # global boxes, local boxes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of the command."""
+    parser.add_argument("path", help="folder, .parquet file, text file listing images, or 'demo'")
+    parser.add_argument("--out", type=Path, default=Path("preview.png"), help="picture to write (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=4, metavar="N", help="images to show (default: %(default)s)")
+    parser.add_argument("--local-crops", type=int, default=8, metavar="N", help="local crops (default: %(default)s)")
+    parser.add_argument("--global-size", type=int, metavar="PX", help="default: 224, or the image's size if smaller")
+    parser.add_argument("--local-size", type=int, metavar="PX", help="default: 3/7 of the global size")
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Writes the picture and says where."""
+    source = open_source(args.path)
+    images = _readable(source, args.images)
+    size = args.global_size or min(224, *(min(image.shape[1:]) for image in images))
+    local = args.local_size or max(1, round(size * 3 / 7))
+    crops = MultiCrop(global_size=size, local_size=local, n_local=args.local_crops)
+    picture = draw(images, crops, args.seed)
+    try:
+        picture.save(args.out)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"cannot write {args.out} ({error}); give --out the name of a .png in a writable folder"
+        ) from error
+    print(
+        f"{args.out}: {len(images)} images; each row is the image with its boxes, 2 global crops, {crops.n_local} local"
+    )
+
+
+def draw(images: list[Tensor], crops: MultiCrop, seed: int) -> Image.Image:
+    """One row an image (uint8 [C, H, W]): itself with the boxes of its crops, then the crops before normalisation."""
+    params = crops.sample_each([mix(seed, i) for i in range(len(images))])
+    global_crops, local_crops = crops.apply(images, params)
+    boxes = crops.boxes(params, [(image.shape[1], image.shape[2]) for image in images]).tolist()
+    mean, std = crops.statistics(images[0].shape[0])
+    scale = max(1, round(160 / pair(crops.global_size)[0]))  # small images are enlarged, or nothing is to be seen
+    rows = []
+    for i, image in enumerate(images):
+        views = [*global_crops[:, i], *local_crops[:, i]]
+        tiles = [
+            _enlarged(_picture(view.mul(std).add(mean).mul(255).round().clamp(0, 255).byte()), scale) for view in views
+        ]
+        rows.append([_boxed(image, boxes[i], tiles[0].height), *tiles])
+    return _grid(rows)
+
+
+def _readable(source: Source, count: int) -> list[Tensor]:
+    if count < 1:
+        raise UserError(f"--images is {count}; give 1 or more")
+    images: list[Tensor] = []
+    reason = ""
+    for step in torch.linspace(0, len(source) - 1, min(count, len(source))).round().long().tolist():
+        try:
+            images.append(source.read(step))
+        except ImageError as error:
+            reason = str(error)
+            print(f"left out: {reason}")
+    if not images:
+        raise UserError(f"none of the images chosen can be read; the last: {reason}")
+    return images
+
+
+def _picture(pixels: Tensor) -> Image.Image:
+    return to_pillow(pixels)[0].convert("RGB")
+
+
+def _enlarged(image: Image.Image, scale: int) -> Image.Image:
+    return image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def _boxed(image: Tensor, boxes: list[list[int]], height: int) -> Image.Image:
+    """The image at the height of its row, with the boxes of its crops."""
+    factor = height / image.shape[1]
+    width = min(max(1, round(image.shape[2] * factor)), 4 * height)  # very long images are squeezed
+    picture = _picture(image).resize((width, height), Image.Resampling.BICUBIC)
+    pen = ImageDraw.Draw(picture)
+    across = width / image.shape[2]
+    for v, (top, left, h, w) in reversed(list(enumerate(boxes))):
+        box = (left * across, top * factor, (left + w) * across - 1, (top + h) * factor - 1)
+        pen.rectangle(box, outline=_MARKS[v >= 2], width=2)
+    return picture
+
+
+def _grid(rows: list[list[Image.Image]]) -> Image.Image:
+    first = max(row[0].width for row in rows)
+    widths = [first + _GAP + sum(tile.width + _GAP for tile in row[1:]) for row in rows]
+    heights = [max(tile.height for tile in row) + _GAP for row in rows]
+    sheet = Image.new("RGB", (max(widths) + _GAP, sum(heights) + _GAP), "#b0b0b0")  # neither black nor white
+    y = _GAP
+    for row, height in zip(rows, heights, strict=True):
+        sheet.paste(row[0], (_GAP, y))
+        x = 2 * _GAP + first
+        for tile in row[1:]:
+            sheet.paste(tile, (x, y))
+            x += tile.width + _GAP
+        y += height
+    return sheet
