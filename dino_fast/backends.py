@@ -8,6 +8,7 @@ takes the first in its list, fastest first, that can run on the given tensors. T
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -100,9 +101,7 @@ def cuda_missing() -> str | None:
         return reason
     import torch
 
-    from dino_fast import _C
-
-    if _C.cuda_version is None:
+    if importlib.import_module("dino_fast._C").cuda_version is None:
         return "this build has no CUDA kernels: no nvcc was found when it was installed"
     if not torch.cuda.is_available():
         return "no CUDA device"

@@ -48,6 +48,11 @@ def _run(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=" ".join(("dino-fast", *command)), description=summary, allow_abbrev=False)
     module.add_arguments(parser)
     args, unknown = parser.parse_known_args(rest)
+    if unknown and not unknown[0].startswith("-"):
+        raise UserError(
+            f"{parser.prog} does not know what to do with {unknown[0]!r}: no option before it takes (another) value. "
+            f"'{parser.prog} --help' shows how many each takes"
+        )
     if unknown:
         options = [option for action in parser._actions for option in action.option_strings]
         word = unknown[0].partition("=")[0]

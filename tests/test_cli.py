@@ -33,6 +33,7 @@ def test_every_command_has_help(command: tuple[str, ...], capsys: pytest.Capture
         (["eval"], ["needs one of: knn"]),
         (["data"], ["check, preview"]),
         (["train", "--batchsize", "4"], ["no option '--batchsize'", "did you mean '--batch-size'"]),
+        (["train", "--global-size", "48", "32"], ["'32'", "no option before it"]),
         (["train", "--bat=4"], ["no option '--bat'"]),  # no silent abbreviations
         (["train", "--patch-size", "3"], ["--global-size is 28"]),
         (["train", "--data", "no/such/folder"], ["no/such/folder does not exist"]),

@@ -122,7 +122,10 @@ def export_backbone(backbone: VisionTransformer, path: str | Path, **facts: Any)
         if path.suffix == ".pth":
             torch.save(state, temporary)
         else:
+            temporary.touch()  # with the permissions of any new file; the library alone would make it the owner's only
+            mode = temporary.stat().st_mode
             save_file(state, temporary, metadata={"dino_fast": json.dumps(facts)})
+            temporary.chmod(mode)
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:  # what the two writers raise on a full disk
         raise UserError(f"cannot write {path}: {error}") from error

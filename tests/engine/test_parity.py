@@ -48,7 +48,6 @@ def published(settings: Config, weights: dict[str, Tensor]) -> original.Trainer:
         return original.MultiCropWrapper(backbone, head)
 
     student, teacher = network(), network()
-    span = (EPOCHS, STEPS_PER_EPOCH)
     student.load_state_dict(weights)
     loss = original.DINOLoss(settings.out_dim, 2 + LOCAL, 0.04, 0.07, 3, EPOCHS)
     return original.Trainer(

@@ -92,6 +92,8 @@ def test_a_backbone_alone_comes_back_with_its_sizes(tmp_path, suffix):
     same(again.state_dict(), model.state_dict())
     assert (again.img_size, again.num_heads, again.in_chans) == ((16, 16), 2, 1)
     assert [p.name for p in path.parent.iterdir()] == [path.name]
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode  # readable by whom other files are
 
 
 def test_what_shapes_do_not_tell_is_in_the_export(tmp_path):
