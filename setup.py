@@ -60,5 +60,5 @@ setup(
         "dino_fast.benchmarks": "benchmarks",
         "dino_fast.benchmarks.original": "tests/original",
     },
-    package_data={"dino_fast": ["py.typed"], "dino_fast.data": ["*.parquet", "*.md"]},
+    package_data={"dino_fast": ["py.typed", "*.pyi"], "dino_fast.data": ["*.parquet", "*.md"]},
 )
