@@ -144,7 +144,7 @@ def draw(result: dict[str, Any], path: Path) -> Path:
         ax.set_xscale("log")
         low = min(row["ms"] for row in rows)
         high = max(row["ms"] for row in rows)
-        ax.set_xlim(low / 1.6, high * 3)
+        ax.set_xlim(min(low / 1.6, high / 30), high * 3)
         for i, row in enumerate(bars):
             ratio = "" if row["ratio"] in (None, 1.0) else f"  ({row['ratio']:.1f}x)"
             ax.text(row["ms"] * 1.03, i, f"{row['ms']:.3g} ms{ratio}", va="center", fontsize=9)
@@ -153,6 +153,8 @@ def draw(result: dict[str, Any], path: Path) -> Path:
                 ax.axvline(row["ms"], color="black", linestyle="--", linewidth=1)
                 ax.text(row["ms"], -0.62, "floor ", ha="right", va="center", fontsize=8)
         ax.set_title(f"{result['operation']}   {shape}   {dtype}", fontsize=10, loc="left")
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter("")
         ax.set_xlabel("ms, logarithmic")
         ax.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{result['device']}, {result['threads']} threads, torch {result['torch']}", fontsize=9)
