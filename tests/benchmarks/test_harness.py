@@ -49,9 +49,11 @@ def test_relative_error():
 
 @pytest.mark.parametrize("size", [1 << 20, 24 << 20])
 def test_peak_counts_what_a_call_allocates(size):
-    grown = peak_cpu(lambda: torch.ones(size // 4) + 1)  # two tensors at once
-    if grown is None:
+    # two tensors at once; the least of a few, since a first call and other threads touch pages of their own
+    found = [peak_cpu(lambda: torch.ones(size // 4) + 1) for _ in range(5)]
+    if None in found:
         pytest.skip("this kernel does not let a process reset its high-water mark")
+    grown = min(found)
     assert abs(grown - 2 * size) < 256 << 10  # some pages stay with the allocator, others are touched besides
 
 
