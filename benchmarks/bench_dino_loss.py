@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dino_fast.benchmarks.original.loss import DINOLoss as OriginalLoss
+from dino_fast.benchmarks.original.loss import einsum_dino_loss
 from dino_fast.loss import dino_loss
 from dino_fast.ops.dino_loss import dino_loss_reference
 
 from .harness import Comparison, Contender, Row, peer, run_all
-from .original.loss import DINOLoss as OriginalLoss
-from .original.loss import einsum_dino_loss
 
 TEMPS = {"student_temp": 0.1, "teacher_temp": 0.04}
 # (B, V, K), dtype. The first is the shape that the bars are set for; the others: no local crops, half precision, wide.
