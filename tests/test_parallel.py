@@ -1,4 +1,4 @@
-"""The thread pool of the native code, through an operation that uses it."""
+"""The threads of the native code, through an operation that uses them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import pytest
 import torch
 
 import dino_fast.optim
@@ -19,24 +20,27 @@ teacher, student = [torch.zeros(1 << 20)], [torch.ones(1 << 20)]
 """
 
 
-def test_survives_a_fork():
-    """A data-loader worker is a fork of a process whose pool has threads; the child has none of them.
+@pytest.mark.parametrize("used_before", ["ema_update(teacher, student, 0.0)", "torch.randn(1 << 22).sum()"])
+def test_survives_a_fork(used_before):
+    """A data-loader worker is a fork of a process whose workers, ours or PyTorch's, the child does not have.
 
     The child compares with NumPy: PyTorch's own OpenMP threads, which the parent has used, hang after a fork.
     """
     code = RUN + (
-        "ema_update(teacher, student, 0.5)\n"
+        "import dino_fast._C\n"
+        f"{used_before}\n"
+        "teacher[0].zero_()\n"
         "child = os.fork()\n"
         "if child == 0:\n"
         "    ema_update(teacher, student, 0.5)\n"
-        "    os._exit(0 if (teacher[0].numpy() == 0.75).all() else 1)\n"
+        "    os._exit(0 if (teacher[0].numpy() == 0.5).all() else 1)\n"
         "assert os.waitpid(child, 0)[1] == 0\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_waits_without_spinning():
-    """An idle pool uses no processor time."""
+    """Idle threads use no processor time."""
     code = RUN + (
         "ema_update(teacher, student, 0.5)\n"
         "time.sleep(0.5)\n"

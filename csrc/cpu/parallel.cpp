@@ -1,6 +1,8 @@
 #include "cpu/parallel.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <condition_variable>
@@ -65,6 +67,7 @@ class Pool {
 
 // Never destroyed: detached workers may outlive main's statics.
 Pool* pool = nullptr;
+const pid_t loaded_in = getpid();  // in a forked child it differs: OpenMP's workers do not exist there
 std::once_flag registered;
 thread_local bool inside = false;
 
@@ -79,6 +82,24 @@ Pool& the_pool() {
   return *pool;
 }
 
+// PyTorch's OpenMP runtime, where the process has loaded one (GNU's, or one that speaks its interface).
+using Parallel = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
+Parallel openmp() {
+  static const Parallel found = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return found;
+}
+
+struct Job {
+  const std::function<void(int64_t)>* body;
+  int64_t tasks;
+  std::atomic<int64_t> next{0};
+};
+
+void take_tasks(void* job) {
+  Job& all = *static_cast<Job*>(job);
+  for (int64_t task; (task = all.next.fetch_add(1, std::memory_order_relaxed)) < all.tasks;) (*all.body)(task);
+}
+
 }  // namespace
 
 void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t)>& body) {
@@ -88,7 +109,13 @@ void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t)>
     return;
   }
   inside = true;
-  the_pool().run(tasks, threads, body);
+  Pool& own = the_pool();
+  if (openmp() != nullptr && getpid() == loaded_in) {
+    Job job{&body, tasks};
+    openmp()(&take_tasks, &job, static_cast<unsigned>(threads), 0);
+  } else {
+    own.run(tasks, threads, body);
+  }
   inside = false;
 }
 

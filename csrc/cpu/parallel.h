@@ -1,8 +1,10 @@
-// A thread pool that sleeps when idle.
+// The threads of the native code.
 //
-// OpenMP's workers spin after each region; two such runtimes on few cores slow each other tens of times. These workers
-// wait on a condition variable instead. The pool is rebuilt in a forked child (data-loader workers), where the parent's
-// threads do not exist.
+// Where PyTorch's OpenMP runtime is loaded, its workers do the work: they are awake (by default they spin for some
+// milliseconds after each of PyTorch's own regions), and threads of ours beside them would have to share the cores
+// with that spinning: two OpenMP programs on few cores slow each other many times over. Elsewhere, and in a forked child
+// (data-loader workers), where the runtime's workers do not exist but it does not know, a pool of our own does it, which
+// sleeps on a condition variable while idle.
 #pragma once
 
 #include <cstdint>
