@@ -14,7 +14,6 @@
 
 #include "cpu/dino_loss.h"
 #include "cpu/isa.h"
-#include "cpu/linear_dino_loss.h"
 #include "cpu/multi_tensor.h"
 #ifdef DINO_FAST_HAS_CUDA
 #include "cuda/multi_tensor.h"
@@ -178,46 +177,6 @@ void dino_loss_gradient(const LogitsTuple& student, const LogitsTuple& teacher, 
                                          reinterpret_cast<void*>(gradient));
 }
 
-// The tile is (logits, scale or 0, center or 0, rows, columns, 1 / temperature); the rest as in cpu/linear_dino_loss.h,
-// where 0 is an address's null.
-using TileTuple = std::tuple<uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, double>;
-
-dino_fast::LogitTile as_tile(const TileTuple& t) {
-  return {reinterpret_cast<float*>(std::get<0>(t)),
-          reinterpret_cast<const float*>(std::get<1>(t)),
-          reinterpret_cast<const float*>(std::get<2>(t)),
-          std::get<3>(t),
-          std::get<4>(t),
-          std::get<5>(t)};
-}
-
-void linear_dino_loss_attend(const TileTuple& tile, int64_t value_scale, int64_t maxima, int64_t sums, int64_t read,
-                             int64_t width, int threads) {
-  py::gil_scoped_release release;
-  DINO_FAST_DISPATCH(linear_dino_loss_attend)
-  (as_tile(tile), address<float>(value_scale), address<float>(maxima), address<float>(sums), address<float>(read), width,
-   threads);
-}
-
-void linear_dino_loss_weigh(const TileTuple& tile, int64_t maxima, int64_t factors, int threads) {
-  py::gil_scoped_release release;
-  DINO_FAST_DISPATCH(linear_dino_loss_weigh)(as_tile(tile), address<float>(maxima), address<float>(factors), threads);
-}
-
-void linear_dino_loss_scale(int64_t weight, int64_t gain, int64_t scale, int64_t n, int64_t width, int threads) {
-  py::gil_scoped_release release;
-  DINO_FAST_DISPATCH(linear_dino_loss_scale)
-  (address<float>(weight), address<float>(gain), address<float>(scale), n, width, threads);
-}
-
-void linear_dino_loss_project(int64_t gradient, int64_t weight, int64_t gain, int64_t gain_gradient, int64_t n,
-                              int64_t width, int threads) {
-  py::gil_scoped_release release;
-  DINO_FAST_DISPATCH(linear_dino_loss_project)
-  (address<float>(gradient), address<float>(weight), address<float>(gain), address<float>(gain_gradient), n, width,
-   threads);
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -230,10 +189,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("multi_tensor_adamw_ema", &multi_tensor_adamw_ema);
   m.def("dino_loss_forward", &dino_loss_forward);
   m.def("dino_loss_gradient", &dino_loss_gradient);
-  m.def("linear_dino_loss_attend", &linear_dino_loss_attend);
-  m.def("linear_dino_loss_weigh", &linear_dino_loss_weigh);
-  m.def("linear_dino_loss_scale", &linear_dino_loss_scale);
-  m.def("linear_dino_loss_project", &linear_dino_loss_project);
 #ifdef DINO_FAST_HAS_CUDA
   bind_cuda(m);
 #endif
