@@ -87,6 +87,11 @@ def test_published_recipes() -> None:
     assert (boost.epochs, boost.teacher_temp, boost.warmup_teacher_temp_epochs) == (300, 0.07, 30)
     assert not boost.norm_last_layer
     assert (base.arch, base.out_dim, base.norm_last_layer) == ("vit_base", 65536, True)
+    assert (base.epochs, base.batch_size, base.lr, base.min_lr, base.clip_grad) == (400, 32 * 32, 0.00075, 2e-6, 0.3)
+    assert (base.warmup_teacher_temp, base.teacher_temp, base.warmup_teacher_temp_epochs) == (0.04, 0.07, 50)
+    assert (base.global_scale, base.local_scale, base.local_crops) == ((0.25, 1.0), (0.05, 0.25), 10)
+    assert (base.freeze_last_layer, base.warmup_epochs, base.momentum, base.drop_path_rate) == (3, 10, 0.996, 0.1)
+    assert (small.batch_size, boost.batch_size, boost.local_crops) == (8 * 64, 16 * 64, 8)
 
 
 @pytest.mark.parametrize(
