@@ -49,7 +49,7 @@ setup(
     cmdclass={"build_ext": CMakeBuild},
     packages=[
         "dino_fast",
-        *(f"dino_fast.{name}" for name in ("ops", "models", "data", "engine", "eval")),
+        *(f"dino_fast.{name}" for name in ("commands", "ops", "models", "data", "engine", "eval")),
         "dino_fast.kernels",
         "dino_fast.benchmarks",
         "dino_fast.benchmarks.original",

@@ -11,12 +11,13 @@ from dino_fast import __version__
 from dino_fast.errors import UserError, nearest
 
 # Words of a command -> (module with `add_arguments(parser)` and `run(args)`, what the command does).
+# Those modules import nothing slow: `--help` needs their options only.
 COMMANDS = {
-    ("train",): ("dino_fast.engine.command", "pretrain a vision transformer on images without labels"),
-    ("eval", "knn"): ("dino_fast.eval.knn", "classify held-out images by their nearest neighbours' labels"),
-    ("export",): ("dino_fast.models.checkpoints", "write a checkpoint's backbone under the names that timm knows"),
-    ("data", "check"): ("dino_fast.data.check", "read every image and list those that cannot be used"),
-    ("data", "preview"): ("dino_fast.data.preview", "draw the crops that training would see"),
+    ("train",): ("dino_fast.commands.train", "pretrain a vision transformer on images without labels"),
+    ("eval", "knn"): ("dino_fast.commands.eval_knn", "classify held-out images by their nearest neighbours' labels"),
+    ("export",): ("dino_fast.commands.export", "write a checkpoint's backbone under the names that timm knows"),
+    ("data", "check"): ("dino_fast.commands.data_check", "read every image and list those that cannot be used"),
+    ("data", "preview"): ("dino_fast.commands.data_preview", "draw the crops that training would see"),
     ("bench",): ("dino_fast.benchmarks.command", "time the operations beside what else there is"),
     ("info",): ("dino_fast.info", "versions, devices, and which implementation of each operation runs here"),
 }

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,12 +19,25 @@ def test_the_overview_lists_every_command(capsys: pytest.CaptureFixture[str]) ->
     assert __version__ in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", [words for words in cli.COMMANDS if words[0] != "data"])
+@pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_command_has_help(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         cli.main([*command, "--help"])
     assert end.value.code == 0
     assert f"usage: dino-fast {' '.join(command)}" in capsys.readouterr().out
+
+
+def test_help_and_version_do_not_wait_for_torch() -> None:
+    code = (
+        "import contextlib, sys\n"
+        "from dino_fast import cli\n"
+        "for words in ([], ['--version'], *([*words, '--help'] for words in cli.COMMANDS)):\n"
+        "    with contextlib.suppress(SystemExit):\n"
+        "        assert cli.main(words) == 0, words\n"
+        "    slow = {'torch', 'numpy', 'PIL', 'pyarrow', 'matplotlib'} & sys.modules.keys()\n"
+        "    assert not slow, (words, slow)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,7 @@
-"""`dino-fast data check PATH`: reads every image once and says what is there and what is wrong."""
+"""Reads every image once and says what is there and what is wrong."""
 
 from __future__ import annotations
 
-import argparse
 import io
 import time
 import warnings
@@ -13,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from dino_fast.data.decode import ImageError
-from dino_fast.data.sources import ArraySource, Source, open_source
+from dino_fast.data.sources import ArraySource, Source
 
 
 class Seen(NamedTuple):
@@ -37,24 +36,6 @@ class Report:
     labels: Counter[int | None] = field(default_factory=Counter)
     bad: list[str] = field(default_factory=list)
     seconds: float = 0.0
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
-    parser.add_argument("path", help="folder, .parquet file, text file listing images, or 'demo'")
-    parser.add_argument("--limit", type=int, metavar="N", help="look at N images spread over the source (default: all)")
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="threads that read (default: %(default)s)")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Prints the findings; 1 when an image cannot be read, else 0."""
-    source = open_source(args.path)
-    report = check(source, args.limit, max(1, args.workers))
-    for line in describe(source, report):
-        print(line)
-    if source.test is not None:
-        print(f"held out     {len(source.test):,} images (not read; check their own path)")
-    return 1 if report.bad else 0
 
 
 def check(source: Source, limit: int | None = None, workers: int = 2) -> Report:

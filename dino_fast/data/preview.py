@@ -1,9 +1,6 @@
-"""`dino-fast data preview PATH`: one picture of all crops of a few images, as training sees them."""
+"""One picture of all crops of a few images, as training sees them."""
 
 from __future__ import annotations
-
-import argparse
-from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
@@ -12,41 +9,11 @@ from torch import Tensor
 from dino_fast.augment import MultiCrop, pair, to_pillow
 from dino_fast.data.decode import ImageError
 from dino_fast.data.loader import mix
-from dino_fast.data.sources import Source, open_source
+from dino_fast.data.sources import Source
 from dino_fast.errors import UserError
 
 _GAP = 4
 _MARKS = ("#e4572e", "#2e86e4")  # global boxes, local boxes
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of the command."""
-    parser.add_argument("path", help="folder, .parquet file, text file listing images, or 'demo'")
-    parser.add_argument("--out", type=Path, default=Path("preview.png"), help="picture to write (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=4, metavar="N", help="images to show (default: %(default)s)")
-    parser.add_argument("--local-crops", type=int, default=8, metavar="N", help="local crops (default: %(default)s)")
-    parser.add_argument("--global-size", type=int, metavar="PX", help="default: 224, or the image's size if smaller")
-    parser.add_argument("--local-size", type=int, metavar="PX", help="default: 3/7 of the global size")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-
-
-def run(args: argparse.Namespace) -> None:
-    """Writes the picture and says where."""
-    source = open_source(args.path)
-    images = _readable(source, args.images)
-    size = args.global_size or min(224, *(min(image.shape[1:]) for image in images))
-    local = args.local_size or max(1, round(size * 3 / 7))
-    crops = MultiCrop(global_size=size, local_size=local, n_local=args.local_crops)
-    picture = draw(images, crops, args.seed)
-    try:
-        picture.save(args.out)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot write {args.out} ({error}); give --out the name of a .png in a writable folder"
-        ) from error
-    print(
-        f"{args.out}: {len(images)} images; each row is the image with its boxes, 2 global crops, {crops.n_local} local"
-    )
 
 
 def draw(images: list[Tensor], crops: MultiCrop, seed: int) -> Image.Image:
@@ -66,7 +33,8 @@ def draw(images: list[Tensor], crops: MultiCrop, seed: int) -> Image.Image:
     return _grid(rows)
 
 
-def _readable(source: Source, count: int) -> list[Tensor]:
+def readable(source: Source, count: int) -> list[Tensor]:
+    """`count` images spread over the source; those that cannot be read are left out and named."""
     if count < 1:
         raise UserError(f"--images is {count}; give 1 or more")
     images: list[Tensor] = []

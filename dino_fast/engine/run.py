@@ -21,7 +21,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
-from dino_fast.errors import UserError
+from dino_fast.errors import UserError, unwritable
 
 # What makes a directory a run: any of these. A folder with other things in it may be used.
 _MARKS = ("config.yaml", "metrics.jsonl", "checkpoints")
@@ -244,6 +244,4 @@ def _writable(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"the disk of {path} is full; free some space and continue with --resume") from error
-        raise UserError(
-            f"cannot write to {error.filename or path}: {error.strerror}; give a directory of your own with --out"
-        ) from error
+        raise unwritable(path, error) from error

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino_fast.errors import UserError, nearest
+from dino_fast.errors import UserError, nearest, unwritable
 from dino_fast.models import ARCHITECTURES, VisionTransformer
 
 _SHOWN = 6  # lines of each kind in a message
@@ -128,29 +128,11 @@ def export_backbone(backbone: VisionTransformer, path: str | Path, **facts: Any)
             temporary.chmod(mode)
         os.replace(temporary, path)
     except (OSError, RuntimeError, SafetensorError) as error:  # what the two writers raise on a full disk
-        raise UserError(f"cannot write {path}: {error}") from error
+        raise unwritable(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
     return path
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `dino-fast export`."""
-    parser.add_argument("--checkpoint", required=True, help="a run, one of its checkpoints, .safetensors or .pth")
-    parser.add_argument("--out", required=True, type=Path, help="the file to write: .safetensors or .pth")
-    parser.add_argument("--which", choices=("teacher", "student"), default="teacher", help="default: %(default)s")
-
-
-def run(args: argparse.Namespace) -> int:
-    """`dino-fast export`."""
-    facts = describe(args.checkpoint, args.which)
-    statistics = {name: facts[name] for name in ("mean", "std") if name in facts}
-    backbone = load_backbone(args.checkpoint, which=args.which)
-    path = export_backbone(backbone, args.out, **statistics)
-    count = sum(p.numel() for p in backbone.parameters())
-    print(f"wrote the {args.which}'s backbone ({count / 1e6:.2f} M parameters) to {path}")
-    return 0
 
 
 # ---- files ----

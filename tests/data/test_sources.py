@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from dino_fast.augment import MultiCrop
-from dino_fast.data import ArraySource, ImageError, check, held_out, open_source, preview, split, train_loader
+from dino_fast.commands import data_check, data_preview
+from dino_fast.data import ArraySource, ImageError, check, held_out, open_source, split, train_loader
 from dino_fast.errors import UserError
 
 
@@ -177,8 +178,8 @@ def test_bad_files_are_named_with_the_reason(tmp_path: Path, capsys: pytest.Capt
     assert bad.keys() == expected.keys()
     assert all(name in bad[name] and words in bad[name] for name, words in expected.items())
     parser = argparse.ArgumentParser()
-    check.add_arguments(parser)
-    assert check.run(parser.parse_args([str(tmp_path)])) == 1
+    data_check.add_arguments(parser)
+    assert data_check.run(parser.parse_args([str(tmp_path)])) == 1
     out = capsys.readouterr().out
     assert all(str(tmp_path / name) in out for name in expected) and "unreadable   7" in out and "JPEG RGB: 1" in out
 
@@ -298,11 +299,17 @@ def test_demo_set() -> None:
 
 def test_preview_writes_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
-    preview.add_arguments(parser)
+    data_preview.add_arguments(parser)
     out = tmp_path / "p.png"
-    preview.run(parser.parse_args(["demo", "--out", str(out), "--images", "3", "--local-crops", "2"]))
+    data_preview.run(parser.parse_args(["demo", "--out", str(out), "--images", "3", "--local-crops", "2"]))
     with Image.open(out) as image:
         assert image.width > 600 and image.height > 3 * 160 and len(image.getcolors(1 << 20)) > 50
     assert str(out) in capsys.readouterr().out
-    with pytest.raises(UserError, match="cannot write"):
-        preview.run(parser.parse_args(["demo", "--out", str(tmp_path / "none" / "p.png")]))
+    data_preview.run(parser.parse_args(["demo", "--out", str(tmp_path / "new" / "p.png")]))
+    assert (tmp_path / "new" / "p.png").exists()
+    for place, message in (
+        (out / "below.png", "p.png is a file, not a folder"),
+        (tmp_path / "p.pnk", "end it in .png"),
+    ):
+        with pytest.raises(UserError, match=message):
+            data_preview.run(parser.parse_args(["demo", "--out", str(place)]))

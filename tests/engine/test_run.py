@@ -69,15 +69,19 @@ def test_bad_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="is a file"):
         open_run(tmp_path / "file", CONFIG, resume=True)
-    with pytest.raises(UserError, match=r"cannot write to .*file.*--out"):
+    with pytest.raises(UserError, match=r"--out .*below cannot be written: .*file is a file, not a folder"):
         open_run(tmp_path / "file" / "below", CONFIG, resume=False)
+
+    for place in ("/proc/dino-fast", "/proc/dino-fast/runs/1"):  # the system calls this "No such file or directory"
+        with pytest.raises(UserError, match=r"/proc does not take it. Give a place in a folder of your own"):
+            open_run(Path(place), CONFIG, resume=False)
 
     def refuse(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "locked"))
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "mkdir", refuse)
-        with pytest.raises(UserError, match=r"locked: Permission denied.*--out"):
+        with pytest.raises(UserError, match=r"--out .*locked cannot be written: nothing.*Permission denied"):
             open_run(tmp_path / "locked", CONFIG, resume=False)
 
 

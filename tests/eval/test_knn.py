@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dino_fast.commands import eval_knn
 from dino_fast.errors import UserError
 from dino_fast.eval import knn
 from dino_fast.models import VisionTransformer
@@ -89,13 +90,13 @@ def test_the_command_matches_classes_by_name(tmp_path, checkpoint, capsys):
     data = folder(tmp_path / "train", colours, 6)
     test = folder(tmp_path / "queries", {name: colours[name] for name in ("green", "red")}, 3)
     parser = argparse.ArgumentParser()
-    knn.add_arguments(parser)
+    eval_knn.add_arguments(parser)
     given = ["--checkpoint", str(checkpoint), "--data", str(data), "--test", str(test), "--k", "5"]
-    assert knn.run(parser.parse_args([*given, "--json", "--out", str(tmp_path / "out")])) == 0
+    assert eval_knn.run(parser.parse_args([*given, "--json", "--out", str(tmp_path / "out")])) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads((tmp_path / "out" / "knn.json").read_text())
     assert (printed["top1"], printed["top5"], printed["bank"], printed["queries"], printed["k"]) == (1, 1, 18, 6, 5)
-    assert knn.run(parser.parse_args(given)) == 0
+    assert eval_knn.run(parser.parse_args(given)) == 0
     assert "k=5, T=0.07, teacher class token [16], bank of 18 images, 6 queries" in capsys.readouterr().out
 
 
