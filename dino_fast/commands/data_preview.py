@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
+from dino_fast.engine.config import PRESETS, build_config, multi_crop
 from dino_fast.errors import UserError, make_folder, unwritable
 
 
@@ -12,23 +14,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", help="folder, .parquet file, text file listing images, or 'demo'")
     parser.add_argument("--out", type=Path, default=Path("preview.png"), help="picture to write (default: %(default)s)")
     parser.add_argument("--images", type=int, default=4, metavar="N", help="images to show (default: %(default)s)")
-    parser.add_argument("--local-crops", type=int, default=8, metavar="N", help="local crops (default: %(default)s)")
-    parser.add_argument("--global-size", type=int, metavar="PX", help="default: 224, or the image's size if smaller")
-    parser.add_argument("--local-size", type=int, metavar="PX", help="default: 3/7 of the global size")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--preset", metavar="NAME", help=f"crops of this recipe: {', '.join(PRESETS)}")
+    parser.add_argument("--config", metavar="FILE", help="crops of this YAML file (a run's config.yaml, say)")
+    given: dict[str, Any] = {"default": argparse.SUPPRESS, "type": int}
+    parser.add_argument("--local-crops", metavar="N", help="instead of the recipe's", **given)
+    parser.add_argument("--global-size", metavar="PX", help="instead of the recipe's", **given)
+    parser.add_argument("--local-size", metavar="PX", help="instead of the recipe's", **given)
+    parser.add_argument("--seed", help="another one draws other crops", **given)
 
 
 def run(args: argparse.Namespace) -> int:
     """Writes the picture and says where."""
-    from dino_fast.augment import MultiCrop
+    given = {name: getattr(args, name) for name in ("local_crops", "global_size", "local_size", "seed") if name in args}
+    config = build_config({**given, "data": args.path}, preset=args.preset, file=args.config)
     from dino_fast.data import open_source
     from dino_fast.data.preview import draw, readable
 
-    images = readable(open_source(args.path), args.images)
-    size = args.global_size or min(224, *(min(image.shape[1:]) for image in images))
-    local = args.local_size or max(1, round(size * 3 / 7))
-    crops = MultiCrop(global_size=size, local_size=local, n_local=args.local_crops)
-    picture = draw(images, crops, args.seed)
+    source = open_source(config.data)
+    source.channels = config.channels or source.channels
+    images = readable(source, args.images)
+    picture = draw(images, multi_crop(config), config.seed)
     make_folder(args.out.parent)
     try:
         picture.save(args.out)
@@ -37,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         raise unwritable(args.out, error) from error
     print(
-        f"{args.out}: {len(images)} images; each row is the image with its boxes, 2 global crops, {crops.n_local} local"
+        f"{args.out}: {len(images)} images; each row is the image with its boxes, "
+        f"2 global crops of {config.global_size} px, {config.local_crops} local of {config.local_size}"
     )
     return 0

@@ -17,6 +17,9 @@ from typing import Any
 
 from dino_fast.errors import UserError, nearest
 
+if typing.TYPE_CHECKING:
+    from dino_fast.augment import MultiCrop
+
 
 def option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
     """A field of `Config`, with what `--help` says about it."""
@@ -267,6 +270,27 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__}; expected lines such as 'batch_size: 64'")
     return {str(name): _typed(str(name), value, f"{path}: {name}") for name, value in values.items()}
+
+
+def multi_crop(config: Config) -> MultiCrop:
+    """The crops of a run."""
+    from dino_fast.augment import MultiCrop
+
+    return MultiCrop(
+        global_size=config.global_size,
+        local_size=config.local_size,
+        n_local=config.local_crops,
+        global_scale=config.global_scale,
+        local_scale=config.local_scale,
+        flip_p=config.flip_p,
+        jitter_p=config.jitter_p,
+        jitter=config.jitter,
+        grey_p=config.grey_p,
+        blur_p=config.blur_p,
+        solarize_p=config.solarize_p,
+        mean=config.mean,
+        std=config.std,
+    )
 
 
 # ---- types ----

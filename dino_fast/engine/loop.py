@@ -17,11 +17,10 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 
-from dino_fast.augment import MultiCrop
 from dino_fast.backends import native_missing
 from dino_fast.data import Batch, Source, Subset, TrainLoader, eval_batches, open_source, split, train_loader
 from dino_fast.engine import checkpoint
-from dino_fast.engine.config import Config, check_same, stored_config, to_dict, validate
+from dino_fast.engine.config import Config, check_same, multi_crop, stored_config, to_dict, validate
 from dino_fast.engine.monitor import Health, Progress, memory
 from dino_fast.engine.run import Run, open_run
 from dino_fast.engine.schedules import Rates, Schedules
@@ -244,21 +243,7 @@ def sample(source: Source, count: int) -> Source:
 
 def make_loader(config: Config, source: Source, device: torch.device) -> TrainLoader:
     colour = source.channels == 3 and len(config.mean) == 3
-    crops = MultiCrop(
-        global_size=config.global_size,
-        local_size=config.local_size,
-        n_local=config.local_crops,
-        global_scale=config.global_scale,
-        local_scale=config.local_scale,
-        flip_p=config.flip_p,
-        jitter_p=config.jitter_p,
-        jitter=config.jitter,
-        grey_p=config.grey_p,
-        blur_p=config.blur_p,
-        solarize_p=config.solarize_p,
-        mean=config.mean,
-        std=config.std,
-    )
+    crops = multi_crop(config)
     if not colour:
         crops.statistics(source.channels)  # refuses means that do not fit, before anything is written
     return train_loader(

@@ -306,6 +306,11 @@ def test_preview_writes_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert image.width > 600 and image.height > 3 * 160 and len(image.getcolors(1 << 20)) > 50
     assert str(out) in capsys.readouterr().out
     data_preview.run(parser.parse_args(["demo", "--out", str(tmp_path / "new" / "p.png")]))
+    assert "2 global crops of 28 px, 2 local of 14" in capsys.readouterr().out  # the crops of the demo's recipe
+    (tmp_path / "run.yaml").write_text("local_crops: 1\nglobal_size: 64\nlocal_size: 32\n")
+    given = ["demo", "--config", str(tmp_path / "run.yaml"), "--global-size", "32", "--out", str(out)]
+    with pytest.raises(UserError, match="--global-size is 32, which patches of 7 do not tile"):
+        data_preview.run(parser.parse_args(given))
     assert (tmp_path / "new" / "p.png").exists()
     for place, message in (
         (out / "below.png", "p.png is a file, not a folder"),
