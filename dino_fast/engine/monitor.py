@@ -10,9 +10,7 @@ depend on the image. It has two forms, and an untrained network looks much like 
   run has learned), a return to it is reported after `WINDOW` steps; a run that never left is given `patience` steps
   first.
 - *one prototype*: every target is the same spike, H -> 0 and KL -> 0. A sharp but healthy teacher also has a small H;
-  but then images differ, the student cannot know the spike of the other view, and KL stays well above 0. Where the
-  entropy of the mean target is measured (`mean_target_entropy`), it must be near 0 too: it is not when each image has
-  its own spike.
+  but then images differ, the student cannot know the spike of the other view, and KL stays well above 0.
 
 The feature spread falls with both. By itself (with H and KL unremarkable) it tells that the backbone gives all images
 the same feature and only the head still parts them. All conditions are on means over `WINDOW` steps, so one odd batch
@@ -84,11 +82,11 @@ class Health:
     def check(self, metrics: dict[str, Any]) -> list[str]:
         """Messages to show after this step, mostly none.
 
-        Reads `teacher_entropy`, `kl`, `feature_spread`, `mean_target_entropy` (nats), `data_wait` (a share), each where
-        it is given; non-finite values are passed over.
+        Reads `teacher_entropy`, `kl` (nats), `feature_spread`, `data_wait` (a share), each where it is given;
+        non-finite values are passed over.
         """
         self._steps += 1
-        for name in ("teacher_entropy", "kl", "feature_spread", "mean_target_entropy", "data_wait"):
+        for name in ("teacher_entropy", "kl", "feature_spread", "data_wait"):
             value = metrics.get(name)
             if value is not None and math.isfinite(float(value)):
                 self._recent.setdefault(name, deque(maxlen=WINDOW)).append(float(value))
@@ -108,8 +106,7 @@ class Health:
         self._flat_steps = self._flat_steps + 1 if entropy > FLAT * top and agreed else 0
         if self._flat_steps and (self._learned or self._flat_steps + WINDOW - 1 > self.patience):
             return {"uniform": self._uniform(entropy, means["kl"])}
-        shared = means.get("mean_target_entropy", 0.0) < SHARP * top
-        if entropy < SHARP * top and agreed and shared:
+        if entropy < SHARP * top and agreed:
             return {"one prototype": self._one_prototype(entropy, means["kl"])}
         return {}
 

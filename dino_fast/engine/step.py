@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -147,23 +148,39 @@ def train_step(run: Learner, batch: Crops, rates: Rates, step: int) -> dict[str,
             student_temp=run.config.student_temp,
             teacher_temp=rates.teacher_temp,
         )
-        run.scaler.scale(result.loss / len(parts)).backward()
         loss += result.loss.detach() / len(parts)
         entropy += result.teacher_entropy / len(parts)
         mean += result.teacher_mean / len(parts)
         features.append(tokens[: len(tokens) // 2])  # of the first global crops
-    value = loss.item()
-    if not torch.isfinite(loss):
+        if i == len(parts) - 1:  # on their way before the last backward pass: nothing waits for that one
+            spread = [feature_spread(torch.cat(features))] if run.config.batch_size > 1 else []
+            numbers = read_later(torch.stack([loss, entropy, *spread]))
+        run.scaler.scale(result.loss / len(parts)).backward()
+    value, entropy_value, *spreads = numbers()
+    if not math.isfinite(value):
         run.optimizer.zero_grad()
         raise NonFiniteLoss(value)
     run.scaler.step(run.optimizer, momentum=rates.momentum)
     run.scaler.update()
     run.optimizer.zero_grad()
     run.loss.update_center(mean)
-    metrics = {"loss": value, "teacher_entropy": entropy.item(), "kl": value - entropy.item()}
-    if run.config.batch_size > 1:
-        metrics["feature_spread"] = feature_spread(torch.cat(features)).item()
-    return metrics
+    metrics = {"loss": value, "teacher_entropy": entropy_value, "kl": value - entropy_value}
+    return metrics | ({"feature_spread": spreads[0]} if spreads else {})
+
+
+def read_later(values: Tensor) -> Callable[[], list[float]]:
+    """Starts copying `values` to the host; the function returned waits for that copy alone and gives the numbers."""
+    host = values.to("cpu", non_blocking=True)  # into pinned memory, from a GPU
+    if not values.is_cuda:
+        return host.tolist
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def numbers() -> list[float]:
+        copied.synchronize()
+        return cast(list[float], host.tolist())
+
+    return numbers
 
 
 def learner_state(run: Learner) -> dict[str, Any]:

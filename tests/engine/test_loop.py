@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import signal
 import subprocess
@@ -112,6 +113,10 @@ def test_a_run_is_complete_in_itself(undisturbed: Path) -> None:
     assert all(row.keys() >= KEYS for row in rows)
     assert [row["epoch"] for row in rows] == [step // 5 for step in range(STEPS)]
     assert [row["step"] for row in rows if "knn" in row] == [0, 44, 89]
+    assert [row["step"] for row in rows if "knn_student" in row] == [0, 44, 89]
+    for name in KEYS - {"step", "epoch"}:
+        assert all(isinstance(row[name], float) and math.isfinite(row[name]) for row in rows), name
+    assert all(0 <= row["data_wait"] <= 1 and row["images_per_second"] > 0 for row in rows)
     assert rows[0]["knn"] == rows[0]["knn_student"]  # of the same weights, before any update
     assert all(0 <= row["knn"] <= 1 for row in rows if "knn" in row)
     assert sorted(path.name for path in (undisturbed / "checkpoints").iterdir())[0] == "best"

@@ -2,13 +2,16 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from dino_fast.engine import step as step_module
 from dino_fast.engine.config import Config, build_config
 from dino_fast.engine.schedules import Schedules
 from dino_fast.engine.step import (
@@ -123,6 +126,42 @@ def test_the_loss_falls_and_the_metrics_fit() -> None:
         assert row["loss"] == pytest.approx(row["teacher_entropy"] + row["kl"], rel=1e-5)
         assert 0 <= row["teacher_entropy"] <= math.log(config.out_dim) + 1e-4
         assert 0 < row["feature_spread"] < 1.2
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what makes the host wait for a number: .item(), float(tensor), `if tensor`."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_one_host_read_a_step(accumulate: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = _config(accumulate=accumulate, center_init="first_batch")
+    learner, rates, batch = _learner(config), Schedules(config, PER_EPOCH).at(1), _batch(0, config)
+    later: list[Tensor] = []
+    read = step_module.read_later
+    monkeypatch.setattr(step_module, "read_later", lambda values: (later.append(values), read(values))[1])
+    # It looks at the upstream gradient of CPU tensors alone, for which nothing waits.
+    monkeypatch.setattr(
+        sys.modules["dino_fast.ops.dino_loss"], "_times", lambda gradient, upstream: gradient * upstream
+    )
+    with HostReads() as reads:
+        assert reads.count == 0 and torch.ones(()).item() and reads.count == 1
+        train_step(learner, batch, rates, 0)
+        train_step(learner, batch, rates, 1)
+    assert reads.count == 1
+    assert [values.shape for values in later] == [(3,), (3,)]
+
+
+def test_a_batch_of_one_has_no_spread() -> None:
+    config = _config(batch_size=1)
+    assert train_step(_learner(config), _batch(0, config), Schedules(config, 1).at(0), 0).keys() == {
+        *("loss", "teacher_entropy", "kl")
+    }
 
 
 @pytest.mark.parametrize("start", ["zero", "first_batch"])
