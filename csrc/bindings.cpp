@@ -14,6 +14,7 @@
 
 #include "cpu/dino_loss.h"
 #include "cpu/isa.h"
+#include "cpu/linear_dino_loss.h"
 #include "cpu/multi_tensor.h"
 #ifdef DINO_FAST_HAS_CUDA
 #include "cuda/multi_tensor.h"
@@ -177,6 +178,43 @@ void dino_loss_gradient(const LogitsTuple& student, const LogitsTuple& teacher, 
                                          reinterpret_cast<void*>(gradient));
 }
 
+// The tile is (logits, center, T, V, images, columns, 1 / teacher's temperature, 1 / student's), as in
+// cpu/linear_dino_loss.h.
+using TileTuple = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, double, double>;
+
+dino_fast::LogitTile as_tile(const TileTuple& t) {
+  return {address<float>(std::get<0>(t)), address<float>(std::get<1>(t)), std::get<2>(t), std::get<3>(t),
+          std::get<4>(t), std::get<5>(t), std::get<6>(t), std::get<7>(t)};
+}
+
+void linear_dino_loss_attend(const TileTuple& tile, int64_t maxima, int64_t sums, int64_t pairs, int64_t read,
+                             int64_t readers, int64_t width, int threads) {
+  py::gil_scoped_release release;
+  const dino_fast::RowState state{address<float>(maxima), address<double>(sums), address<double>(pairs),
+                                  address<float>(read), readers, width};
+  DINO_FAST_DISPATCH(linear_dino_loss_attend)(as_tile(tile), state, threads);
+}
+
+void linear_dino_loss_weigh(const TileTuple& tile, int64_t maxima, int64_t factors, int64_t pair_factors, int threads) {
+  py::gil_scoped_release release;
+  DINO_FAST_DISPATCH(linear_dino_loss_weigh)
+  (as_tile(tile), address<float>(maxima), address<float>(factors), address<float>(pair_factors), threads);
+}
+
+void linear_dino_loss_normalize(int64_t weight, int64_t gain, int64_t effective, int64_t n, int64_t width, int threads) {
+  py::gil_scoped_release release;
+  DINO_FAST_DISPATCH(linear_dino_loss_normalize)
+  (address<float>(weight), address<float>(gain), address<float>(effective), n, width, threads);
+}
+
+void linear_dino_loss_project(int64_t gradient, int64_t weight, int64_t gain, int64_t gain_gradient, int64_t n,
+                              int64_t width, int threads) {
+  py::gil_scoped_release release;
+  DINO_FAST_DISPATCH(linear_dino_loss_project)
+  (address<float>(gradient), address<float>(weight), address<float>(gain), address<float>(gain_gradient), n, width,
+   threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -189,6 +227,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("multi_tensor_adamw_ema", &multi_tensor_adamw_ema);
   m.def("dino_loss_forward", &dino_loss_forward);
   m.def("dino_loss_gradient", &dino_loss_gradient);
+  m.def("linear_dino_loss_attend", &linear_dino_loss_attend);
+  m.def("linear_dino_loss_weigh", &linear_dino_loss_weigh);
+  m.def("linear_dino_loss_normalize", &linear_dino_loss_normalize);
+  m.def("linear_dino_loss_project", &linear_dino_loss_project);
 #ifdef DINO_FAST_HAS_CUDA
   bind_cuda(m);
 #endif

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dino_fast.ops import dino_loss as operation
+from dino_fast.ops import linear_dino_loss as linear_operation
 
-__all__ = ["DINOLoss", "dino_loss"]
+__all__ = ["DINOLoss", "dino_loss", "linear_dino_loss", "linear_ibot_loss"]
 
 
 def dino_loss(
@@ -39,6 +40,116 @@ def dino_loss(
     return operation.dino_loss(
         student, teacher, center, student_temp=student_temp, teacher_temp=teacher_temp, backend=backend
     ).loss
+
+
+def linear_dino_loss(
+    student: Tensor,
+    student_weight: Tensor,
+    teacher: Tensor,
+    teacher_weight: Tensor,
+    center: Tensor,
+    *,
+    student_temp: float,
+    teacher_temp: float,
+    student_gain: Tensor | None = None,
+    teacher_gain: Tensor | None = None,
+    pair_weights: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`dino_loss` from the inputs of the head's last layer, a linear one without bias, whose logits are never stored.
+
+    Args:
+        student: [V, B, D], what the student's last layer would get, the two global crops first; float32, bfloat16,
+            float16 or float64.
+        student_weight: [K, D], that layer's matrix, of any of these dtypes.
+        teacher, teacher_weight: [T, B, D] and [K, D] of the teacher, in the same order. Not differentiated.
+        center: [K], subtracted from the teacher's logits.
+        student_temp, teacher_temp: what logits are divided by before the softmax.
+        student_gain, teacher_gain: [K], where the layer is weight-normed: row k of the matrix is then
+            gain[k] * weight[k] / |weight[k]|. With the original's head, `last_layer.weight_g[:, 0]` and
+            `last_layer.weight_v`.
+        pair_weights: [T, V], how much each pair of crops counts in the mean. Default: 1, but 0 for a crop with itself.
+        backend: "auto" or a name that `dino-fast info` lists.
+
+    Returns:
+        The loss, a float32 scalar (float64 for a float64 student), differentiable by `student`, `student_weight` and
+        `student_gain`; and the mean [K] of this process's raw teacher logits, for the centre.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or temperatures that do not fit.
+    """
+    if student.dim() != 3 or teacher.dim() != 3 or 0 in student.shape or 0 in teacher.shape:
+        raise ValueError(
+            f"linear_dino_loss: student and teacher are [crops, images, D], none of them 0; "
+            f"got {list(student.shape)} and {list(teacher.shape)}"
+        )
+    V, B, T = student.shape[0], student.shape[1], teacher.shape[0]
+    if pair_weights is None:
+        if V == 1 and T == 1:
+            raise ValueError("linear_dino_loss: one crop each leaves no pair of different crops; give pair_weights")
+        pair_weights = torch.ones(T, V, device=student.device).fill_diagonal_(0.0)
+    scaled = pair_weights.to(linear_operation.result_dtype(student))
+    rows = torch.ones(B, dtype=scaled.dtype, device=student.device)
+    return linear_operation.linear_dino_loss(
+        student,
+        student_weight,
+        teacher,
+        teacher_weight,
+        center,
+        scaled / (B * scaled.sum()),
+        rows,
+        student_temp=student_temp,
+        teacher_temp=teacher_temp,
+        student_gain=student_gain,
+        teacher_gain=teacher_gain,
+        backend=backend,
+    )
+
+
+def linear_ibot_loss(
+    student: Tensor,
+    student_weight: Tensor,
+    teacher: Tensor,
+    teacher_weight: Tensor,
+    center: Tensor,
+    row_weights: Tensor,
+    *,
+    student_temp: float,
+    teacher_temp: float,
+    student_gain: Tensor | None = None,
+    teacher_gain: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The patch loss of iBOT (Zhou et al. 2022) without logits: one target row for each student row.
+
+    Args:
+        student, teacher: [N, D], the masked patches as the last layers would get them, in the same order.
+        row_weights: [N]. The loss is sum_n row_weights[n] * cross-entropy of row n: for the mean over images of the
+            mean over each image's masked patches, 1 / (images * masked patches of the row's image).
+        The others as in `linear_dino_loss`; `center` is the patches' own.
+
+    Returns:
+        The loss and the mean [K] of the raw teacher logits, as `linear_dino_loss`.
+    """
+    if student.dim() != 2 or teacher.dim() != 2 or 0 in student.shape:
+        raise ValueError(
+            f"linear_ibot_loss: student and teacher are [rows, D] with at least a row; "
+            f"got {list(student.shape)} and {list(teacher.shape)}"
+        )
+    return linear_operation.linear_dino_loss(
+        student[None],
+        student_weight,
+        teacher[None],
+        teacher_weight,
+        center,
+        torch.ones(1, 1, device=student.device),
+        row_weights,
+        student_temp=student_temp,
+        teacher_temp=teacher_temp,
+        student_gain=student_gain,
+        teacher_gain=teacher_gain,
+        backend=backend,
+    )
 
 
 class DINOLoss(nn.Module):

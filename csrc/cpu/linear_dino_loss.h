@@ -1,0 +1,45 @@
+// The epilogues of the loss without logits; the mathematics is at the head of dino_fast/ops/linear_dino_loss.py.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/isa.h"
+
+namespace dino_fast {
+
+// A tile of logits of some images by some columns (prototypes), fresh from a matrix product and overwritten in place.
+// Rows are crop-major, the teacher's first: row u * images + b, then row (T + v) * images + b. What is kept for each row
+// lies in the same order; what is kept for each pair of crops, [T, V, images].
+struct LogitTile {
+  float* logits;        // [(T + V) * images, columns]
+  const float* center;  // [columns], taken away from every teacher row
+  int64_t T, V, images, columns;
+  double inverse_teacher_temp, inverse_student_temp;
+};
+
+// What the rows carry from tile to tile.
+struct RowState {
+  float* maxima;   // [(T + V) * images], of the logits, the teacher's centred; -infinity before the first tile
+  double* sums;    // [(T + V) * images], of e^((x - maximum) / temperature); 0 before the first
+  double* pairs;   // [T, V, images], of e^((t - its maximum) / its temperature) (s - its maximum) / its temperature
+  float* read;     // [readers, width], scaled down where a maximum grows
+  int64_t readers, width;  // the first rows of the tile: all of them, or the teacher's
+};
+
+}  // namespace dino_fast
+
+DINO_FAST_DECLARE(
+  // Carries `state` over the tile, and turns the logits of the first `readers` rows into e^((x - maximum) / temperature),
+  // what they read the student's weights with. The other rows are left with no use.
+  void linear_dino_loss_attend(const ::dino_fast::LogitTile& tile, const ::dino_fast::RowState& state, int threads);
+  // Student rows become factors[v, b] e^((s - maximum) / temperature) - sum_u pair_factors[u, v, b] e^((t - maximum) /
+  // temperature), the gradient by the logits; teacher rows are left with no use.
+  void linear_dino_loss_weigh(const ::dino_fast::LogitTile& tile, const float* maxima, const float* factors,
+                              const float* pair_factors, int threads);
+  // effective[k] = gain[k] weight[k] / |weight[k]|, for n rows of `width`; may be in place.
+  void linear_dino_loss_normalize(const float* weight, const float* gain, float* effective, int64_t n, int64_t width,
+                                  int threads);
+  // Turns the gradient by n rows of the effective weight into that by weight, in place, and writes the gain's.
+  void linear_dino_loss_project(float* gradient, const float* weight, const float* gain, float* gain_gradient, int64_t n,
+                                int64_t width, int threads);
+)
