@@ -15,6 +15,7 @@ from dino_fast.errors import UserError, nearest
 COMMANDS = {
     ("train",): ("dino_fast.commands.train", "pretrain a vision transformer on images without labels"),
     ("eval", "knn"): ("dino_fast.commands.eval_knn", "classify held-out images by their nearest neighbours' labels"),
+    ("eval", "linear"): ("dino_fast.commands.eval_linear", "classify them with a linear layer on frozen features"),
     ("export",): ("dino_fast.commands.export", "write a checkpoint's backbone under the names that timm knows"),
     ("data", "check"): ("dino_fast.commands.data_check", "read every image and list those that cannot be used"),
     ("data", "preview"): ("dino_fast.commands.data_preview", "draw the crops that training would see"),

@@ -1,52 +1,44 @@
 """k nearest neighbours on frozen features: the weighted vote of the original's evaluation, exact.
 
 Features are scaled to length 1; a query's k most similar bank images vote for their class with weight exp(similarity /
-temperature). Similarities are computed for as many queries at a time as fit a fixed budget, whatever the bank's size.
+temperature). Similarities exist for one tile of queries by bank images at a time, so memory does not grow with either;
+the neighbours are searched once, for the largest k, whatever the numbers of k and of temperatures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from dino_fast.data import Source, eval_batches, open_source
-from dino_fast.data.sources import split
-from dino_fast.errors import UserError, nearest
+from dino_fast.errors import UserError
+from dino_fast.eval.features import extract_features
 
-# Similarities held at once: 2^24 float32 are 64 MB.
-_SIMILARITIES = 1 << 24
+__all__ = ["evaluate", "extract_features", "knn_accuracy", "knn_grid", "neighbours"]
+
+_SIMILARITIES = 1 << 24  # held at once: 2^24 float32 are 64 MB
+_BLOCK = 32  # similarities whose maximum is looked at first; 16 and 64 are slower at 50,000 images
 
 
-@torch.no_grad()
-def extract_features(backbone: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Batches (images `[B, C, H, W]`, labels `[B]`) -> (float32 features `[N, dim]`, int64 labels `[N]`), on the CPU.
+def neighbours(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest products of each query with the bank: values `[M, k]`, falling, and bank indices `[M, k]`.
 
-    The backbone is put in evaluation mode for the time. Raises UserError for features that are not finite.
+    `bank` `[N, dim]`, `queries` `[M, dim]`, of one dtype and device. Of equal products any may be taken. Raises
+    UserError where k is not from 1 to N.
     """
-    training = backbone.training
-    device = next(backbone.parameters()).device
-    features, labels = [], []
-    backbone.eval()
-    try:
-        for images, label in batches:
-            features.append(backbone(images.to(device)).float().cpu())
-            labels.append(label)
-    finally:
-        backbone.train(training)
-    if not features:
-        raise UserError("no images to extract features from")
-    stacked = torch.cat(features)
-    if not stacked.isfinite().all():
-        raise UserError("the backbone gives features that are not finite: its weights are damaged or have diverged")
-    return stacked, torch.cat(labels)
+    if not 1 <= k <= len(bank):
+        raise UserError(f"k is {k} and the bank has {len(bank)} images; k must be from 1 to {len(bank)}: try --k 1")
+    rows = min(len(queries), max(1, math.isqrt(_SIMILARITIES) // 8))
+    columns = max(1, _SIMILARITIES // max(1, rows))
+    parts = [_search(bank, part, k, columns) for part in queries.split(rows)]
+    return torch.cat([values for values, _ in parts]), torch.cat([index for _, index in parts])
 
 
-@torch.no_grad()
 def knn_accuracy(
     bank: Tensor,
     bank_labels: Tensor,
@@ -56,35 +48,53 @@ def knn_accuracy(
     temperature: float = 0.07,
     num_classes: int | None = None,
 ) -> tuple[float, float]:
-    """The shares of queries whose class is first, and among the first five, by votes.
+    """The shares of queries whose class is first, and among the first five, by votes; see `knn_grid`."""
+    row = knn_grid(bank, bank_labels, queries, query_labels, [k], [temperature], num_classes)[0]
+    return row["top1"], row["top5"]
+
+
+@torch.no_grad()
+def knn_grid(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    ks: Sequence[int] = (20,),
+    temperatures: Sequence[float] = (0.07,),
+    num_classes: int | None = None,
+) -> list[dict[str, Any]]:
+    """One row `{k, temperature, top1, top5}` for each pair, shares of queries, for one search.
 
     `bank` `[N, dim]` and `queries` `[M, dim]` of any length, labels int64 from 0. Equal votes go to the lower class;
-    with five classes or fewer the second share is 1. Raises UserError where k exceeds the bank.
+    with five classes or fewer `top5` is 1. Raises UserError where a k exceeds the bank, or for labels out of range.
     """
-    if not 1 <= k <= len(bank):
-        raise UserError(f"k is {k} and the bank has {len(bank)} images; k must be from 1 to {len(bank)}: try --k 1")
-    if not temperature > 0:
-        raise UserError(f"the temperature is {temperature}; it must be above 0 (the usual value is 0.07)")
+    for k in ks:
+        if not 1 <= k <= len(bank):
+            raise UserError(f"k is {k} and the bank has {len(bank)} images; k must be from 1 to {len(bank)}: try --k 1")
+    for temperature in temperatures:
+        if not temperature > 0:
+            raise UserError(f"the temperature is {temperature}; it must be above 0 (the usual value is 0.07)")
     if not len(queries):
         raise UserError("there are no images to classify: the test data is empty")
     highest = int(max(bank_labels.max(), query_labels.max()))
     if min(bank_labels.min(), query_labels.min()) < 0 or (num_classes is not None and highest >= num_classes):
         raise UserError(f"labels must be from 0 to {(num_classes or highest + 1) - 1}; -1 marks an image without one")
     classes = num_classes or highest + 1
-    bank = F.normalize(bank.float(), dim=1).T  # [dim, N]
-    queries = F.normalize(queries.float(), dim=1)
-    first = five = 0
-    rows = max(1, _SIMILARITIES // max(bank.shape[1], classes))
-    for query, label in zip(queries.split(rows), query_labels.split(rows), strict=True):
-        similarity, index = (query @ bank).topk(k, dim=1)  # [rows, k]
-        # Relative to the largest, so that a low temperature cannot overflow; it scales a query's votes alike.
-        weight = ((similarity - similarity[:, :1]) / temperature).exp()
-        votes = weight.new_zeros(len(query), classes).scatter_add_(1, bank_labels[index], weight)
-        best = votes.sort(dim=1, descending=True, stable=True).indices[:, :5]
-        hits = best == label[:, None]
-        first += int(hits[:, 0].sum())
-        five += int(hits.sum())
-    return first / len(queries), five / len(queries)
+    values, index = neighbours(F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1), max(ks))
+    voters = bank_labels.to(index.device)[index]  # [M, k], classes
+    labels = query_labels.to(index.device)
+    hits = {(k, temperature): [0, 0] for k in ks for temperature in temperatures}
+    rows = max(1, _SIMILARITIES // classes)
+    for value, voter, label in zip(values.split(rows), voters.split(rows), labels.split(rows), strict=True):
+        for (k, temperature), count in hits.items():
+            rank = _ranks(value[:, :k], voter[:, :k], label, temperature, classes)
+            count[0] += int((rank < 1).sum())
+            count[1] += int((rank < 5).sum())
+    total = len(queries)
+    return [
+        {"k": k, "temperature": temperature, "top1": one / total, "top5": five / total}
+        for (k, temperature), (one, five) in hits.items()
+    ]
 
 
 def evaluate(
@@ -92,65 +102,90 @@ def evaluate(
     data: str | Path,
     test: str | Path | None = None,
     *,
-    k: int = 20,
-    temperature: float = 0.07,
+    k: int | Sequence[int] = 20,
+    temperature: float | Sequence[float] = 0.07,
     which: str = "teacher",
     batch_size: int = 128,
-    device: str = "cpu",
+    device: str | None = None,
     image_size: int | None = None,
+    features: Path | None = None,
 ) -> dict[str, Any]:
-    """k-NN accuracy of a checkpoint, ours or the original's, on a labelled image source.
+    """k-NN accuracy of a checkpoint on a labelled image source.
 
     The bank is `data`, the queries `test`, or without it the held-out part of `data`. `image_size` defaults to the
-    size the position embeddings were learned for. Returns `top1` and `top5` (fractions), `k`, `temperature`, `bank` and
-    `queries` (numbers of images), `feature`, `which`, `image_size`, `checkpoint`.
+    size the position embeddings were learned for; `features` is a folder that keeps features between calls. Returns
+    `top1` and `top5` (fractions), `k` and `temperature` of the best pair, `results` with all of them, `bank` and
+    `queries` (numbers of images), `left_out`, `feature`, `which`, `image_size`, `checkpoint`.
     """
-    from dino_fast.models.checkpoints import describe, load_backbone
+    from dino_fast.eval.backbones import open_backbone
+    from dino_fast.eval.features import labelled_features
+    from dino_fast.eval.labelled import left_out, open_labelled
 
-    bank_source, query_source = _sources(data, test)
-    facts = describe(checkpoint, which=which)
-    backbone = load_backbone(checkpoint, which=which).eval().to(device)
-    size = backbone.img_size if image_size is None else (image_size, image_size)
-    statistics = {name: facts[name] for name in ("mean", "std") if name in facts}
-    parts = []
-    for source in (bank_source, query_source):
-        source.channels = backbone.in_chans
-        parts.append(extract_features(backbone, eval_batches(source, size, batch_size=batch_size, **statistics)))
-    (bank, bank_labels), (queries, query_labels) = [(f[labels >= 0], labels[labels >= 0]) for f, labels in parts]
-    query_labels = _same_classes(bank_source, query_source, query_labels)
-    top1, top5 = knn_accuracy(bank, bank_labels, queries, query_labels, k, temperature)
+    ks = [k] if isinstance(k, int) else list(k)
+    temperatures = [temperature] if isinstance(temperature, int | float) else list(temperature)
+    sources = dict(zip(("bank", "queries"), open_labelled(data, test)[:2], strict=True))
+    if max(ks) > len(sources["bank"]):  # said before an hour of features
+        raise UserError(f"k is {max(ks)} and the bank has {len(sources['bank'])} images; give a smaller --k")
+    frozen = open_backbone(checkpoint, which, device)
+    size = frozen.size(image_size)
+    kind = f"class token [{frozen.backbone.embed_dim}]"
+    found = {
+        name: labelled_features(frozen, source, size, frozen.backbone, kind, batch_size, features)
+        for name, source in sources.items()
+    }
+    (bank, bank_labels), (queries, query_labels) = found.values()
+    bank, queries = bank.to(frozen.device), queries.to(frozen.device)
+    rows = knn_grid(bank, bank_labels, queries, query_labels, ks, temperatures)
     return {
-        "top1": top1,
-        "top5": top5,
-        "k": k,
-        "temperature": temperature,
+        **max(rows, key=lambda row: row["top1"]),
+        "results": rows,
         "bank": len(bank),
         "queries": len(queries),
-        "feature": f"class token [{backbone.embed_dim}]",
+        "left_out": {name: left_out(source, len(found[name][0])) for name, source in sources.items()},
+        "feature": kind,
         "which": which,
         "image_size": list(size),
         "checkpoint": str(checkpoint),
     }
 
 
-def _sources(data: str | Path, test: str | Path | None) -> tuple[Source, Source]:
-    """Bank and queries. Raises UserError where labels are missing, before any feature is computed."""
-    source = open_source(data)
-    bank, queries = split(source) if test is None else (source, open_source(test))
-    for part, path in ((bank, data), (queries, data if test is None else test)):
-        if part.labels is None or not (part.labels >= 0).any():
-            raise UserError(
-                f"{path} has no labels, and k-NN accuracy needs them: give a folder with one sub-folder per class, or "
-                "a parquet file with a label column"
-            )
-    return bank, queries
+def _search(bank: Tensor, queries: Tensor, k: int, columns: int) -> tuple[Tensor, Tensor]:
+    """`neighbours` of a few queries, by running over the bank in pieces of `columns` images."""
+    values = index = None
+    for start in range(0, len(bank), columns):
+        similarity = queries @ bank[start : start + columns].T  # [rows, columns]
+        value, place = _largest(similarity, min(k, similarity.shape[1]))
+        place += start
+        if values is not None and index is not None:
+            value, place = torch.cat((values, value), dim=1), torch.cat((index, place), dim=1)
+            value, order = value.topk(min(k, value.shape[1]), dim=1)
+            place = place.gather(1, order)
+        values, index = value, place
+    assert values is not None and index is not None
+    return values, index
 
 
-def _same_classes(bank: Source, queries: Source, labels: Tensor) -> Tensor:
-    """The queries' labels in the bank's numbering, matched by the classes' names where both have some."""
-    if bank.classes is None or queries.classes is None or bank.classes == queries.classes:
-        return labels
-    for name in queries.classes:
-        if name not in bank.classes:
-            raise UserError(f"the test data has a class '{name}' that --data lacks{nearest(name, bank.classes)}")
-    return torch.tensor([bank.classes.index(name) for name in queries.classes])[labels]
+def _largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`x.topk(k, dim=1)`. The k largest of a row lie in the k blocks of largest maximum, so only these are sorted."""
+    m, n = x.shape
+    blocks = n // _BLOCK
+    if blocks < 2 * k:
+        value, index = x.topk(k, dim=1)
+        return value, index
+    head = x[:, : blocks * _BLOCK].view(m, blocks, _BLOCK)
+    chosen = head.amax(dim=2).topk(k, dim=1, sorted=False).indices  # [m, k]
+    inside = head.gather(1, chosen[:, :, None].expand(-1, -1, _BLOCK)).flatten(1)  # [m, k * _BLOCK]
+    index = (chosen[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=x.device)).flatten(1)
+    rest = torch.arange(blocks * _BLOCK, n, device=x.device).expand(m, -1)
+    value, order = torch.cat((inside, x[:, blocks * _BLOCK :]), dim=1).topk(k, dim=1)
+    return value, torch.cat((index, rest), dim=1).gather(1, order)
+
+
+def _ranks(similarity: Tensor, voters: Tensor, labels: Tensor, temperature: float, classes: int) -> Tensor:
+    """How many classes come before the right one, `[rows]`."""
+    # Relative to the largest, so that a low temperature cannot overflow; it scales a query's votes alike.
+    weight = ((similarity - similarity[:, :1]) / temperature).exp()
+    votes = weight.new_zeros(len(labels), classes).scatter_add_(1, voters, weight)
+    own = votes.gather(1, labels[:, None])
+    lower = torch.arange(classes, device=votes.device) < labels[:, None]
+    return ((votes > own) | ((votes == own) & lower)).sum(dim=1)

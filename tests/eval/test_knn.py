@@ -11,10 +11,12 @@ import torch
 from PIL import Image
 
 from dino_fast.commands import eval_knn
+from dino_fast.data import eval_batches, open_source
 from dino_fast.errors import UserError
-from dino_fast.eval import knn
+from dino_fast.eval import features, knn
+from dino_fast.eval.backbones import open_backbone
 from dino_fast.models import VisionTransformer
-from dino_fast.models.checkpoints import export_backbone
+from dino_fast.models.checkpoints import export_backbone, load_backbone
 
 
 def by_hand(bank, bank_labels, queries, query_labels, k, temperature, classes):
@@ -41,6 +43,27 @@ def test_accuracy_equals_a_computation_by_hand(n, m, classes, k, chunk, monkeypa
     labels, query_labels = rng.integers(0, classes, n), rng.integers(0, classes, m)
     got = knn.knn_accuracy(*map(torch.from_numpy, (bank, labels, queries, query_labels)), k=k, num_classes=classes)
     assert got == pytest.approx(by_hand(bank, labels, queries, query_labels, k, 0.07, classes), abs=1e-12)
+
+
+def test_a_grid_equals_its_single_pairs():
+    torch.manual_seed(0)
+    given = torch.randn(90, 5), torch.randint(0, 4, (90,)), torch.randn(20, 5), torch.randint(0, 4, (20,))
+    rows = knn.knn_grid(*given, ks=[3, 20], temperatures=[0.07, 1.0])
+    assert [(row["k"], row["temperature"]) for row in rows] == [(3, 0.07), (3, 1.0), (20, 0.07), (20, 1.0)]
+    for row in rows:
+        assert (row["top1"], row["top5"]) == knn.knn_accuracy(*given, k=row["k"], temperature=row["temperature"])
+
+
+@pytest.mark.parametrize("k", [1, 5, 60])
+@pytest.mark.parametrize("chunk", [1 << 24, 1 << 15])
+def test_neighbours_are_the_largest_products(k, chunk, monkeypatch):
+    monkeypatch.setattr(knn, "_SIMILARITIES", chunk)
+    torch.manual_seed(k)
+    bank, queries = torch.randn(4100, 8, dtype=torch.float64), torch.randn(70, 8, dtype=torch.float64)
+    values, index = knn.neighbours(bank, queries, k)
+    expected = (queries @ bank.T).topk(k, dim=1)
+    assert torch.equal(index, expected.indices)
+    torch.testing.assert_close(values, expected.values)
 
 
 def test_few_classes_and_a_low_temperature():
@@ -107,3 +130,52 @@ def test_data_without_labels_or_with_other_classes(tmp_path, checkpoint):
     other = folder(tmp_path / "other", {"reds": (200, 9, 9), "blue": (9, 9, 200)}, 1)
     with pytest.raises(UserError, match=r"class 'reds'.*did you mean 'red'"):
         knn.evaluate(checkpoint, data, other, k=1)
+
+
+def test_cifar_with_kept_features(cifar, checkpoint, tmp_path, monkeypatch):
+    given = {"k": [1, 20], "temperature": [0.07, 0.5], "features": tmp_path / "kept", "image_size": 32, "device": "cpu"}
+    first = knn.evaluate(checkpoint, cifar / "train.parquet", cifar / "test.parquet", **given)
+    assert (first["bank"], first["queries"], len(first["results"])) == (500, 250, 4)
+    assert first["top1"] == max(row["top1"] for row in first["results"]) > 0.13  # 0.1 is chance
+    model = load_backbone(checkpoint).eval()
+    parts = []
+    for name in ("train", "test"):
+        images, labels = next(eval_batches(open_source(cifar / f"{name}.parquet"), 32, [0.5] * 3, [0.5] * 3, 500))
+        parts += [model(images).detach().double().numpy(), labels.numpy()]
+    for row in first["results"]:
+        expected = by_hand(*parts, row["k"], row["temperature"], 10)
+        assert (row["top1"], row["top5"]) == pytest.approx(expected, abs=0.0041)  # one image of 250 at equal votes
+    monkeypatch.setattr(features, "eval_batches", None)  # a second time nothing is computed
+    assert knn.evaluate(checkpoint, cifar / "train.parquet", cifar / "test.parquet", **given) == first
+    monkeypatch.undo()
+    damaged = next((tmp_path / "kept").iterdir())
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"damaged.*delete the file"):
+        knn.evaluate(checkpoint, cifar / "train.parquet", cifar / "test.parquet", **given)
+
+
+def test_a_bank_smaller_than_k_is_said_before_the_checkpoint_is_read(tmp_path):
+    data = folder(tmp_path / "data", {"red": (200, 9, 9), "blue": (9, 9, 200)}, 4)
+    with pytest.raises(UserError, match="k is 20 and the bank has 8 images"):
+        knn.evaluate(tmp_path / "none", data, data)
+
+
+def test_other_peoples_checkpoints(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="not a vision transformer"):
+        torch.save({"conv1.weight": torch.zeros(3), "fc.weight": torch.zeros(2, 2)}, tmp_path / "resnet.pth")
+        open_backbone(tmp_path / "resnet.pth")
+    timm = pytest.importorskip("timm")
+    create = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **kw: create(name, pretrained=False, **kw))
+    frozen = open_backbone("timm:vit_tiny_patch16_224", device="cpu")
+    torch.manual_seed(0)
+    model = create("vit_tiny_patch16_224", pretrained=False, num_classes=0).eval()
+    frozen.backbone.load_state_dict(model.state_dict())
+    images = torch.randn(2, 3, 224, 224)
+    torch.testing.assert_close(frozen.backbone(images), model(images), rtol=1e-4, atol=1e-4)
+    with pytest.raises(UserError, match="did you mean 'vit_tiny_patch16_224"):
+        open_backbone("timm:vit_tiny_patch16_225")
+    with pytest.raises(UserError, match="not a plain vision transformer"):
+        open_backbone("timm:resnet18")
+    with pytest.raises(UserError, match="cannot be used"):
+        open_backbone("timm:vit_tiny_patch16_224", device="gpu")

@@ -1,0 +1,66 @@
+"""Random crops of labelled images for training a classifier: area 8 to 100 %, a flip, nothing else.
+
+Each crop is a function of (seed, epoch, image index), as all draws of the data side are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torchvision.transforms import RandomResizedCrop
+
+from dino_fast.augment import from_pillow, statistics, to_pillow
+from dino_fast.data import ImageError, Source
+from dino_fast.data.loader import mix
+
+logger = logging.getLogger(__name__)
+_CROP = 4  # what the draw is for (0 to 2 are the loader's)
+
+
+def random_crop(image: Tensor, size: tuple[int, int], seed: int) -> Tensor:
+    """uint8 `[C, H, W]` -> uint8 `[C, h, w]`, bilinear; flipped half of the time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        top, left, height, width = RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3])
+        flip = bool(torch.rand(()) < 0.5)
+    box = (left, top, left + width, top + height)
+    crop = from_pillow([plane.resize((size[1], size[0]), 2, box=box) for plane in to_pillow(image)])  # 2 is bilinear
+    return crop.flip(-1) if flip else crop
+
+
+def random_batches(
+    source: Source,
+    size: tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    indices: Sequence[int] | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """A random crop of every readable, labelled image (of `indices`), in order: float32 `[B, C, h, w]`, labels `[B]`.
+
+    Unreadable images are left out with a log warning in epoch 0.
+    """
+    offset, scale = statistics(mean, std, source.channels)
+    images: list[Tensor] = []
+    labels: list[int] = []
+    for index in range(len(source)) if indices is None else indices:
+        label = source.label(index)
+        if label is None:
+            continue
+        try:
+            images.append(random_crop(source.read(index), size, mix(seed, _CROP, epoch, index)))
+        except ImageError as error:
+            if epoch == 0:
+                logger.warning("left out of the evaluation: %s", error)
+            continue
+        labels.append(label)
+        if len(images) == batch_size:
+            yield torch.stack(images).float().div_(255).sub_(offset).div_(scale), torch.tensor(labels)
+            images, labels = [], []
+    if images:
+        yield torch.stack(images).float().div_(255).sub_(offset).div_(scale), torch.tensor(labels)
