@@ -13,7 +13,7 @@
 #include <vector>
 
 #include "cpu/dino_loss.h"
-#include "cpu/isa.h"
+#include "cpu/instruction_set.h"
 #include "cpu/linear_dino_loss.h"
 #include "cpu/multi_tensor.h"
 #ifdef DINO_FAST_HAS_CUDA
