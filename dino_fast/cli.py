@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 from dino_fast import __version__
 from dino_fast.errors import UserError, nearest
@@ -27,6 +29,7 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status: 0, 2 for what the user can correct, 130 or 143 for a signal."""
     words = list(sys.argv[1:] if argv is None else argv)
+    plain, warnings.formatwarning = warnings.formatwarning, _note
     try:
         return _run(words)
     except UserError as error:
@@ -35,6 +38,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(f"dino-fast: {stop or 'interrupted'}", file=sys.stderr)
         return getattr(stop, "code", 130)
+    finally:
+        warnings.formatwarning = plain
+
+
+def _note(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """Our own warnings are written for the person at the terminal, who needs no line of code."""
+    if Path(filename).is_relative_to(Path(__file__).parent):
+        return f"dino-fast: note: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def _run(words: list[str]) -> int:

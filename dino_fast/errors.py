@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -30,7 +31,8 @@ def unwritable(path: Path, error: Exception, option: str = "--out") -> UserError
     """The sentence for a place, given with `option`, that cannot be written to: where the trouble is, what to give."""
     place = next(p for p in (path, *path.absolute().parents) if p.exists())  # how far the path exists
     code, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or str(error)
-    if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in reason:
+    full = code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in reason
+    if full or (code is None and shutil.disk_usage(place).free < 1 << 16):  # torch.save does not tell why
         return UserError(f"{option} {path} cannot be written: its disk is full. Free some space, or give another disk")
     if place.is_file() and (place != path or code in (errno.EEXIST, errno.ENOTDIR)):
         why = f"{place} is a file, not a folder"

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,7 @@ def test_help_and_version_do_not_wait_for_torch() -> None:
         (["train", "--bat=4"], ["no option '--bat'"]),  # no silent abbreviations
         (["train", "--patch-size", "3"], ["--global-size is 28"]),
         (["train", "--data", "no/such/folder"], ["no/such/folder does not exist"]),
+        (["eval", "knn", "--checkpoint", "no.pth", "--data", "demo"], ["no.pth does not exist; give a run directory"]),
         (["train", "--preset", "big"], ["no preset 'big'", "demo"]),
     ],
 )
@@ -70,6 +73,16 @@ def test_mistakes_get_a_sentence(
     for part in parts:
         assert part in error
     assert not list(tmp_path.iterdir())  # nothing was begun
+
+
+def test_our_warnings_are_notes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    info = importlib.import_module("dino_fast.info")
+    monkeypatch.setattr(info, "run", lambda args: warnings.warn_explicit("damaged", UserWarning, info.__file__, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = lambda *told: sys.stderr.write(warnings.formatwarning(*told[:4]))
+        assert cli.main(["info"]) == 0
+    assert capsys.readouterr().err == "dino-fast: note: damaged\n"
 
 
 def test_a_signal_becomes_an_exit_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

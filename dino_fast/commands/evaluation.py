@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dino_fast.errors import make_folder
+from dino_fast.errors import make_folder, unwritable
 
 
 def add_common(parser: argparse.ArgumentParser, data: str, test: str | None = None, size: bool = True) -> None:
@@ -35,10 +35,13 @@ def begin(args: argparse.Namespace) -> None:
 
 
 def report(args: argparse.Namespace, name: str, result: dict[str, Any], lines: list[str]) -> int:
-    """Prints `lines`, or with --json the result; with --out also keeps it as `NAME.json`."""
-    if args.out is not None:
-        (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    """Prints `lines`, or with --json the result; with --out also keeps it as `NAME.json`. A full disk loses nothing."""
     print(json.dumps(result) if args.json else "\n".join(lines))
+    if args.out is not None:
+        try:
+            (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise unwritable(args.out, error) from error
     return 0
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dino_fast.errors import UserError, nearest, unwritable
 from dino_fast.models import ARCHITECTURES, VisionTransformer
 
+_CLASSIFIER = ("head.weight", "head.bias")  # of timm's supervised models: no part of a backbone
 _SHOWN = 6  # lines of each kind in a message
 # Shapes and image statistics that go with the weights; the rest of a configuration is of no use here.
 _FACTS = ("arch", "patch_size", "num_heads", "img_size", "global_size", "in_chans", "mean", "std")
@@ -45,7 +46,7 @@ def describe(path: str | Path, which: str = "teacher") -> dict[str, Any]:
 def backbone_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The backbone's weights under their plain names (`cls_token`, ...)."""
     inside = {name.removeprefix("backbone."): t for name, t in state.items() if name.startswith("backbone.")}
-    return inside or state
+    return inside or {name: t for name, t in state.items() if name not in _CLASSIFIER}
 
 
 def load_weights(module: nn.Module, state: dict[str, Tensor], source: str | Path = "the given weights") -> None:
@@ -157,7 +158,10 @@ def _read(path: Path, which: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _read_folder(path: Path, which: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A checkpoint folder, or the newest whole one of a run. Only the weights asked for are read."""
     if (path / "tensors.safetensors").exists() or (path / "state.json").exists():
-        return _read_checkpoint(path, which)
+        try:
+            return _read_checkpoint(path, which)
+        except UserError as error:
+            raise UserError(f"{error}. Given the run's directory, its newest whole checkpoint is used") from error
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     for candidate in sorted(folder.glob("step-*"), key=lambda p: (len(p.name), p.name), reverse=True):
         try:
@@ -176,8 +180,10 @@ def _read_checkpoint(folder: Path, which: str) -> tuple[dict[str, Tensor], dict[
         raise UserError(f"checkpoint {folder} is damaged: {error}") from error
     if size != body.get("tensors_bytes", size):
         raise UserError(f"checkpoint {folder} is damaged: {size} bytes of {body['tensors_bytes']} are there")
-    config = (body.get("state") or body).get("config") or {}
-    return _read_safetensors(file, which)[0], _facts(config)
+    state = body.get("state") or body
+    # The heads that were built: the configuration names them only where they are not the architecture's.
+    facts = {**(state.get("config") or {}), "num_heads": state.get("num_heads")}
+    return _read_safetensors(file, which)[0], _facts(facts)
 
 
 def _read_safetensors(path: Path, which: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -210,8 +216,11 @@ def _read_pickle(path: Path, which: str) -> tuple[dict[str, Tensor], dict[str, A
                 f"{path} is refused: it holds Python objects other than weights, and loading them could run code. If "
                 "you trust where it comes from, load it with torch yourself and save its state dict alone"
             ) from error
+        # Of a file that is no pickle torch says to try again unsafely, which is no advice to pass on.
+        reason = "" if isinstance(error, pickle.UnpicklingError) else f": {(str(error) or repr(error)).splitlines()[0]}"
         raise UserError(
-            f"{path} cannot be read as a file of torch.save: {str(error).splitlines()[0] if str(error) else error!r}. "
+            f"{path} cannot be read as a file of torch.save{reason}. Accepted: a run, one of its checkpoints, "
+            ".safetensors, or a .pth of torch.save. "
             "It may be cut off: compare its size with the source's, and copy it again"
         ) from error
     if not isinstance(content, dict):
@@ -311,7 +320,10 @@ def _heads(options: dict[str, Any], facts: dict[str, Any], path: str | Path) -> 
     heads = facts.get("num_heads") or (known[2] if known and known[0] == dim else 0)
     if heads or dim % 64 == 0:
         return int(heads) or dim // 64
-    raise UserError(f"{path} does not say how many heads its blocks of width {dim} have; give num_heads")
+    raise UserError(
+        f"{path} does not say how many heads its blocks of width {dim} have. In Python, load_backbone takes num_heads, "
+        "and export_backbone writes them down"
+    )
 
 
 def _named(sizes: tuple[int, int]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import time
@@ -182,6 +183,17 @@ def test_bad_files_are_named_with_the_reason(tmp_path: Path, capsys: pytest.Capt
     assert data_check.run(parser.parse_args([str(tmp_path)])) == 1
     out = capsys.readouterr().out
     assert all(str(tmp_path / name) in out for name in expected) and "unreadable   7" in out and "JPEG RGB: 1" in out
+
+
+def test_a_file_without_permission_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_source(save(tmp_path / "mine.png").parent)
+
+    def refuse(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)  # root may read anything, so no mode would do
+    with pytest.raises(ImageError, match=r"mine\.png: Permission denied"):
+        source.read(0)
 
 
 def test_mutated_files_never_crash() -> None:

@@ -21,6 +21,7 @@ from dino_fast.engine import checkpoint, loop, train
 from dino_fast.engine.config import Config, build_config
 from dino_fast.engine.run import read_metrics
 from dino_fast.errors import UserError
+from dino_fast.models.checkpoints import load_backbone
 
 STEPS = 90
 KEYS = {
@@ -125,6 +126,7 @@ def test_a_run_is_complete_in_itself(undisturbed: Path) -> None:
 
     exported = load_file(undisturbed / "export" / "teacher.safetensors")
     _, state = checkpoint.load(undisturbed / "checkpoints") or pytest.fail("no checkpoint")
+    assert load_backbone(undisturbed).num_heads == MODEL["heads"]
     assert torch.equal(exported["cls_token"], state["teacher"]["backbone.cls_token"])
     log = (undisturbed / "log.txt").read_text()
     assert "k-NN (k=20, temperature 0.07" in log

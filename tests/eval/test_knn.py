@@ -120,6 +120,12 @@ def test_the_command_matches_classes_by_name(tmp_path, checkpoint, capsys):
     assert printed == json.loads((tmp_path / "out" / "knn.json").read_text())
     assert (printed["top1"], printed["top5"], printed["bank"], printed["queries"], printed["k"]) == (1, 1, 18, 6, 5)
     assert eval_knn.run(parser.parse_args(given)) == 0
+    (tmp_path / "out" / "knn.json").unlink()
+    (tmp_path / "out" / "knn.json").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="its disk is full"):
+        eval_knn.run(parser.parse_args([*given, "--out", str(tmp_path / "out")]))
+    with pytest.raises(UserError, match=r"model.safetensors is a file, not a folder"):
+        eval_knn.run(parser.parse_args([*given, "--out", str(checkpoint / "out")]))
     assert "k=5, T=0.07, teacher class token [16], bank of 18 images, 6 queries" in capsys.readouterr().out
 
 

@@ -146,10 +146,14 @@ def test_a_truncated_checkpoint_of_ours(run_directory):
     run, networks = run_directory
     newest = run / "checkpoints" / "step-00000002"
     data = (newest / "tensors.safetensors").read_bytes()
+    (run / "list.pth").write_text("no checkpoint at all")
+    with pytest.raises(UserError, match=r"list\.pth cannot be read.*Accepted: a run") as told:
+        files.read_state(run / "list.pth")
+    assert "weights_only" not in str(told.value)
     (newest / "tensors.safetensors").write_bytes(data[:-100])
     with pytest.warns(UserWarning, match="step-00000002 is damaged"):
         same(files.read_state(run), networks[1].state_dict())
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match=r"damaged.*Given the run's directory, its newest whole"):
         files.read_state(newest)
 
 
@@ -162,6 +166,16 @@ def test_truncated_files(published, tmp_path, share):
         file.write_bytes(data[: int(len(data) * share)])
         with pytest.raises(UserError, match=r"cut off|not a whole"):
             files.read_state(file)
+
+
+def test_a_full_disk_is_told_as_one(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", fail)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: argparse.Namespace(free=0))
+    with pytest.raises(UserError, match="its disk is full"):
+        files.export_backbone(network(0).backbone, tmp_path / "b.pth")
 
 
 def test_every_misfit_is_named():
@@ -221,6 +235,8 @@ def test_timm_loads_our_export(tmp_path):
     model = vit_tiny(16).eval()
     path = files.export_backbone(model, tmp_path / "b.safetensors")
     theirs = timm.create_model("vit_tiny_patch16_224", num_classes=0, checkpoint_path=str(path)).eval()
+    torch.save(timm.create_model("vit_tiny_patch16_224").state_dict(), tmp_path / "with_classifier.pth")
+    assert files.load_backbone(tmp_path / "with_classifier.pth", arch="vit_tiny").num_heads == 3
     x = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         torch.testing.assert_close(model(x), theirs(x), rtol=1e-5, atol=1e-5)
