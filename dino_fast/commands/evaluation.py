@@ -48,4 +48,4 @@ def report(args: argparse.Namespace, name: str, result: dict[str, Any], lines: l
 def left_out_note(counts: dict[str, int]) -> list[str]:
     """A line that says how many images of each part were not used, or nothing."""
     parts = [f"{count} of {name}" for name, count in counts.items() if count]
-    return [f"left out (unreadable or without a label): {', '.join(parts)}"] if parts else []
+    return [f"left out (unreadable, or without what it is compared to): {', '.join(parts)}"] if parts else []
