@@ -8,9 +8,11 @@
 //
 // Passes over memory, with e bytes a logit:
 //   1. `teacher_chunk`  reads the teacher: maxima, sums, entropies, and the mean over rows.        2 e B K
-//   2. `student_rows`   takes a group of one image's student rows that fits the L2 cache: reads them once for maximum
-//      and sum, then again (from L2) tile by tile beside the teacher's tile, for <q, x> and the gradient, which
-//      bypasses the cache on its way out.                                             (2V + 2) e B K, and V e B K in L2
+//   2. `StudentRows`    takes groups of one image's student rows that fit the L2 cache. In one sweep over K it reads a
+//      group for maxima and sums, and beside it, tile by tile, writes the group before, whose sums are known: its logits
+//      again (from L2), the teacher's tile, <q, x>, and the gradient, which bypasses the cache. A copy is what this sweep
+//      looks like to the memory, both directions at once, with the arithmetic hidden under it.
+//                                                                                     (2V + 2) e B K, and V e B K in L2
 // The floor is (2V + 2) e B K. Exponentials per column of an image: student 2V, teacher 2 + 2 per group.
 // What is summed in which order depends on K alone: the result's bits do not depend on the number of threads.
 #include "cpu/dino_loss.h"
@@ -26,8 +28,12 @@ namespace dino_fast {
 namespace DINO_FAST_ISA {
 namespace {
 
-constexpr int64_t kTile = 1024;  // columns: three float tiles and a row's stay in the L1 cache (16 KB of 32 or 48)
-constexpr int64_t kGroupBytes = 1280 << 10;  // a group's logits: what a 2 MB L2 cache holds beside the teacher's tiles
+constexpr int64_t kTile = 1024;  // columns: some five float tiles are in use at a time, in an L1 cache of 32 or 48 KB
+constexpr int64_t kMostRows = 16;            // in a group: more rows share the work on a tile of the teacher,
+constexpr int64_t kGroupBytes = 1280 << 10;  // but their logits should stay in an L2 cache of 2 MB until they are written
+constexpr int64_t kTasksPerThread = 4;       // evens out the load; a task's first group has no other to be read beside
+constexpr int64_t kAhead = 512;  // columns from a prefetch to its use: hardware prefetchers stop at the end of a page
+constexpr double kLn2 = 0.693147180559945309;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct RowSum {  // of one row, or of a part of it
@@ -53,6 +59,9 @@ struct RowSum {  // of one row, or of a part of it
     product += other.product;
   }
 };
+
+// What differences of logits are multiplied with, so that exp2 gives e^(difference / temperature).
+float base_2(double temperature) { return static_cast<float>(1.0 / (temperature * kLn2)); }
 
 template <typename F> void by_type(LogitType type, F f) {
   switch (type) {
@@ -84,7 +93,7 @@ template <typename T> DINO_FAST_INLINE void store_part(T* p, int n, Vec x) {
 // Columns [first, first + n) of every teacher row: their part of each row's sums, and the mean over rows.
 template <typename T>
 void teacher_chunk(const DinoLossProblem& p, int64_t first, int64_t n, RowSum* sums, int64_t sums_stride, float* mean) {
-  const Vec inverse_temp(static_cast<float>(1.0 / p.teacher_temp));
+  const Vec inverse_temp(base_2(p.teacher_temp));
   const float* center = p.center + first;
   for (int64_t k = 0; k < n; ++k) mean[first + k] = 0.0f;
   for (int64_t row = 0; row < 2 * p.B; ++row) {
@@ -93,6 +102,7 @@ void teacher_chunk(const DinoLossProblem& p, int64_t first, int64_t n, RowSum* s
     const T* next = row_of<T>(p.teacher, following / p.B, following % p.B) + first;
     Vec maximum(-kInfinity);
     for_vectors(n, [&](int64_t k, int part) {
+      __builtin_prefetch(k + kAhead < n ? t + k + kAhead : next + k + kAhead - n);
       const Vec raw = load_part(t + k, part, 0.0f);
       const Vec centred = raw - load_part(center + k, part, kInfinity);
       maximum = max(centred, maximum);
@@ -104,14 +114,13 @@ void teacher_chunk(const DinoLossProblem& p, int64_t first, int64_t n, RowSum* s
     Vec sum(0.0f), product(0.0f);
     for_vectors(n, [&](int64_t k, int part) {
       const Vec y = (load_part(t + k, part, 0.0f) - load_part(center + k, part, 0.0f) - m) * inverse_temp;
-      __builtin_prefetch(next + k);
-      Vec e = exp(y);
+      Vec e = exp2(y);
       if (part < Vec::width) e = load_first(reinterpret_cast<const float*>(&e), part, 0.0f);
       sum = sum + e;
       product = fma(e, y, product);
     });
     result.sum = reduce_add(sum);
-    result.product = reduce_add(product);
+    result.product = kLn2 * reduce_add(product);
     sums[row * sums_stride] = result;
   }
   const float scale = 1.0f / static_cast<float>(2 * p.B);
@@ -143,29 +152,6 @@ void teacher_statistics(const DinoLossProblem& p, const DinoLossResult& r) {
 
 // --- pass 2: the student -------------------------------------------------------------------------------------------
 
-// The maximum and sum of one row. Each tile is read twice, the second time from the L1 cache, so that one maximum
-// serves the whole tile and each logit costs one exponential.
-template <typename S> RowSum row_sum(const S* s, int64_t K, double inverse_temp) {
-  const Vec inverse(static_cast<float>(inverse_temp));
-  RowSum total;
-  for (int64_t first = 0; first < K; first += kTile) {
-    const int64_t n = std::min(kTile, K - first);
-    const S* tile = s + first;
-    Vec maximum(-kInfinity);
-    for_vectors(n, [&](int64_t k, int part) { maximum = max(load_part(tile + k, part, -kInfinity), maximum); });
-    const float m = reduce_max(maximum);
-    if (m > total.maximum) total.rescale(m, inverse_temp);
-    const Vec subtract(total.maximum);
-    Vec sum(0.0f);
-    for_vectors(n, [&](int64_t k, int part) {
-      __builtin_prefetch(tile + k + 2 * kTile, 0, 2);  // into L2
-      sum = sum + exp((load_part(tile + k, part, -kInfinity) - subtract) * inverse);
-    });
-    total.sum += reduce_add(sum);
-  }
-  return total;
-}
-
 struct Softmax {  // how to turn a row's logits into probabilities
   float maximum, inverse_temp, inverse_sum;
 };
@@ -176,83 +162,182 @@ void teacher_tile(const T* t, const float* center, int64_t n, const Softmax& sof
   const Vec m(softmax.maximum), inverse_temp(softmax.inverse_temp), inverse_sum(softmax.inverse_sum);
   for_vectors(n, [&](int64_t k, int part) {
     const Vec y = (load_part(t + k, part, 0.0f) - load_part(center + k, part, 0.0f) - m) * inverse_temp;
-    store(probabilities + k, exp(y) * inverse_sum);
+    __builtin_prefetch(t + k + kAhead);
+    store(probabilities + k, exp2(y) * inverse_sum);
   });
 }
 
-// <q, x> of one tile of one row, and its gradient where one is wanted: e^x * exp_scale - q * target_scale.
-template <bool kGradient, bool kStream, typename S>
-double student_tile(const S* s, const float* q, int64_t n, const Softmax& softmax, float exp_scale, float target_scale,
-                    S* gradient) {
-  const Vec m(softmax.maximum), inverse_temp(softmax.inverse_temp), a(exp_scale), b(target_scale);
-  Vec product(0.0f);
+// The maximum of one tile of a row.
+template <typename S> float tile_maximum(const S* s, int64_t n) {
+  Vec maximum(-kInfinity);
   for_vectors(n, [&](int64_t k, int part) {
-    const Vec target = load_part(q + k, part, 0.0f);
-    const Vec x = (load_part(s + k, part, softmax.maximum) - m) * inverse_temp;
-    product = fma(target, x, product);
-    if constexpr (kGradient) {
-      const Vec g = fnma(target, b, exp(x) * a);
-      if (kStream && part == Vec::width) stream(gradient + k, g); else store_part(gradient + k, part, g);
+    __builtin_prefetch(s + k + kAhead);
+    maximum = max(load_part(s + k, part, -kInfinity), maximum);
+  });
+  return reduce_max(maximum);
+}
+
+// One tile of a row that is read: the sum of its exponentials, and the maximum of the tile after it.
+template <typename S> struct ReadTile {
+  const S* s;
+  const S* following;
+  float maximum, inverse_temp;
+  float sum, following_maximum;  // results
+};
+
+// One tile of a row whose sums are known: <q, s - max s>, and its gradient, e^x * exp_scale - q * target_scale.
+template <typename S> struct WriteTile {
+  const S* s;
+  const float* q;
+  float maximum, inverse_temp, exp_scale, target_scale;
+  S* gradient;
+  float product;  // result
+};
+
+enum class Write { nothing, product, gradient, aligned_gradient };
+
+// Reads a tile of one row and, vector by vector beside it, writes a tile of another.
+template <bool kRead, Write kWrite, typename S> void tile_pass(int64_t n, ReadTile<S>& read, WriteTile<S>& write) {
+  const Vec read_maximum(read.maximum), read_inverse(read.inverse_temp);
+  const Vec write_maximum(write.maximum), write_inverse(write.inverse_temp), a(write.exp_scale), b(write.target_scale);
+  Vec sum(0.0f), following(-kInfinity), product(0.0f);
+  for_vectors(n, [&](int64_t k, int part) {
+    if constexpr (kRead) {
+      __builtin_prefetch(read.following + k + kAhead);
+      following = max(load_part(read.following + k, part, -kInfinity), following);
+      sum = sum + exp2((load_part(read.s + k, part, -kInfinity) - read_maximum) * read_inverse);
+    }
+    if constexpr (kWrite != Write::nothing) {
+      const Vec q = load_part(write.q + k, part, 0.0f);
+      const Vec difference = load_part(write.s + k, part, write.maximum) - write_maximum;
+      product = fma(q, difference, product);
+      if constexpr (kWrite != Write::product) {
+        const Vec g = fnma(q, b, exp2(difference * write_inverse) * a);
+        const bool streams = kWrite == Write::aligned_gradient && part == Vec::width;
+        if (streams) stream(write.gradient + k, g); else store_part(write.gradient + k, part, g);
+      }
     }
   });
-  return reduce_add(product);
+  read.sum = reduce_add(sum);
+  read.following_maximum = reduce_max(following);
+  write.product = reduce_add(product);
 }
 
-// Student rows [v_first, v_last) of image b.
-template <typename S> struct StudentGroup {
-  const DinoLossProblem& p;
-  int64_t b, v_first, v_last;
-  const float* statistics;  // of every row
-  double scale;             // upstream / (B N)
-  S* gradient;              // [V, B, K] or null
-  double* products;         // <q, x> of the group's rows
+template <typename S> struct Group {  // of rows of one image
+  int64_t b = 0, first = 0, n = 0;
+  RowSum sums[kMostRows];
+  float tile_maximum[kMostRows];  // of the tile that is next to be read
+};
 
-  float maximum(int64_t row) const { return statistics[row * p.B + b]; }
-  float sum(int64_t row) const { return statistics[(2 + p.V + row) * p.B + b]; }
-  Softmax softmax(int64_t row, double temp) const {
-    return {maximum(row), static_cast<float>(1.0 / temp), 1.0f / sum(row)};
+// The student rows [first, last) of the list that has the crops of image 0, then those of image 1, ...
+template <typename S> struct StudentRows {
+  const DinoLossProblem& p;
+  int64_t group_rows;
+  float* statistics;  // of every row
+  double scale;       // upstream / (B N)
+  S* gradient;        // [V, B, K] or null
+  double* products;   // [B, V], <q, x>
+  bool known;         // statistics has the student's rows already
+
+  float& maximum(const Group<S>& group, int64_t i) const { return statistics[(2 + group.first + i) * p.B + group.b]; }
+  float& sum(const Group<S>& group, int64_t i) const {
+    return statistics[(2 + p.V + 2 + group.first + i) * p.B + group.b];
   }
 
-  void run() const {
-    alignas(64) float probabilities[2][kTile], q[kTile];
-    for (int64_t first = 0; first < p.K; first += kTile) {
-      const int64_t n = std::min(kTile, p.K - first);
-      for (int u = 0; u < 2; ++u) {
-        by_type(p.teacher.type, [&](auto type) {
-          const auto* t = row_of<decltype(type)>(p.teacher, u, b) + first;
-          teacher_tile(t, p.center + first, n, softmax(u, p.teacher_temp), probabilities[u]);
-        });
-      }
-      float a0 = 0.0f, a1 = 0.0f;  // the weights that q was made with
-      for (int64_t v = v_first; v < v_last; ++v) {
-        if (v == v_first || a0 != p.pair_weights[v] || a1 != p.pair_weights[p.V + v]) {
-          a0 = p.pair_weights[v];
-          a1 = p.pair_weights[p.V + v];
-          for (int64_t k = 0; k < n; k += Vec::width) {
-            store(q + k, fma(Vec(a0), load(probabilities[0] + k), Vec(a1) * load(probabilities[1] + k)));
-          }
+  void run(int64_t first, int64_t last) const {
+    Group<S> written, read;
+    for (int64_t row = first; row < last || written.n > 0;) {
+      read = Group<S>{};
+      read.b = row / p.V;
+      read.first = row % p.V;
+      read.n = std::min({group_rows, p.V - read.first, last - row});
+      row += read.n;
+      if (!known || written.n > 0) pass(written, read);
+      if (!known) {
+        for (int64_t i = 0; i < read.n; ++i) {
+          maximum(read, i) = read.sums[i].maximum;
+          sum(read, i) = static_cast<float>(read.sums[i].sum);
         }
-        tile_of_row(v, first, n, q, a0 + a1);
       }
+      written = read;
     }
     stream_fence();
   }
 
-  void tile_of_row(int64_t v, int64_t first, int64_t n, const float* q, float weight) const {
-    const S* s = row_of<S>(p.student, v, b) + first;
-    const Softmax soft = softmax(2 + v, p.student_temp);
-    const float target_scale = static_cast<float>(scale / p.student_temp);
-    const float exp_scale = static_cast<float>(scale / p.student_temp * weight / sum(2 + v));
-    double product;
-    if (gradient == nullptr) {
-      product = student_tile<false, false>(s, q, n, soft, exp_scale, target_scale, static_cast<S*>(nullptr));
-    } else {
-      S* g = gradient + (v * p.B + b) * p.K + first;
-      const bool aligned = reinterpret_cast<uintptr_t>(g) % (Vec::width * sizeof(S)) == 0;
-      product = aligned ? student_tile<true, true>(s, q, n, soft, exp_scale, target_scale, g)
-                        : student_tile<true, false>(s, q, n, soft, exp_scale, target_scale, g);
+  void pass(const Group<S>& written, Group<S>& read) const {
+    alignas(64) float probabilities[2][kTile], q[kTile];
+    for (int64_t first = 0; first < p.K; first += kTile) {
+      const int64_t n = std::min(kTile, p.K - first);
+      if (written.n > 0) teacher_tiles(written.b, first, n, probabilities);
+      float a0 = 0.0f, a1 = 0.0f;  // the weights that q was made with
+      for (int64_t i = 0; i < std::max(written.n, read.n); ++i) {
+        ReadTile<S> reading{};
+        WriteTile<S> writing{};
+        const bool reads = !known && i < read.n, writes = i < written.n;
+        if (reads) reading = read_tile(read, i, first, n);
+        if (writes) {
+          const int64_t v = written.first + i;
+          if (i == 0 || a0 != p.pair_weights[v] || a1 != p.pair_weights[p.V + v]) {
+            a0 = p.pair_weights[v];
+            a1 = p.pair_weights[p.V + v];
+            for (int64_t k = 0; k < n; k += Vec::width) {
+              store(q + k, fma(Vec(a0), load(probabilities[0] + k), Vec(a1) * load(probabilities[1] + k)));
+            }
+          }
+          writing = write_tile(written, i, first, q, a0 + a1);
+        }
+        const bool aligned = reinterpret_cast<uintptr_t>(writing.gradient) % (Vec::width * sizeof(S)) == 0;
+        const Write mode = !writes ? Write::nothing : gradient == nullptr ? Write::product
+                           : aligned ? Write::aligned_gradient : Write::gradient;
+        if (reads) by_mode<true>(mode, n, reading, writing); else by_mode<false>(mode, n, reading, writing);
+        if (reads) {
+          const int64_t left = p.K - first - n;
+          read.sums[i].sum += reading.sum;
+          read.tile_maximum[i] = left >= kTile ? reading.following_maximum : tile_maximum(reading.s + n, left);
+        }
+        if (writes) products[written.b * p.V + written.first + i] += writing.product / p.student_temp;
+      }
     }
-    products[v - v_first] += product;
+  }
+
+  template <bool kRead> static void by_mode(Write mode, int64_t n, ReadTile<S>& read, WriteTile<S>& write) {
+    switch (mode) {
+      case Write::nothing: return tile_pass<kRead, Write::nothing>(n, read, write);
+      case Write::product: return tile_pass<kRead, Write::product>(n, read, write);
+      case Write::gradient: return tile_pass<kRead, Write::gradient>(n, read, write);
+      case Write::aligned_gradient: return tile_pass<kRead, Write::aligned_gradient>(n, read, write);
+    }
+  }
+
+  void teacher_tiles(int64_t b, int64_t first, int64_t n, float (*probabilities)[kTile]) const {
+    for (int64_t u = 0; u < 2; ++u) {
+      const Softmax soft{statistics[u * p.B + b], base_2(p.teacher_temp), 1.0f / statistics[(2 + p.V + u) * p.B + b]};
+      by_type(p.teacher.type, [&](auto type) {
+        teacher_tile(row_of<decltype(type)>(p.teacher, u, b) + first, p.center + first, n, soft, probabilities[u]);
+      });
+    }
+  }
+
+  ReadTile<S> read_tile(Group<S>& group, int64_t i, int64_t first, int64_t n) const {
+    const S* s = row_of<S>(p.student, group.first + i, group.b) + first;
+    RowSum& total = group.sums[i];
+    const float maximum = first == 0 ? tile_maximum(s, n) : group.tile_maximum[i];
+    if (maximum > total.maximum) total.rescale(maximum, 1.0 / p.student_temp);
+    const S* following = first + n + kTile <= p.K ? s + n : s;  // a shorter tile gets a loop of its own
+    return {s, following, total.maximum, base_2(p.student_temp), 0.0f, 0.0f};
+  }
+
+  WriteTile<S> write_tile(const Group<S>& group, int64_t i, int64_t first, const float* q, float weight) const {
+    const int64_t v = group.first + i;
+    WriteTile<S> tile{};
+    tile.s = row_of<S>(p.student, v, group.b) + first;
+    tile.q = q;
+    tile.maximum = maximum(group, i);
+    tile.inverse_temp = base_2(p.student_temp);
+    tile.exp_scale = static_cast<float>(scale / p.student_temp * weight / sum(group, i));
+    tile.target_scale = static_cast<float>(scale / p.student_temp);
+    if (gradient != nullptr) tile.gradient = gradient + (v * p.B + group.b) * p.K + first;
+    return tile;
   }
 };
 
@@ -264,35 +349,32 @@ double sum_of_pairs(const DinoLossProblem& p) {
 
 int64_t rows_in_group(const DinoLossProblem& p) {
   const int64_t row_bytes = p.K * (p.student.type == LogitType::float32 ? 4 : 2);
-  const int64_t most = std::max<int64_t>(1, std::min(p.V, kGroupBytes / std::max<int64_t>(1, row_bytes)));
+  const int64_t most = std::clamp<int64_t>(kGroupBytes / row_bytes, 1, std::min(p.V, kMostRows));
   const int64_t groups = (p.V + most - 1) / most;
   return (p.V + groups - 1) / groups;  // even groups
+}
+
+template <typename S>
+void student(const DinoLossProblem& p, float* statistics, double scale, void* gradient, double* products, bool known) {
+  const StudentRows<S> rows{p, rows_in_group(p), statistics, scale, static_cast<S*>(gradient), products, known};
+  const int64_t all = p.B * p.V, groups = p.B * ((p.V + rows.group_rows - 1) / rows.group_rows);
+  const int64_t tasks = std::min<int64_t>(groups, kTasksPerThread * p.threads);
+  parallel_for(tasks, p.threads, [&](int64_t task) {
+    const FlushSubnormals flush;
+    rows.run(all * task / tasks, all * (task + 1) / tasks);
+  });
 }
 
 }  // namespace
 
 void dino_loss_forward(const DinoLossProblem& p, const DinoLossResult& r) {
   teacher_statistics(p, r);
-  const int64_t group = rows_in_group(p), groups = (p.V + group - 1) / group;
   const double pairs = static_cast<double>(p.B) * sum_of_pairs(p);
   std::vector<double> products(p.V * p.B, 0.0);  // [B, V]
-  float* maxima = r.row_statistics + 2 * p.B;
-  float* sums = maxima + (2 + p.V) * p.B;
-  parallel_for(p.B * groups, p.threads, [&](int64_t task) {
-    const FlushSubnormals flush;
-    const int64_t b = task / groups, v_first = task % groups * group, v_last = std::min(p.V, v_first + group);
-    by_type(p.student.type, [&](auto type) {
-      using S = decltype(type);
-      for (int64_t v = v_first; v < v_last; ++v) {
-        const RowSum row = row_sum(row_of<S>(p.student, v, b), p.K, 1.0 / p.student_temp);
-        maxima[v * p.B + b] = row.maximum;
-        sums[v * p.B + b] = static_cast<float>(row.sum);
-      }
-      StudentGroup<S>{p, b, v_first, v_last, r.row_statistics, 1.0 / pairs, static_cast<S*>(r.gradient),
-                      products.data() + b * p.V + v_first}
-          .run();
-    });
+  by_type(p.student.type, [&](auto type) {
+    student<decltype(type)>(p, r.row_statistics, 1.0 / pairs, r.gradient, products.data(), false);
   });
+  const float* sums = r.row_statistics + (2 + p.V + 2) * p.B;
   double loss = 0.0;
   for (int64_t b = 0; b < p.B; ++b) {
     for (int64_t v = 0; v < p.V; ++v) {
@@ -304,16 +386,10 @@ void dino_loss_forward(const DinoLossProblem& p, const DinoLossResult& r) {
 }
 
 void dino_loss_gradient(const DinoLossProblem& p, const float* row_statistics, double upstream, void* gradient) {
-  const int64_t group = rows_in_group(p), groups = (p.V + group - 1) / group;
+  std::vector<double> products(p.V * p.B, 0.0);
   const double scale = upstream / (static_cast<double>(p.B) * sum_of_pairs(p));
-  parallel_for(p.B * groups, p.threads, [&](int64_t task) {
-    const FlushSubnormals flush;
-    const int64_t b = task / groups, v_first = task % groups * group, v_last = std::min(p.V, v_first + group);
-    std::vector<double> products(v_last - v_first, 0.0);
-    by_type(p.student.type, [&](auto type) {
-      using S = decltype(type);
-      StudentGroup<S>{p, b, v_first, v_last, row_statistics, scale, static_cast<S*>(gradient), products.data()}.run();
-    });
+  by_type(p.student.type, [&](auto type) {
+    student<decltype(type)>(p, const_cast<float*>(row_statistics), scale, gradient, products.data(), true);
   });
 }
 
