@@ -27,25 +27,6 @@ SHAPES = {
 }
 
 
-@pytest.fixture(params=_C.supported_isas())
-def isa(request):
-    """Each instruction set that this machine can run, in turn."""
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
-
-
-@pytest.fixture
-def poisoned():
-    """Memory that a kernel does not write is NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(64).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
 def logits(V, B, K, dtype=torch.float32, scale=1.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
     student = (torch.randn(V, B, K, generator=generator) * scale).to(dtype)

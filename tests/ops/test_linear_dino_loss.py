@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from dino_fast import _C
 from dino_fast.backends import BackendError
 from dino_fast.loss import dino_loss, linear_ibot_loss
 from dino_fast.loss import linear_dino_loss as public_loss
@@ -32,25 +31,6 @@ SHAPES = {
     "the patch loss, more rows than a chunk": (1, 1, 700, 500, 32),
     "three teacher crops": (4, 3, 2, 300, 48),
 }
-
-
-@pytest.fixture(params=_C.supported_isas())
-def isa(request):
-    """Each instruction set that this machine can run, in turn."""
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
-
-
-@pytest.fixture
-def poisoned():
-    """Memory that is not written is NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(64).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
 
 
 def problem(V, T, B, K, D, dtype=torch.float32, *, gain=True, scale=1.0, seed=0, weight_dtype=None):

@@ -17,18 +17,9 @@ from dino_fast.ops import multi_tensor as mt
 if reason := native_missing():
     pytest.skip(reason, allow_module_level=True)
 
-from dino_fast import _C
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = [(), (0,), (1,), (3, 0, 2), (7,), (16,), (33,), (5, 31), (16384,), (16385,), (3, 16384), (70001,)]
-
-
-@pytest.fixture(params=_C.supported_isas())
-def isa(request):
-    before = _C.isa()
-    _C.set_isa(request.param)
-    yield request.param
-    _C.set_isa(before)
 
 
 def draw(shapes, dtype=torch.float32, seed=0, scale=1.0) -> list[Tensor]:
