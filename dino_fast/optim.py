@@ -10,21 +10,18 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dino_fast.ops.multi_tensor import run_adamw_ema, run_grad_norms
+from dino_fast.ops.multi_tensor_batches import Last, Rows, local, multipliers_of
 
 CLIP_MODES = ("parameter", "global")
 
 # What a group carries beside torch.optim.AdamW's keys: the modules' own tensors, which no state dict repeats.
 _COMPANIONS = ("teacher_params", "bf16_params", "bf16_teacher")
-
-_PLAIN = {Tensor, torch.nn.Parameter}  # neither sharded nor fake
 
 
 @torch.no_grad()
@@ -41,7 +38,7 @@ def ema_update(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: f
         ValueError: lists, shapes or devices that disagree, or a momentum outside [0, 1].
         TypeError: a tensor that is not floating point.
     """
-    old, new = [_local(t) for t in teacher], [_local(p) for p in student]
+    old, new = [local(t) for t in teacher], [local(p) for p in student]
     if old or new:
         torch.ops.dino_fast.ema_update(old, new, momentum, [])
 
@@ -98,7 +95,7 @@ class AdamWEMA(torch.optim.Optimizer):
         if not clip_grad >= 0.0:
             raise ValueError(f"clip_grad must be 0 (no clipping) or the largest norm allowed; got {clip_grad}")
         self.clip_grad, self.clip_mode = clip_grad, clip_mode
-        self._last: _Last | None = None
+        self._last: Last | None = None
         groups = _as_groups(params)
         companions = (("teacher_params", teacher_params), ("bf16_params", bf16_params), ("bf16_teacher", bf16_teacher))
         for name, tensors in companions:
@@ -158,7 +155,7 @@ class AdamWEMA(torch.optim.Optimizer):
         _check_momentum(self.param_groups, momentum)
         moving, resting = self._batches(momentum is not None)
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        multipliers = _multipliers([rows.grads for rows in moving], grad_scale, self.clip_grad, self.clip_mode)
+        multipliers = multipliers_of([rows.grads for rows in moving], grad_scale, self.clip_grad, self.clip_mode)
         keep = 1.0 if momentum is None else momentum
         for rows, multiplier in zip(moving, multipliers, strict=True):
             rows.step(multiplier, None if found_inf is None else found_inf.to(rows.device, non_blocking=True), keep)
@@ -226,7 +223,7 @@ class AdamWEMA(torch.optim.Optimizer):
                 if p.dtype == torch.bfloat16 and name in source:
                     state[name] = source[name].to(p.device, torch.float32, copy=True)
 
-    def _batches(self, with_teacher: bool) -> tuple[list[_Rows], list[_Rows]]:
+    def _batches(self, with_teacher: bool) -> tuple[list[Rows], list[Rows]]:
         """What to step, in one batch for each device and setting of AdamW, and teachers of parameters at rest.
 
         Made anew only where tensors, settings or which of the parameters have gradients changed; otherwise this sets
@@ -242,7 +239,7 @@ class AdamWEMA(torch.optim.Optimizer):
         tensors = [*params, *(t for group in groups for name in _COMPANIONS for t in group[name])]
         last = self._last
         if not (last and last.settings == settings and _identical(last.tensors, tensors) and last.state_is_current()):
-            last = self._last = _Last(settings, tensors, *self._assemble(groups, grads, with_teacher))
+            last = self._last = Last(settings, tensors, *self._assemble(groups, grads, with_teacher))
         rates = [(float(group["lr"]), float(group["weight_decay"])) for group in groups]
         for rows in last.moving:
             rows.grads = [grads[i] for i in rows.index]
@@ -252,9 +249,9 @@ class AdamWEMA(torch.optim.Optimizer):
 
     def _assemble(
         self, groups: list[dict[str, Any]], grads: list[Tensor | None], with_teacher: bool
-    ) -> tuple[list[_Rows], list[_Rows]]:
-        moving: dict[Any, _Rows] = {}
-        resting: dict[Any, _Rows] = {}
+    ) -> tuple[list[Rows], list[Rows]]:
+        moving: dict[Any, Rows] = {}
+        resting: dict[Any, Rows] = {}
         index = -1
         for group_index, group in enumerate(groups):
             beta1, beta2 = group["betas"]
@@ -267,7 +264,7 @@ class AdamWEMA(torch.optim.Optimizer):
                 if not moves and teacher is None:
                     continue
                 key = (p.device, beta1, beta2, eps, teacher is None)
-                rows = (moving if moves else resting).setdefault(key, _Rows(p.device, beta1, beta2, eps))
+                rows = (moving if moves else resting).setdefault(key, Rows(p.device, beta1, beta2, eps))
                 if moves:
                     rows.add_state(index, group_index, self._started(p))
                 shadow = shadows[i] if shadows else None
@@ -298,157 +295,11 @@ class AdamWEMA(torch.optim.Optimizer):
         return state[name]
 
 
-@dataclass
-class _Rows:
-    """Arguments of one call of adamw_ema or ema_update; entry i of each list belongs to the i-th parameter."""
-
-    device: torch.device
-    beta1: float
-    beta2: float
-    eps: float
-    index: list[int] = field(default_factory=list)  # of the parameter, among all
-    group: list[int] = field(default_factory=list)  # of its group
-    states: list[dict[str, Any]] = field(default_factory=list)
-    params: list[Tensor] = field(default_factory=list)
-    grads: list[Any] = field(default_factory=list)
-    exp_avgs: list[Tensor] = field(default_factory=list)
-    exp_avg_sqs: list[Tensor] = field(default_factory=list)
-    steps: list[Tensor] = field(default_factory=list)
-    teachers: list[Tensor] = field(default_factory=list)
-    param_copies: list[Tensor | None] = field(default_factory=list)
-    teacher_copies: list[Tensor | None] = field(default_factory=list)
-    lrs: list[float] = field(default_factory=list)
-    weight_decays: list[float] = field(default_factory=list)
-
-    def add(self, param: Tensor, copy: Tensor | None) -> None:
-        self.params.append(param)
-        self.param_copies.append(copy)
-
-    def add_state(self, index: int, group: int, state: dict[str, Any]) -> None:
-        self.index.append(index)
-        self.group.append(group)
-        self.states.append(state)
-        self.exp_avgs.append(state["exp_avg"])
-        self.exp_avg_sqs.append(state["exp_avg_sq"])
-        self.steps.append(state["step"])
-
-    def add_teacher(self, teacher: Tensor, copy: Tensor | None) -> None:
-        self.teachers.append(teacher)
-        self.teacher_copies.append(copy)
-
-    def step(self, multipliers: Tensor | None, found_inf: Tensor | None, momentum: float) -> None:
-        params, m1, m2, teachers = map(_locals, (self.params, self.exp_avgs, self.exp_avg_sqs, self.teachers))
-        copies, teacher_copies = self._copies(self.param_copies), self._copies(self.teacher_copies)
-        function = run_adamw_ema if _is_eager(params) else torch.ops.dino_fast.adamw_ema
-        function(
-            params, _locals(self.grads), m1, m2, self.steps, teachers, copies, teacher_copies, multipliers, found_inf,
-            self.lrs, self.weight_decays, self.beta1, self.beta2, self.eps, momentum,
-        )  # fmt: skip
-        if function is run_adamw_ema:
-            torch.autograd.graph.increment_version([*params, *teachers, *copies, *teacher_copies])
-
-    def follow(self, momentum: float) -> None:
-        """The EMA of parameters that do not move."""
-        teachers, students = _locals(self.teachers), _locals(self.params)
-        torch.ops.dino_fast.ema_update(teachers, students, momentum, self._copies(self.teacher_copies))
-
-    def _copies(self, copies: list[Tensor | None]) -> list[Tensor]:
-        """As the operations want them: none at all, or one each, without elements where there is no copy."""
-        if all(c is None for c in copies):
-            return []
-        none = torch.empty(0, dtype=torch.bfloat16, device=self.device)
-        return [none if c is None else _local(c) for c in copies]
-
-
-@dataclass
-class _Last:
-    """The last step's batches, and what they were made from."""
-
-    settings: list[Any]
-    tensors: list[Tensor]
-    moving: list[_Rows]
-    resting: list[_Rows]
-
-    def state_is_current(self) -> bool:
-        """Whether the state still holds the tensors of the batches: a caller may have put others there."""
-        return all(
-            s.get("exp_avg") is m1 and s.get("exp_avg_sq") is m2 and s.get("step") is k
-            for rows in self.moving
-            for s, m1, m2, k in zip(rows.states, rows.exp_avgs, rows.exp_avg_sqs, rows.steps, strict=True)
-        )
-
-
-# ---- clipping ----
-
-
-def _multipliers(
-    batches: list[list[Tensor]], grad_scale: Tensor | None, clip_grad: float, clip_mode: str
-) -> list[Tensor | None]:
-    """For each batch what its gradients are multiplied by, [n]: clip coefficient over gradient scale."""
-    inverse = [None if grad_scale is None else grad_scale.to(b[0].device).double().reciprocal() for b in batches]
-    if clip_grad == 0.0:
-        return [
-            None if scale is None else scale.float().reshape(1).expand(len(batch))
-            for batch, scale in zip(batches, inverse, strict=True)
-        ]
-    norms = [_norms(batch) for batch in batches]
-    norms = [n if scale is None else n * scale for n, scale in zip(norms, inverse, strict=True)]
-    if clip_mode == "global" and norms:
-        home = norms[0].device
-        total = torch.linalg.vector_norm(torch.cat([n.to(home) for n in norms]))
-        norms = [total.to(n.device).expand_as(n) for n in norms]
-    multipliers: list[Tensor | None] = []
-    for norm, scale in zip(norms, inverse, strict=True):
-        coefficient = clip_grad / (norm + 1e-6)
-        # The original multiplies only where the coefficient is below 1, so a NaN norm leaves that parameter's other
-        # gradients alone; clip_grad_norm_ takes the minimum of it and 1, which a NaN goes through.
-        if clip_mode == "parameter":
-            coefficient = torch.where(coefficient < 1.0, coefficient, 1.0)
-        else:
-            coefficient = coefficient.clamp(max=1.0)
-        multipliers.append(coefficient.float() if scale is None else (coefficient * scale).float())
-    return multipliers
-
-
-def _norms(grads: list[Tensor]) -> Tensor:
-    """The 2-norm of each whole gradient, [n]; shards' sums of squares are added over the mesh, as one vector."""
-    local = _locals(grads)
-    norms = run_grad_norms(local) if _is_eager(local) else torch.ops.dino_fast.grad_norms(local)
-    sharded: dict[Any, list[int]] = {}
-    for i, g in enumerate(grads):
-        for dim, placement in enumerate(getattr(g, "placements", ())):
-            if placement.is_shard():
-                sharded.setdefault((g.device_mesh, dim), []).append(i)  # type: ignore[attr-defined]
-    if not sharded:
-        return norms
-    squares = norms.double() ** 2
-    for (mesh, dim), rows in sharded.items():
-        index = torch.tensor(rows, device=squares.device)
-        part = squares[index]
-        torch.distributed.all_reduce(part, group=mesh.get_group(dim))
-        squares[index] = part
-    return squares.sqrt()
-
-
 # ---- arguments ----
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This process's shard of a DTensor; any other tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def _locals(tensors: list[Tensor]) -> list[Tensor]:
-    return tensors if _PLAIN.issuperset(map(type, tensors)) else [_local(t) for t in tensors]
 
 
 def _identical(some: list[Tensor], others: list[Tensor]) -> bool:
     return len(some) == len(others) and all(map(operator.is_, some, others))
-
-
-def _is_eager(tensors: list[Tensor]) -> bool:
-    """Whether these are tensors with memory, and nothing records what is done to them."""
-    return not torch.compiler.is_compiling() and _PLAIN.issuperset(map(type, tensors))
 
 
 def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
