@@ -9,7 +9,7 @@ import pkgutil
 import sys
 from pathlib import Path
 
-from dino_fast.errors import UserError, nearest
+from dino_fast.errors import UserError, make_folder, nearest
 
 
 def operations() -> list[str]:
@@ -41,6 +41,8 @@ def run(args: argparse.Namespace) -> int:
     from . import report
 
     names = choose(args.operations)
+    if args.out is not None:
+        make_folder(args.out)  # before any time is spent
     directory = args.out or report.results_directory()
     results, failed = [], []
     for name in names:
