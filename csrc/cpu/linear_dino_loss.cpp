@@ -99,7 +99,7 @@ void attend_teacher(const Image& image, const RowState& state, int64_t u, double
     const double scale = std::exp(static_cast<double>(shift));
     state.sums[row] *= scale;
     for (int64_t v = 0; v < tile.V; ++v) state.pairs[image.pair(u, v)] *= scale;
-    scale_row(state.read + row * state.width, state.width, static_cast<float>(scale));
+    if (row < state.readers) scale_row(state.read + row * state.width, state.width, static_cast<float>(scale));
   }
   const Vec m(state.maxima[row]);
   Vec sum(0.0f);
@@ -163,14 +163,15 @@ void attend_image(const Image& image, const RowState& state, double* fresh) {
   for (int64_t u = 0; u < tile.T; ++u) state.sums[image.teacher(u)] += fresh[u];
 }
 
-// The student's row less two teachers' (or one): see linear_dino_loss_weigh. `first`: the row still holds logits.
+// The student's row less two teachers' (or one): see linear_dino_loss_weigh. `first`: the row is not yet multiplied by its factor.
 template <int N> void weigh_student(const Image& image, int64_t v, int64_t u, bool first, const float* maxima,
                                     const float* factors, const float* pair_factors) {
   const LogitTile& tile = image.tile;
   const Layer layer = student_layer(tile);
   const int64_t row = image.student(v);
   float* x = image.logits(row);
-  const Vec m(maxima[row]), factor(factors[v * tile.images + image.b]);
+  const bool weights_already = maxima == nullptr;
+  const Vec m(weights_already ? 0.0f : maxima[row]), factor(factors[v * tile.images + image.b]);
   const float* weights[N];
   Vec share[N];
   for (int i = 0; i < N; ++i) {
@@ -178,7 +179,8 @@ template <int N> void weigh_student(const Image& image, int64_t v, int64_t u, bo
     share[i] = Vec(pair_factors[image.pair(u + i, v)]);
   }
   for_vectors(tile.columns, [&](int64_t k, int part) {
-    Vec g = first ? exp(layer.below(x, k, part, 0.0f, m)) * factor : load_part(x + k, part, 0.0f);
+    Vec g = !first || weights_already ? load_part(x + k, part, 0.0f) : exp(layer.below(x, k, part, 0.0f, m));
+    if (first) g = g * factor;
     for (int i = 0; i < N; ++i) g = fnma(share[i], load_part(weights[i] + k, part, 0.0f), g);
     store_part(x + k, part, g);
   });
@@ -187,7 +189,7 @@ template <int N> void weigh_student(const Image& image, int64_t v, int64_t u, bo
 void weigh_image(const Image& image, const float* maxima, const float* factors, const float* pair_factors) {
   const LogitTile& tile = image.tile;
   const Layer layer = teacher_layer(tile);
-  for (int64_t u = 0; u < tile.T; ++u) {
+  for (int64_t u = 0; maxima != nullptr && u < tile.T; ++u) {
     float* x = image.logits(image.teacher(u));
     const Vec m(maxima[image.teacher(u)]);
     for_vectors(tile.columns, [&](int64_t k, int part) {

@@ -23,17 +23,18 @@ struct RowState {
   double* sums;    // [(T + V) * images], of e^((x - maximum) / temperature); 0 before the first
   double* pairs;   // [T, V, images], of e^((t - its maximum) / its temperature) (s - its maximum) / its temperature
   float* read;     // [readers, width], scaled down where a maximum grows
-  int64_t readers, width;  // the first rows of the tile: all of them, or the teacher's
+  int64_t readers, width;  // all rows of the tile read, or none
 };
 
 }  // namespace dino_fast
 
 DINO_FAST_DECLARE(
-  // Carries `state` over the tile, and turns the logits of the first `readers` rows into e^((x - maximum) / temperature),
-  // what they read the student's weights with. The other rows are left with no use.
+  // Carries `state` over the tile, and turns its logits into e^((x - maximum) / temperature), what a row reads the
+  // student's weights with; a student's row only where it is a reader.
   void linear_dino_loss_attend(const ::dino_fast::LogitTile& tile, const ::dino_fast::RowState& state, int threads);
   // Student rows become factors[v, b] e^((s - maximum) / temperature) - sum_u pair_factors[u, v, b] e^((t - maximum) /
-  // temperature), the gradient by the logits; teacher rows are left with no use.
+  // temperature), the gradient by the logits; teacher rows are left with no use. Without maxima (null) the tile holds
+  // these exponentials already, as `attend` leaves them.
   void linear_dino_loss_weigh(const ::dino_fast::LogitTile& tile, const float* maxima, const float* factors,
                               const float* pair_factors, int threads);
   // effective[k] = gain[k] weight[k] / |weight[k]|, for n rows of `width`; may be in place.

@@ -20,7 +20,7 @@ fits its target is far smaller than either and inherits their errors. Summed fro
 below their maximum, it has no such difference: an error of a logit counts only as far as p and the softmax differ.
 
 Two passes over the prototypes, all rows of an image at a time, in floating-point operations per K D:
-    forward   4 a student row (2 where its gradient is not wanted), 4 a teacher row: loss, dz, row maxima and sums
+    forward   4 a row (2 where dz is not wanted): loss, dz, row maxima and sums
     backward  4 a student row, 2 a teacher row: dW, from logits made again; not run where the last layer is frozen
 against 6 and 2 for a layer and a loss that store logits. `flops` is this formula.
 
@@ -185,7 +185,7 @@ def effective_weight(weight: Tensor, gain: Tensor | None, dtype: torch.dtype) ->
 
 def flops(V: int, T: int, B: int, K: int, D: int, *, student: bool = True, weight: bool = True) -> int:
     """Floating-point operations of the matrix products: the forward, with or without dz, and dW where it is wanted."""
-    forward = (4 if student else 2) * V + 4 * T
+    forward = (4 if student else 2) * (V + T)
     return (forward + (4 * V + 2 * T if weight else 0)) * B * K * D
 
 
@@ -213,11 +213,14 @@ def _operator(
     chosen = choose("linear_dino_loss", student, student_weight, teacher, teacher_weight, backend=backend)
     tensors = (student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center)
     with torch.autocast(student.device.type, enabled=False):
-        (statistics, pairs, reads), teacher_mean = FORWARD[chosen](*tensors, student_temp, teacher_temp, differentiable)
+        statistics, pairs, difference, teacher_mean = FORWARD[chosen](
+            *tensors, pair_weights, student_temp, teacher_temp, differentiable
+        )
         loss = _loss_of_rows(pair_weights, row_weights, statistics, pairs)
         gradient = student.new_empty((0,), dtype=statistics.dtype)
         if differentiable:
-            gradient = _student_gradient(pair_weights, row_weights, reads, student_temp).to(statistics.dtype)
+            scale = (row_weights.double() / student_temp)[None, :, None]
+            gradient = (difference * scale).to(statistics.dtype)
     return loss, teacher_mean, gradient, statistics
 
 
@@ -241,20 +244,6 @@ def _loss_of_rows(pair_weights: Tensor, row_weights: Tensor, statistics: Tensor,
     log_sums = weights.sum(0)[:, None] * statistics[1, T:].double().log()  # [V, B]
     products = torch.where(weights[..., None] == 0, 0.0, weights[..., None] * pairs.double()).sum(0)
     return ((log_sums - products) * rows).sum().to(statistics.dtype)
-
-
-def _student_gradient(
-    pair_weights: Tensor, row_weights: Tensor, reads: tuple[Tensor, Tensor], student_temp: float
-) -> Tensor:
-    """The gradient [V, B, D] by the student's rows, from what the rows [V, B, D] and [T, B, D] have read.
-
-    What a fitting row and its targets read cancels, so the difference is taken in float64; there is little of it.
-    """
-    student_read, teacher_read = (x.double() for x in reads)
-    pairs = pair_weights.double()
-    scale = row_weights.double()[None, :, None] / student_temp
-    targets = torch.einsum("uv,ubd->vbd", pairs, teacher_read)
-    return torch.addcmul(targets, pairs.sum(0)[:, None, None], student_read, value=-1).mul_(-scale)
 
 
 @torch.library.custom_op("dino_fast::linear_dino_loss_weight_gradient", mutates_args=())
@@ -330,8 +319,9 @@ _operator.register_autograd(_backward, setup_context=_setup_context)
 
 
 # --- backends, fastest first ----------------------------------------------------------------------------------------
-# Forward: ((row statistics, products d [T, V, B], (student's reads or None, teacher's reads)), teacher mean). Weight
-# gradient: (dW, dg), from a factor for each student row [V, B], and one for each teacher row beside it [T, V, B].
+# Forward: (row statistics [2, T + V, B], products d [T, V, B], differences w E(v) - sum_u A(u, v) E(u) [V, B, D] or
+# None, teacher mean). Weight gradient: (dW, dg), from a factor for each student row [V, B], and one for each teacher
+# row beside it [T, V, B].
 
 
 def _native_rejects(*tensors: Tensor) -> str | None:
@@ -351,7 +341,7 @@ register(
 
 
 def _reference_forward(student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center,
-                       student_temp, teacher_temp, differentiable):  # fmt: skip
+                       pair_weights, student_temp, teacher_temp, differentiable):  # fmt: skip
     dtype = result_dtype(student)
     weight = effective_weight(student_weight, student_gain, dtype)
     raw = teacher.to(dtype) @ effective_weight(teacher_weight, teacher_gain, dtype).T
@@ -365,7 +355,9 @@ def _reference_forward(student, student_weight, student_gain, teacher, teacher_w
     targets, predictions = (x / total[..., None] for x, total in zip(e, sums, strict=True))
     pairs = torch.einsum("ubk,vbk->uvb", targets, (logits[1] - maxima[1][..., None]) / student_temp)
     statistics = torch.stack([torch.cat(maxima), torch.cat(sums)])
-    return (statistics, pairs, (predictions @ weight, targets @ weight)), raw.mean(dim=(0, 1))
+    A = pair_weights.to(dtype)
+    difference = A.sum(0)[:, None, None] * predictions - torch.einsum("uv,ubk->vbk", A, targets)
+    return statistics, pairs, difference @ weight if differentiable else None, raw.mean(dim=(0, 1))
 
 
 def _reference_weight_gradient(student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center,

@@ -7,7 +7,8 @@ product, and dW needs the student's rows alone. Float32 weights without weight n
 through a tile of their own, which both networks share where one chunk of rows is all there is.
 
 Extra memory, in floats: BUFFER for the logits, six times (T + V) B D for rows and reads (partly float64), and tile * D
-for weights: about 13 MiB at B = 64, V = 10, D = 256.
+for weights: about 11 MiB at B = 64, V = 10, D = 256, and what PyTorch's
+products keep for themselves.
 """
 
 from __future__ import annotations
@@ -17,32 +18,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# floats, 6 MiB: 768 rows by 2048 columns. On two cores 1024 columns take an eighth longer, 4096 no less than 3072.
-BUFFER = 6 << 18
+# floats, 4.5 MiB: 768 rows by 1536 columns. On two cores 1024 columns take an eighth longer, 2048 no less.
+BUFFER = 9 << 17
 ROWS = 1024
+PIECE = 128  # columns of a product of few rows
 
 
-def forward(student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center, student_temp,
-            teacher_temp, differentiable):  # fmt: skip
-    """Row statistics [2, T + V, B], pair products [T, V, B], reads [V, B, D] (or None) and [T, B, D], mean teacher
+def forward(student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center, pair_weights,
+            student_temp, teacher_temp, differentiable):  # fmt: skip
+    """Row statistics [2, T + V, B], pair products [T, V, B], read differences [V, B, D] (or None) and mean teacher
     logits [K]: see the operator."""
     T, V, K = len(teacher), len(student), len(student_weight)
     tiles = _Tiles(student, teacher, center, student_temp, teacher_temp, K)
     chunks = [_Chunk(images, *_stacked(teacher[:, images], student[:, images])) for images in tiles.chunks]
-    teacher_layer, student_layer = tiles.layers((teacher_weight, teacher_gain), (student_weight, student_gain))
+    layers = tiles.layers((teacher_weight, teacher_gain), (student_weight, student_gain))
+    one_tile = tiles.columns == K
     for chunk in chunks:
-        chunk.start(T, V, differentiable)
+        chunk.start(T, V, reads=differentiable and not one_tile)
     teacher_mean_row = teacher.detach().to(torch.float32).mean(dim=(0, 1))
     mean = torch.empty(K)
     for first in range(0, K, tiles.columns):
         columns = slice(first, first + tiles.columns)
-        torch.mv(teacher_layer.tile(first), teacher_mean_row, out=mean[columns])
+        torch.mv(layers[0].tile(first), teacher_mean_row, out=mean[columns])
         for chunk in chunks:
-            tile, description = tiles.logits(first, chunk, teacher_layer, student_layer)
+            tile, description = tiles.logits(first, chunk, *layers)
             state = [_address(x) for x in (chunk.maxima, chunk.sums, chunk.pairs, chunk.read)]
-            tiles.native.linear_dino_loss_attend(description, *state, *chunk.read.shape, torch.get_num_threads())
-            torch.addmm(chunk.read, tile[: len(chunk.read)], student_layer.tile(first), out=chunk.read)
-    return _gathered(chunks, T, V, differentiable), mean
+            readers, width = (len(tile) if differentiable else 0), student.shape[2]
+            tiles.native.linear_dino_loss_attend(description, *state, readers, width, torch.get_num_threads())
+            if chunk.read is not None:
+                torch.addmm(chunk.read, tile, layers[1].tile(first), out=chunk.read)
+            elif differentiable:
+                # All sums are known before anything is read: the difference is taken before the product, not after.
+                factors, pair_factors = (x.to(torch.float32).contiguous() for x in chunk.shares(pair_weights))
+                of_pairs = _address(factors), _address(pair_factors)
+                tiles.native.linear_dino_loss_weigh(description, 0, *of_pairs, torch.get_num_threads())
+                difference = _product_in_pieces(tile[chunk.split :], layers[1].tile(first))
+                chunk.difference = difference.unflatten(0, (V, -1))
+    del tiles, layers, tile  # the buffers, before the float64 of what follows
+    statistics, pairs, differences = zip(*(chunk.result(pair_weights) for chunk in chunks), strict=True)
+    difference = torch.cat(differences, dim=1) if differentiable else None
+    return torch.cat(statistics, dim=2), torch.cat(pairs, dim=2), difference, mean
 
 
 def weight_gradient(student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center,
@@ -50,7 +65,7 @@ def weight_gradient(student, student_weight, student_gain, teacher, teacher_weig
     """The gradients by weight and gain: see the operator."""
     K, D = student_weight.shape
     tiles = _Tiles(student, teacher, center, student_temp, teacher_temp, K)
-    teacher_layer, student_layer = tiles.layers((teacher_weight, teacher_gain), (student_weight, student_gain))
+    layers = tiles.layers((teacher_weight, teacher_gain), (student_weight, student_gain))
     gradient = torch.empty((K, D), dtype=student_weight.dtype)
     buffer = None if gradient.dtype == torch.float32 else torch.empty(tiles.columns, D)
     by_gain = torch.empty(0 if student_gain is None else K)
@@ -63,17 +78,26 @@ def weight_gradient(student, student_weight, student_gain, teacher, teacher_weig
         columns = slice(first, first + tiles.columns)
         out = gradient[columns] if buffer is None else buffer[: len(gradient[columns])]
         for i, (chunk, of_rows, values) in enumerate(chunks):
-            tile, description = tiles.logits(first, chunk, teacher_layer, student_layer)
+            tile, description = tiles.logits(first, chunk, *layers)
             tiles.native.linear_dino_loss_weigh(description, *map(_address, of_rows), torch.get_num_threads())
             weights = tile[chunk.split :].t()
             if i == 0:
                 torch.mm(weights, values, out=out)
             else:
                 torch.addmm(out, weights, values, out=out)
-        student_layer.project(first, out, by_gain)
+        layers[1].project(first, out, by_gain)
         if buffer is not None:
             gradient[columns] = out
     return gradient, by_gain.to(student_weight.dtype if student_gain is None else student_gain.dtype)
+
+
+def _product_in_pieces(weights: Tensor, rows: Tensor) -> Tensor:
+    """weights [n, K] @ rows [K, D], float64 from float32 pieces: for few rows a product is one long sum of terms that
+    cancel, and its error would be many times the result's."""
+    total = torch.zeros(len(weights), rows.shape[1], dtype=torch.float64)
+    for first in range(0, len(rows), PIECE):
+        total += torch.mm(weights[:, first : first + PIECE], rows[first : first + PIECE])
+    return total
 
 
 def _stacked(teacher: Tensor, student: Tensor) -> tuple[Tensor, int]:
@@ -88,31 +112,38 @@ class _Chunk:
     maxima: Tensor  # [(T + V) * images]
     sums: Tensor  # the same, float64
     pairs: Tensor  # [T, V, images], float64
-    read: Tensor  # [(T + V) * images, D], or the teacher's rows of it
+    read: Tensor | None = None  # [(T + V) * images, D]
+    difference: Tensor | None = None  # [V, images, D]
 
     def __init__(self, images: slice, rows: Tensor, split: int) -> None:
         self.images, self.rows, self.split = images, rows, split
 
-    def start(self, T: int, V: int, differentiable: bool) -> None:
+    def start(self, T: int, V: int, reads: bool) -> None:
         n, D = self.rows.shape
         self.maxima = torch.full((n,), float("-inf"))
         self.sums = torch.zeros(n, dtype=torch.float64)
         self.pairs = torch.zeros(T, V, n // (T + V), dtype=torch.float64)
-        self.read = torch.zeros(n if differentiable else self.split, D)
+        if reads:
+            self.read = torch.zeros(n, D)
 
+    def shares(self, pair_weights: Tensor) -> tuple[Tensor, Tensor]:
+        """What a student's e^(logit - maximum) is multiplied by [V, images], and its teachers' [T, V, images]."""
+        T, _, n = self.pairs.shape
+        sums, weights = self.sums.view(-1, n), pair_weights.double()
+        return weights.sum(0)[:, None] / sums[T:], weights[..., None] / sums[:T, None]
 
-def _gathered(chunks: list[_Chunk], T: int, V: int, differentiable: bool) -> tuple:
-    """What `forward` returns but the mean, from the state of all chunks."""
-    statistics, pairs, reads = [], [], []
-    for chunk in chunks:
-        n = chunk.pairs.shape[2]
-        sums = chunk.sums.view(T + V, n)
-        statistics.append(torch.stack([chunk.maxima.view(T + V, n), sums.to(torch.float32)]))
-        pairs.append(chunk.pairs / sums[:T, None])
-        reads.append((chunk.read / chunk.sums[: len(chunk.read), None]).unflatten(0, (-1, n)))
-    read = reads[0] if len(reads) == 1 else torch.cat(reads, dim=1)
-    of_students = read[T:] if differentiable else None
-    return torch.cat(statistics, dim=2), torch.cat(pairs, dim=2), (of_students, read[:T])
+    def result(self, pair_weights: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Row statistics [2, T + V, images], pair products [T, V, images], read differences [V, images, D]."""
+        T, _, n = self.pairs.shape
+        sums = self.sums.view(-1, n)
+        if self.read is not None:
+            of_student, of_teacher = self.shares(pair_weights)
+            teacher, student = self.read.view(-1, n, self.read.shape[1]).double().split([T, len(sums) - T])
+            self.difference = student.mul_(of_student[..., None])
+            for share, read in zip(of_teacher, teacher, strict=True):
+                self.difference.addcmul_(share[..., None], read, value=-1)
+        statistics = torch.stack([self.maxima.view(-1, n), sums.to(torch.float32)])
+        return statistics, self.pairs / sums[:T, None], self.difference
 
 
 class _Tiles:

@@ -212,6 +212,16 @@ def test_rows_that_fit_their_targets(K, D, gain):
         assert_accurate(problem(1, 1, 1, K, D, gain=gain, seed=seed), backend="native")
 
 
+@pytest.mark.parametrize("gain", [False, True], ids=["plain", "weight norm"])
+@pytest.mark.parametrize("seed", range(6))
+def test_tiles_and_chunks_do_not_matter(seed, gain, isa, monkeypatch, poisoned):
+    """Maxima that grow from tile to tile, and images in several chunks."""
+    monkeypatch.setattr(linear_dino_loss_cpu, "BUFFER", 1)  # 64 columns
+    monkeypatch.setattr(linear_dino_loss_cpu, "ROWS", 24)
+    V, T, B, scale = ((10, 2, 5, 1.0), (1, 1, 40, 1.0), (4, 3, 7, 30.0))[seed % 3]
+    assert_accurate(problem(V, T, B, 1000, 24, gain=gain, scale=scale, seed=seed), backend="native")
+
+
 def test_strides_and_offsets():
     tensors, gains = problem(4, 2, 3, 130, 24)
     expected = results(linear_dino_loss, tensors, gains, backend="native")
@@ -408,12 +418,13 @@ def test_extra_memory_at_full_size():
 
 
 @pytest.mark.parametrize("differentiable", [False, True])
-def test_flops_are_those_of_the_products(differentiable):
+def test_flops_are_those_of_the_products(differentiable, monkeypatch):
     V, T, B, K, D = 5, 2, 3, 4000, 32
-    (z, w, zt, wt, center, *_), gains = problem(V, T, B, K, D)
+    monkeypatch.setattr(linear_dino_loss_cpu, "BUFFER", 21 * 1024)  # several tiles, as at full size
+    (z, w, zt, wt, center, pairs, _), gains = problem(V, T, B, K, D)
     tensors = (z, w, gains["student_gain"], zt, wt, gains["teacher_gain"], center)
     with FlopCounterMode(display=False) as counter:
-        (statistics, _, _), _ = linear_dino_loss_cpu.forward(*tensors, 0.1, 0.04, differentiable)
+        statistics, *_ = linear_dino_loss_cpu.forward(*tensors, pairs, 0.1, 0.04, differentiable)
     assert counter.get_total_flops() == flops(V, T, B, K, D, student=differentiable, weight=False)
     with FlopCounterMode(display=False) as counter:
         linear_dino_loss_cpu.weight_gradient(*tensors, statistics, torch.ones(V, B), torch.ones(T, V, B), 0.1, 0.04)
