@@ -66,8 +66,11 @@ def _requested(operation: str, backend: str) -> tuple[str | None, bool]:
     """(name, strict): strict where the name was given for this operation alone and must therefore exist."""
     if backend != "auto":
         return backend, True
+    setting = os.environ.get("DINO_FAST_BACKEND")
+    if not setting:
+        return None, False
     general = None
-    for part in os.environ.get("DINO_FAST_BACKEND", "").split(","):
+    for part in setting.split(","):
         name, _, choice = part.strip().partition("=")
         if choice:
             if name not in OPERATIONS:

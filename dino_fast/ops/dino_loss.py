@@ -80,19 +80,9 @@ def what_is_wrong(
     student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float
 ) -> str | None:
     """Why these inputs cannot be used, for the person who gave them, or None."""
-    shapes = f"got student {list(student.shape)}, teacher {list(teacher.shape)}, centre {list(center.shape)}"
-    if student.dim() != 3 or teacher.dim() != 3 or center.dim() != 1:
-        return f"student logits are [crops, images, K], teacher logits [2, images, K], the centre [K]; {shapes}"
-    if teacher.shape[0] != TEACHER_CROPS:
-        return f"the teacher sees {TEACHER_CROPS} crops of each image, so its first size is 2; {shapes}"
-    if student.shape[0] < 2:
-        return f"the student needs at least the two global crops, so its first size is 2 or more; {shapes}"
-    if student.shape[1] != teacher.shape[1]:
-        return f"student and teacher must have the same number of images (second size); {shapes}"
-    if not student.shape[2] == teacher.shape[2] == center.shape[0]:
-        return f"student, teacher and centre must have the same number of prototypes K (last size); {shapes}"
-    if 0 in student.shape:
-        return f"there is nothing to average over; {shapes}"
+    if wrong := _wrong_shapes(student.shape, teacher.shape, center.shape):
+        shapes = f"got student {list(student.shape)}, teacher {list(teacher.shape)}, centre {list(center.shape)}"
+        return f"{wrong}; {shapes}"
     for name, tensor in (("student", student), ("teacher", teacher), ("centre", center)):
         if tensor.dtype not in DTYPES:
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
@@ -101,6 +91,22 @@ def what_is_wrong(
             return f"the {name} is on {tensor.device} but the student on {student.device}; move one of them"
     if not (student_temp > 0 and teacher_temp > 0):
         return f"temperatures must be positive; got student {student_temp}, teacher {teacher_temp}"
+    return None
+
+
+def _wrong_shapes(student: torch.Size, teacher: torch.Size, center: torch.Size) -> str | None:
+    if len(student) != 3 or len(teacher) != 3 or len(center) != 1:
+        return "student logits are [crops, images, K], teacher logits [2, images, K], the centre [K]"
+    if teacher[0] != TEACHER_CROPS:
+        return f"the teacher sees {TEACHER_CROPS} crops of each image, so its first size is 2"
+    if student[0] < 2:
+        return "the student needs at least the two global crops, so its first size is 2 or more"
+    if student[1] != teacher[1]:
+        return "student and teacher must have the same number of images (second size)"
+    if not student[2] == teacher[2] == center[0]:
+        return "student, teacher and centre must have the same number of prototypes K (last size)"
+    if 0 in student:
+        return "there is nothing to average over"
     return None
 
 
@@ -256,8 +262,13 @@ _operator.register_autograd(_backward, setup_context=_setup_context)
 class _Eager(torch.autograd.Function):
     """The operator without the dispatcher, for plain tensors outside of tracing."""
 
-    forward = staticmethod(_forward)
-    setup_context = staticmethod(_setup_context)
+    # Not a `setup_context`: for a function that has one, PyTorch binds the arguments by signature at each call.
+    @staticmethod
+    def forward(ctx, *arguments):
+        outputs = _forward(*arguments)
+        _setup_context(ctx, arguments, outputs)
+        return outputs
+
     backward = staticmethod(_backward)
 
 
