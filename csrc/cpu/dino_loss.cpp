@@ -19,6 +19,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "cpu/parallel.h"
@@ -31,7 +32,7 @@ namespace {
 constexpr int64_t kTile = 1024;  // columns: some five float tiles are in use at a time, in an L1 cache of 32 or 48 KB
 constexpr int64_t kMostRows = 16;            // in a group: more rows share the work on a tile of the teacher,
 constexpr int64_t kGroupBytes = 1280 << 10;  // but their logits should stay in an L2 cache of 2 MB until they are written
-constexpr int64_t kTasksPerThread = 4;       // evens out the load; a task's first group has no other to be read beside
+constexpr int64_t kTasksPerThread = 2;       // evens out the load; a task's first group has no other to be read beside
 constexpr int64_t kAhead = 512;  // columns from a prefetch to its use: hardware prefetchers stop at the end of a page
 constexpr double kLn2 = 0.693147180559945309;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -50,13 +51,6 @@ struct RowSum {  // of one row, or of a part of it
     product = factor * (product + sum * shift);
     sum *= factor;
     maximum = new_maximum;
-  }
-  void add(RowSum other, double inverse_temp) {
-    const float larger = std::max(maximum, other.maximum);
-    rescale(larger, inverse_temp);
-    other.rescale(larger, inverse_temp);
-    sum += other.sum;
-    product += other.product;
   }
 };
 
@@ -139,14 +133,22 @@ void teacher_statistics(const DinoLossProblem& p, const DinoLossResult& r) {
       teacher_chunk<decltype(type)>(p, first, n, sums.data() + chunk, chunks, r.teacher_mean);
     });
   });
-  double entropy = 0.0;
-  for (int64_t row = 0; row < rows; ++row) {
-    RowSum total = sums[row * chunks];
-    for (int64_t chunk = 1; chunk < chunks; ++chunk) total.add(sums[row * chunks + chunk], 1.0 / p.teacher_temp);
+  std::vector<double> entropies(rows);
+  parallel_for(rows, p.threads, [&](int64_t row) {
+    const RowSum* parts = sums.data() + row * chunks;
+    RowSum total;
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) total.maximum = std::max(total.maximum, parts[chunk].maximum);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+      RowSum part = parts[chunk];
+      part.rescale(total.maximum, 1.0 / p.teacher_temp);
+      total.sum += part.sum;
+      total.product += part.product;
+    }
     r.row_statistics[row] = total.maximum;
     r.row_statistics[(2 + p.V) * p.B + row] = static_cast<float>(total.sum);
-    entropy += std::log(total.sum) - total.product / total.sum;
-  }
+    entropies[row] = std::log(total.sum) - total.product / total.sum;
+  });
+  const double entropy = std::accumulate(entropies.begin(), entropies.end(), 0.0);
   *r.teacher_entropy = static_cast<float>(entropy / static_cast<double>(rows));
 }
 

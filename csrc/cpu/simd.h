@@ -267,6 +267,7 @@ DINO_FAST_INLINE Vec exp2(Vec y) {
   p = fma(p, r, Vec(0.999999925f));
   return times_power_of_two(p, n);
 }
+DINO_FAST_INLINE Vec exp(Vec x) { return exp2(x * Vec(1.44269504088896341f)); }  // one more rounding, of x
 
 }  // namespace DINO_FAST_ISA
 }  // namespace dino_fast
