@@ -154,7 +154,7 @@ def _search(bank: Tensor, queries: Tensor, k: int, columns: int) -> tuple[Tensor
     values = index = None
     for start in range(0, len(bank), columns):
         similarity = queries @ bank[start : start + columns].T  # [rows, columns]
-        value, place = _largest(similarity, min(k, similarity.shape[1]))
+        value, place = largest(similarity, min(k, similarity.shape[1]))
         place += start
         if values is not None and index is not None:
             value, place = torch.cat((values, value), dim=1), torch.cat((index, place), dim=1)
@@ -165,20 +165,19 @@ def _search(bank: Tensor, queries: Tensor, k: int, columns: int) -> tuple[Tensor
     return values, index
 
 
-def _largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`x.topk(k, dim=1)`. The k largest of a row lie in the k blocks of largest maximum, so only these are sorted."""
     m, n = x.shape
     blocks = n // _BLOCK
     if blocks < 2 * k:
         value, index = x.topk(k, dim=1)
         return value, index
-    head = x[:, : blocks * _BLOCK].view(m, blocks, _BLOCK)
-    chosen = head.amax(dim=2).topk(k, dim=1, sorted=False).indices  # [m, k]
-    inside = head.gather(1, chosen[:, :, None].expand(-1, -1, _BLOCK)).flatten(1)  # [m, k * _BLOCK]
-    index = (chosen[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=x.device)).flatten(1)
+    chosen = x[:, : blocks * _BLOCK].view(m, blocks, _BLOCK).amax(dim=2).topk(k, dim=1, sorted=False).indices  # [m, k]
+    index = (chosen[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=x.device)).flatten(1)  # [m, k * _BLOCK]
     rest = torch.arange(blocks * _BLOCK, n, device=x.device).expand(m, -1)
-    value, order = torch.cat((inside, x[:, blocks * _BLOCK :]), dim=1).topk(k, dim=1)
-    return value, torch.cat((index, rest), dim=1).gather(1, order)
+    index = torch.cat((index, rest), dim=1)
+    value, order = x.gather(1, index).topk(k, dim=1)
+    return value, index.gather(1, order)
 
 
 def _ranks(similarity: Tensor, voters: Tensor, labels: Tensor, temperature: float, classes: int) -> Tensor:
