@@ -15,6 +15,7 @@
 #include "cpu/dino_loss.h"
 #include "cpu/instruction_set.h"
 #include "cpu/linear_dino_loss.h"
+#include "cpu/multi_crop.h"
 #include "cpu/multi_tensor.h"
 #ifdef DINO_FAST_HAS_CUDA
 #include "cuda/multi_tensor.h"
@@ -215,6 +216,26 @@ void linear_dino_loss_project(int64_t gradient, int64_t weight, int64_t gain, in
    threads);
 }
 
+// A crop is 18 columns of whole numbers: address, height, width of the image; top, left, height, width of the box; height,
+// width, address of the result; flip, grey, blur, solarize; order [4]. And 5 of float: factors [4], radius. Rows first.
+void multi_crop(int64_t n, const py::buffer& table, const py::buffer& numbers, int channels, bool bfloat16, int64_t mean,
+                int64_t std, int threads) {
+  const py::buffer_info info = table.request(), numbers_info = numbers.request();
+  const int64_t* c = columns<int64_t>(info, n, 18);
+  const float* f = columns<float>(numbers_info, n, 5);
+  std::vector<dino_fast::CropTask> tasks(n);
+  for (int64_t i = 0; i < n; ++i, c += 18, f += 5) {
+    dino_fast::CropTask& t = tasks[i];
+    t = {address<uint8_t>(c[0]), c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], address<void>(c[9]), {}, {}, f[4],
+         c[10] != 0, c[11] != 0, c[12] != 0, c[13] != 0};
+    for (int k = 0; k < 4; ++k) t.order[k] = static_cast<int>(c[14 + k]);
+    for (int k = 0; k < 4; ++k) t.factors[k] = f[k];
+  }
+  const dino_fast::CropOutput output{channels, bfloat16, address<float>(mean), address<float>(std)};
+  py::gil_scoped_release unlocked;
+  DINO_FAST_DISPATCH(multi_crop)(tasks.data(), n, output, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -227,6 +248,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("multi_tensor_adamw_ema", &multi_tensor_adamw_ema);
   m.def("dino_loss_forward", &dino_loss_forward);
   m.def("dino_loss_gradient", &dino_loss_gradient);
+  m.def("multi_crop", &multi_crop);
   m.def("linear_dino_loss_attend", &linear_dino_loss_attend);
   m.def("linear_dino_loss_weigh", &linear_dino_loss_weigh);
   m.def("linear_dino_loss_normalize", &linear_dino_loss_normalize);

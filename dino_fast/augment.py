@@ -9,17 +9,16 @@ Pillow's blur.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
 from torch import Tensor
 
 from dino_fast.errors import UserError
+from dino_fast.ops.multi_crop import multi_crop
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -174,29 +173,41 @@ class MultiCrop:
             both[image, crop] = _central_box(sizes[image][0], sizes[image][1], self.ratio)
         return both
 
-    def apply(self, images: Sequence[Tensor], params: CropParams) -> tuple[Tensor, Tensor]:
+    def apply(
+        self,
+        images: Sequence[Tensor],
+        params: CropParams,
+        *,
+        dtype: torch.dtype = torch.float32,
+        backend: str = "auto",
+    ) -> tuple[Tensor, Tensor]:
         """Cuts the crops that `params` describes.
 
-        images: n tensors, uint8 [C, H, W], of any sizes and one C in 1 to 16. Returns global crops [2, n, C, h, w] and
-        local crops [n_local, n, C, h, w], float32, normalised. Raises ValueError when images and parameters disagree.
+        images: n tensors, uint8 or uint16 [C, H, W], of any sizes and one C in 1 to 16; of 16 bits the high 8 are used.
+        Returns global crops [2, n, C, h, w] and local crops [n_local, n, C, h, w], normalised, in `dtype` (float32 or
+        bfloat16). `backend` is native, reference (Pillow) or auto. Raises ValueError when images and parameters
+        disagree.
         """
         channels = self._check_images(images, params)
-        pixels: list[list[bytes]] = [[] for _ in range(self.n_crops)]
-        sizes = [pair(self.global_size)] * GLOBALS + [pair(self.local_size)] * self.n_local
-        boxes = self.boxes(params, [(image.shape[1], image.shape[2]) for image in images]).tolist()
-        rows = _Rows(params)
-        for i, image in enumerate(images):
-            planes = to_pillow(image)
-            for v, (height, width) in enumerate(sizes):
-                top, left, h, w = boxes[i][v]
-                area = (left, top, left + w, top + h)
-                # Cut, then scale: resize(box=...) would read pixels beyond the box, which the original cannot see.
-                crop = [plane.crop(area).resize((width, height), Image.Resampling.BICUBIC) for plane in planes]
-                pixels[v].extend([plane.tobytes() for plane in self._distort(crop, rows, i, v)])
-        split = params.solarize.T
-        return (
-            self._normalise(pixels[:GLOBALS], split[:GLOBALS], channels, sizes[0]),
-            self._normalise(pixels[GLOBALS:], split[GLOBALS:], channels, pair(self.local_size)),
+        images = [_eight_bits(image) for image in images]
+        boxes = torch.from_numpy(self.boxes(params, [(image.shape[1], image.shape[2]) for image in images]))
+        strength = torch.tensor(self.jitter)
+        used = params.jitter[..., None] & (strength > 0)[params.order]  # [n, V, 4]
+        mean, std = self.statistics(channels)
+        return multi_crop(
+            images,
+            boxes,
+            torch.stack((params.flip, params.grey, params.blur, params.solarize), dim=-1),
+            torch.where(used, params.order, -1),
+            params.factors,
+            params.radius,
+            GLOBALS,
+            list(pair(self.global_size)),
+            list(pair(self.local_size)),
+            mean.flatten(),
+            std.flatten(),
+            dtype,
+            backend,
         )
 
     def _check_images(self, images: Sequence[Tensor], params: CropParams) -> int:
@@ -206,43 +217,15 @@ class MultiCrop:
             raise ValueError(f"apply: parameters of {params.flip.shape[1]} crops an image; this makes {self.n_crops}")
         channels = images[0].shape[0]
         for image in images:
-            if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] != channels or image.numel() == 0:
+            good = image.dtype in (torch.uint8, torch.uint16) and image.dim() == 3 and image.numel() > 0
+            if not good or image.shape[0] != channels:
                 raise ValueError(
-                    f"apply: images are uint8 [C, H, W] with one C ({channels} in the first) and H, W >= 1, "
+                    f"apply: images are uint8 or uint16 [C, H, W] with one C ({channels} in the first) and H, W >= 1, "
                     f"not {image.dtype} {list(image.shape)}"
                 )
         if not 1 <= channels <= 16:
             raise ValueError(f"apply: {channels} channels; 1 to 16 are supported")
         return channels
-
-    def _distort(self, planes: list[Image.Image], rows: _Rows, i: int, v: int) -> list[Image.Image]:
-        if rows.flip[i][v]:
-            planes = [plane.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for plane in planes]
-        if rows.jitter[i][v]:
-            for operation in rows.order[i][v]:
-                if self.jitter[operation] > 0:
-                    planes = _JITTER[operation](planes, rows.factors[i][v][operation])
-        if rows.grey[i][v] and planes[0].mode == "RGB":
-            planes = [_grey(planes[0])]
-        if rows.blur[i][v]:
-            planes = [plane.filter(ImageFilter.GaussianBlur(rows.radius[i][v])) for plane in planes]
-        return planes
-
-    def _normalise(self, pixels: list[list[bytes]], solarize: Tensor, channels: int, size: tuple[int, int]) -> Tensor:
-        """Bytes of [v][n] crops, channels last for 3 and first otherwise -> float32 [v, n, C, h, w]."""
-        v, n = solarize.shape
-        shape = (v, n, *size, 3) if channels == 3 else (v, n, channels, *size)
-        joined = bytearray().join(crop for view in pixels for crop in view)
-        values = torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.empty(0, dtype=torch.uint8)
-        values = values.view(shape)
-        if solarize.any():  # the last operation, so it can be done on all at once: a < 128 stays, else 255 - a
-            chosen = values[solarize]
-            values[solarize] = torch.minimum(chosen, 255 - chosen)
-        if channels == 3:
-            values = values.permute(0, 1, 4, 2, 3)
-        mean, std = self.statistics(channels)
-        crops = torch.empty((v, n, channels, *size))
-        return crops.copy_(values).div_(255).sub_(mean).div_(std)
 
     def statistics(self, channels: int) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation as [C, 1, 1] float32 (see the class for how they meet the channels)."""
@@ -264,13 +247,8 @@ def statistics(mean: Sequence[float], std: Sequence[float], channels: int) -> tu
     return both[0], both[1]
 
 
-class _Rows:
-    """The parameters of the pixel operations as nested lists: indexing them is free, indexing tensors is not."""
-
-    def __init__(self, params: CropParams) -> None:
-        self.flip, self.jitter, self.grey = params.flip.tolist(), params.jitter.tolist(), params.grey.tolist()
-        self.factors, self.order = params.factors.tolist(), params.order.tolist()
-        self.blur, self.radius = params.blur.tolist(), params.radius.tolist()
+def _eight_bits(image: Tensor) -> Tensor:
+    return (image.to(torch.int32) >> 8).to(torch.uint8) if image.dtype == torch.uint16 else image
 
 
 def _central_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int, int, int]:
@@ -280,63 +258,6 @@ def _central_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[i
     elif width / height > ratio[1]:
         w = min(width, max(1, round(height * ratio[1])))
     return (height - h) // 2, (width - w) // 2, h, w
-
-
-def to_pillow(image: Tensor) -> list[Image.Image]:
-    """One RGB image for three channels, else one 8-bit plane a channel (Pillow has no other layout without alpha)."""
-    pixels = image.numpy()
-    if len(pixels) == 3:
-        return [Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))]
-    return [Image.fromarray(plane) for plane in pixels]
-
-
-def from_pillow(planes: list[Image.Image]) -> Tensor:
-    """The inverse of `to_pillow`."""
-    if planes[0].mode == "RGB":
-        return torch.from_numpy(np.asarray(planes[0]).transpose(2, 0, 1).copy())
-    return torch.from_numpy(np.stack([np.asarray(plane) for plane in planes]))
-
-
-def _brightness(planes: list[Image.Image], factor: float) -> list[Image.Image]:
-    return [Image.blend(_black(p.mode, p.size), p, factor) for p in planes]
-
-
-@functools.lru_cache
-def _black(mode: str, size: tuple[int, int]) -> Image.Image:
-    return Image.new(mode, size, 0)
-
-
-def _contrast(planes: list[Image.Image], factor: float) -> list[Image.Image]:
-    """Towards the mean of the luma, or of all channels where there is no luma."""
-    lumas = [p if p.mode == "L" else p.convert("L") for p in planes]
-    total = sum(int(np.frombuffer(luma.tobytes(), np.uint8).sum()) for luma in lumas)
-    mean = int(total / (len(planes) * planes[0].width * planes[0].height) + 0.5)
-    return [Image.blend(Image.new(p.mode, p.size, (mean,) * len(p.mode)), p, factor) for p in planes]
-
-
-def _saturation(planes: list[Image.Image], factor: float) -> list[Image.Image]:
-    return [Image.blend(_grey(p), p, factor) if p.mode == "RGB" else p for p in planes]
-
-
-def _hue(planes: list[Image.Image], factor: float) -> list[Image.Image]:
-    if planes[0].mode != "RGB":
-        return planes
-    pixels = bytearray(planes[0].convert("HSV").tobytes())
-    hue = np.frombuffer(pixels, np.uint8)[::3]
-    hue += np.uint8(int(factor * 255) % 256)  # towards zero, then modulo 256, as the original's cast to 8 bits
-    return [Image.frombytes("HSV", planes[0].size, pixels).convert("RGB")]
-
-
-def _grey(image: Image.Image) -> Image.Image:
-    return image.convert("L").convert("RGB")
-
-
-_JITTER: tuple[Callable[[list[Image.Image], float], list[Image.Image]], ...] = (
-    _brightness,
-    _contrast,
-    _saturation,
-    _hue,
-)
 
 
 def pair(size: Size) -> tuple[int, int]:

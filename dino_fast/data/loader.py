@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dino_fast.augment import IMAGENET_MEAN, IMAGENET_STD, MultiCrop, Size, from_pillow, pair, statistics, to_pillow
+from dino_fast.augment import IMAGENET_MEAN, IMAGENET_STD, MultiCrop, Size, pair, statistics
 from dino_fast.data.decode import ImageError
 from dino_fast.data.sources import Source
 from dino_fast.errors import UserError
+from dino_fast.ops.multi_crop import from_pillow, to_pillow
 
 logger = logging.getLogger(__name__)
 _REPLACEMENTS = 32  # images tried in place of an unreadable one; all failing means that the source is gone

@@ -6,11 +6,12 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from dino_fast.augment import MultiCrop, pair, to_pillow
+from dino_fast.augment import MultiCrop, pair
 from dino_fast.data.decode import ImageError
 from dino_fast.data.loader import mix
 from dino_fast.data.sources import Source
 from dino_fast.errors import UserError
+from dino_fast.ops.multi_crop import to_pillow
 
 _GAP = 4
 _MARKS = ("#e4572e", "#2e86e4")  # global boxes, local boxes

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
-from dino_fast.augment import from_pillow, statistics, to_pillow
+from dino_fast.augment import statistics
 from dino_fast.data import ImageError, Source
 from dino_fast.data.loader import mix
+from dino_fast.ops.multi_crop import from_pillow, to_pillow
 
 logger = logging.getLogger(__name__)
 _CROP = 4  # what the draw is for (0 to 2 are the loader's)
