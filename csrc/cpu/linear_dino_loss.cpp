@@ -40,9 +40,6 @@ DINO_FAST_INLINE double wide_sum(Vec x) {
   return sum;
 }
 
-// e^x, rounded where it is multiplied by log2 e: x is a difference below a maximum, so that what is lost grows as e^x falls.
-DINO_FAST_INLINE Vec exp(Vec x) { return exp2(x * Vec(1.44269504088896341f)); }
-
 // One network's rows: logits x, less the centre where there is one.
 struct Layer {
   const float* center;
