@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "cpu/isa.h"
+#include "cpu/instruction_set.h"
 
 namespace dino_fast {
 
