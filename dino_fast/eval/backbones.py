@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dino_fast.data.loader import IMAGENET_MEAN, IMAGENET_STD
+from dino_fast.augment import IMAGENET_MEAN, IMAGENET_STD
 from dino_fast.errors import UserError, nearest
 from dino_fast.models import VisionTransformer
 
@@ -35,7 +35,7 @@ class Frozen:
 
     def normalise(self, images: Tensor) -> Tensor:
         """uint8 `[B, C, H, W]` -> float32 on the backbone's device, as it was trained."""
-        from dino_fast.data.loader import statistics
+        from dino_fast.augment import statistics
 
         offset, scale = statistics(self.mean, self.std, images.shape[1])
         return images.float().div(255).sub(offset).div(scale).to(self.device)

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dino_fast.augment import from_pillow, to_pillow
 from dino_fast.data import ImageError
 from dino_fast.data.decode import decode
 from dino_fast.data.sources import EXTENSIONS
 from dino_fast.errors import UserError, unwritable
+from dino_fast.ops.multi_crop import from_pillow, to_pillow
 
 VIDEOS = {".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg"}
 
