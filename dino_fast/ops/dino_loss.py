@@ -66,7 +66,11 @@ def dino_loss(
     if problem is not None:
         raise ValueError(f"dino_loss: {problem}")
     differentiable = student.requires_grad and torch.is_grad_enabled()
-    arguments = (student, teacher.detach(), center.detach(), student_temp, teacher_temp, differentiable, backend)
+    if teacher.requires_grad:
+        teacher = teacher.detach()
+    if center.requires_grad:
+        center = center.detach()
+    arguments = (student, teacher, center, student_temp, teacher_temp, differentiable, backend)
     plain = _PLAIN.issuperset((type(student), type(teacher), type(center)))
     if plain and not torch.compiler.is_compiling():
         # The dispatcher's way to the same functions: with cold caches it costs 0.7 ms, a tenth of a large problem.
@@ -362,7 +366,8 @@ def _native_problem(
 ) -> tuple[tuple, tuple]:
     """The arguments that describe a problem to the native code, and the tensors that must outlive the call."""
     rows = _contiguous_rows(student, teacher)
-    center = center.to(torch.float32).contiguous()
+    if center.dtype != torch.float32 or center.stride(0) != 1:
+        center = center.to(torch.float32).contiguous()
     logits = [(x.data_ptr(), KERNEL_DTYPES.index(x.dtype), x.stride(0), x.stride(1)) for x in rows]
     V, B, K = student.shape
     temps = (student_temp, teacher_temp)
