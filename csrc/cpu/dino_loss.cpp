@@ -267,11 +267,11 @@ template <typename S> struct StudentRows {
   }
 
   void pass(const Group<S>& written, Group<S>& read) const {
-    alignas(64) float probabilities[2][kTile], q[kTile];
+    alignas(64) float probabilities[2][kTile], weighted[kTile];
     for (int64_t first = 0; first < p.K; first += kTile) {
       const int64_t n = std::min(kTile, p.K - first);
       if (written.n > 0) teacher_tiles(written.b, first, n, probabilities);
-      float a0 = 0.0f, a1 = 0.0f;  // the weights that q was made with
+      const float* q = nullptr;
       for (int64_t i = 0; i < std::max(written.n, read.n); ++i) {
         ReadTile<S> reading{};
         WriteTile<S> writing{};
@@ -279,13 +279,9 @@ template <typename S> struct StudentRows {
         if (reads) reading = read_tile(read, i, first, n);
         if (writes) {
           const int64_t v = written.first + i;
-          if (i == 0 || a0 != p.pair_weights[v] || a1 != p.pair_weights[p.V + v]) {
-            a0 = p.pair_weights[v];
-            a1 = p.pair_weights[p.V + v];
-            for (int64_t k = 0; k < n; k += Vec::width) {
-              store(q + k, fma(Vec(a0), load(probabilities[0] + k), Vec(a1) * load(probabilities[1] + k)));
-            }
-          }
+          const float a0 = p.pair_weights[v], a1 = p.pair_weights[p.V + v];
+          const bool same = i > 0 && a0 == p.pair_weights[v - 1] && a1 == p.pair_weights[p.V + v - 1];
+          if (!same) q = target(probabilities, a0, a1, n, weighted);
           writing = write_tile(written, i, first, q, a0 + a1);
         }
         const bool aligned = reinterpret_cast<uintptr_t>(writing.gradient) % (Vec::width * sizeof(S)) == 0;
@@ -300,6 +296,16 @@ template <typename S> struct StudentRows {
         if (writes) products[written.b * p.V + written.first + i] += writing.product / p.student_temp;
       }
     }
+  }
+
+  // q of one tile: a row of the probabilities, where the pair's weights pick one, or computed into `weighted`.
+  static const float* target(const float (*probabilities)[kTile], float a0, float a1, int64_t n, float* weighted) {
+    if (a0 == 0.0f && a1 == 1.0f) return probabilities[1];
+    if (a0 == 1.0f && a1 == 0.0f) return probabilities[0];
+    for (int64_t k = 0; k < n; k += Vec::width) {
+      store(weighted + k, fma(Vec(a0), load(probabilities[0] + k), Vec(a1) * load(probabilities[1] + k)));
+    }
+    return weighted;
   }
 
   template <bool kRead> static void by_mode(Write mode, int64_t n, ReadTile<S>& read, WriteTile<S>& write) {
