@@ -18,6 +18,7 @@ COMMANDS = {
     ("train",): ("dino_fast.commands.train", "pretrain a vision transformer on images without labels"),
     ("eval", "knn"): ("dino_fast.commands.eval_knn", "classify held-out images by their nearest neighbours' labels"),
     ("eval", "linear"): ("dino_fast.commands.eval_linear", "classify them with a linear layer on frozen features"),
+    ("eval", "finetune"): ("dino_fast.commands.eval_finetune", "train the whole network with labels and classify them"),
     ("eval", "attention"): ("dino_fast.commands.eval_attention", "draw what the class token attends to"),
     ("eval", "segment"): ("dino_fast.commands.eval_segment", "compare the attention's masks with true masks"),
     ("eval", "video"): ("dino_fast.commands.eval_video", "carry objects' masks through videos by patch similarity"),
