@@ -71,32 +71,29 @@ DINO_FAST_PIXEL Normal normal(float mean, float std) {
 }
 DINO_FAST_PIXEL float normalised(const Normal& n, int level) { return (static_cast<float>(level) - n.zero) * n.scale; }
 
-// Hue turned by turn / 256, by way of 8-bit hue and saturation (of 255). There are no
-// branches, so that loops over it vectorise; single precision stands only where it gives the same 8 bits for every colour.
+// Hue turned by turn / 256, by way of 8-bit hue and saturation (of 255). There are no branches, so that loops over it
+// vectorise, and no double precision, where Pillow has some: of every colour and every turn the 8 bits are the same.
 DINO_FAST_PIXEL void turn_hue(int& r, int& g, int& b, int turn) {
   const int high = most(r, most(g, b)), low = least(r, least(g, b)), range = high - low;
   const int is_red = r == high, is_green = (1 - is_red) & (g == high), is_blue = 1 - is_red - is_green;
-  const int ahead = high - (is_red * b + is_green * r + is_blue * g), behind = high - (is_red * g + is_green * b + is_blue * r);
-  const float divisor = static_cast<float>(most(range, 1));
-  const double plus = static_cast<float>(ahead) / divisor, minus = static_cast<float>(behind) / divisor;
-  const float sixths = static_cast<float>(static_cast<double>(2 * is_green + 4 * is_blue) + plus - minus);
-  const double turns = sixths / 6.0 + 1.0;  // in 5/6 to 11/6; whole turns are dropped
-  const float fraction = static_cast<float>(turns - static_cast<double>(static_cast<int>(turns)));
-  const int hue = static_cast<int>(fraction * 255.0);  // 0 for greys, where red counts as highest
-  const int saturation = static_cast<int>(static_cast<float>(range) / static_cast<float>(most(high, 1)) * 255.0);
+  const int ahead = high - ((-is_red & b) | (-is_green & r) | (-is_blue & g));
+  const int behind = high - ((-is_red & g) | (-is_green & b) | (-is_blue & r));
+  // (ahead - behind) / range, one of which is the range itself: taken out as a whole number, it costs no rounding.
+  const int plus = ahead == range, minus = behind == range;
+  const float part = static_cast<float>(((plus - 1) & ahead) - ((minus - 1) & behind)) / static_cast<float>(most(range, 1));
+  const float turns = (static_cast<float>(2 * is_green + 4 * is_blue + plus - minus) + part) / 6.0f;
+  const int hue = static_cast<int>((turns + static_cast<float>(turns < 0)) * 255.0f);  // 0 for greys
+  const int saturation = static_cast<int>(static_cast<float>(range * 255) / static_cast<float>(most(high, 1)));
 
   const int sixfold = ((hue + turn) & 255) * 6, sector = sixfold * 257 / 65535, odd = sector & 1;  // = sixfold / 255
   const float v = static_cast<float>(high), s = static_cast<float>(saturation) / 255.0f;
-  const float f = static_cast<float>(sixfold - 255 * sector) / 255.0f;
-  const double down = static_cast<double>(s * f), up = static_cast<double>(s) * (1.0 - static_cast<double>(f));
-  const double falls = odd, rises = 1 - odd;
-  const int p = static_cast<int>(v * (1.0f - s) + 0.5f);
-  const int m = static_cast<int>(v * (1.0 - (down * falls + up * rises)) + 0.5);
-  const int one = sector == 1, two = sector == 2, three = sector == 3, four = sector == 4, five = sector == 5;
-  const int none = 1 - (one + two + three + four + five);  // a whole turn, sector 6, is none
-  r = (none + five) * high + (one + four) * m + (two + three) * p;
-  g = (one + two) * high + (none + three) * m + (four + five) * p;
-  b = (three + four) * high + (two + five) * m + (none + one) * p;
+  const float f = static_cast<float>(sixfold - 255 * sector) / 255.0f, fall = odd ? f : 1.0f - f;
+  const int p = static_cast<int>(v * (1.0f - s) + 0.5f), m = static_cast<int>(v * (1.0f - s * fall) + 0.5f);
+  const int one = -(sector == 1), two = -(sector == 2), three = -(sector == 3), four = -(sector == 4), five = -(sector == 5);
+  const int none = ~(one | two | three | four | five);  // a whole turn, sector 6, is none; masks of all bits
+  r = ((none | five) & high) | ((one | four) & m) | ((two | three) & p);
+  g = ((one | two) & high) | ((none | three) & m) | ((four | five) & p);
+  b = ((three | four) & high) | ((two | five) & m) | ((none | one) & p);
 }
 
 // Gaussian blur as three box blurs, each of 2 radius + 1 whole pixels and a fraction of the next one on either side
