@@ -17,6 +17,7 @@ from dino_fast.eval import features, knn
 from dino_fast.eval.backbones import open_backbone
 from dino_fast.models import VisionTransformer
 from dino_fast.models.checkpoints import export_backbone, load_backbone
+from tests.original import knn as original
 
 
 def by_hand(bank, bank_labels, queries, query_labels, k, temperature, classes):
@@ -43,6 +44,20 @@ def test_accuracy_equals_a_computation_by_hand(n, m, classes, k, chunk, monkeypa
     labels, query_labels = rng.integers(0, classes, n), rng.integers(0, classes, m)
     got = knn.knn_accuracy(*map(torch.from_numpy, (bank, labels, queries, query_labels)), k=k, num_classes=classes)
     assert got == pytest.approx(by_hand(bank, labels, queries, query_labels, k, 0.07, classes), abs=1e-12)
+
+
+@pytest.mark.parametrize("k,temperature", [(1, 0.07), (20, 0.07), (200, 0.5)])
+def test_accuracy_equals_the_transcription_of_the_original(k, temperature):
+    torch.manual_seed(k)
+    centres = torch.randn(30, 16)
+    labels, query_labels = torch.randint(0, 30, (5000,)), torch.randint(0, 30, (250,))
+    bank = torch.nn.functional.normalize(centres[labels] + torch.randn(5000, 16), dim=1)
+    queries = torch.nn.functional.normalize(centres[query_labels] + torch.randn(250, 16), dim=1)
+    got = knn.knn_accuracy(bank, labels, queries, query_labels, k, temperature)
+    expected = original.knn(bank, labels, queries, query_labels, k, temperature, 30)
+    # One query of 250 may have two equal votes; classes without any vote come in no particular order in the original.
+    compared = 1 if k == 1 else 2
+    assert got[:compared] == pytest.approx(expected[:compared], abs=0.0041) and 0.5 < got[0] < 1
 
 
 def test_a_grid_equals_its_single_pairs():
