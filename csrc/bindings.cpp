@@ -218,8 +218,8 @@ void linear_dino_loss_project(int64_t gradient, int64_t weight, int64_t gain, in
 
 // A crop is 18 columns of whole numbers: address, height, width of the image; top, left, height, width of the box; height,
 // width, address of the result; flip, grey, blur, solarize; order [4]. And 5 of float: factors [4], radius. Rows first.
-void multi_crop(int64_t n, const py::buffer& table, const py::buffer& numbers, int channels, bool bfloat16, int64_t mean,
-                int64_t std, int threads) {
+void multi_crop(int64_t n, const py::buffer& table, const py::buffer& numbers, int channels, bool bfloat16,
+                bool may_go_down_first, int64_t mean, int64_t std, int threads) {
   const py::buffer_info info = table.request(), numbers_info = numbers.request();
   const int64_t* c = columns<int64_t>(info, n, 18);
   const float* f = columns<float>(numbers_info, n, 5);
@@ -231,7 +231,7 @@ void multi_crop(int64_t n, const py::buffer& table, const py::buffer& numbers, i
     for (int k = 0; k < 4; ++k) t.order[k] = static_cast<int>(c[14 + k]);
     for (int k = 0; k < 4; ++k) t.factors[k] = f[k];
   }
-  const dino_fast::CropOutput output{channels, bfloat16, address<float>(mean), address<float>(std)};
+  const dino_fast::CropOutput output{channels, bfloat16, may_go_down_first, address<float>(mean), address<float>(std)};
   py::gil_scoped_release unlocked;
   DINO_FAST_DISPATCH(multi_crop)(tasks.data(), n, output, threads);
 }

@@ -47,9 +47,8 @@ DINO_FAST_PIXEL int to_fixed(double w) {
   return static_cast<int>((w < 0 ? -0.5 : 0.5) + w * (1 << kCoefficientBits));
 }
 
-// Whether columns are resampled before rows: where the height shrinks by more than twice as many pixels as the width. The
-// 8 bits between the two passes make the order visible, by one level here and there. This is the rule of Pillow 13; older
-// versions always resample rows first.
+// Whether columns are resampled before rows: since Pillow 13, where the height shrinks by more than twice as many pixels as
+// the width. The 8 bits between the two passes make the order visible, by a few levels here and there.
 DINO_FAST_PIXEL bool down_first(int64_t lost_height, int64_t lost_width) {
   return lost_height > 0 && lost_height > 2 * lost_width;
 }

@@ -22,6 +22,7 @@ struct CropTask {
 struct CropOutput {
   int channels;
   bool bfloat16;
+  bool may_go_down_first;  // false: rows are always resampled before columns, as before Pillow 13
   const float* mean;  // [channels], of pixels in 0..1
   const float* std;
 };

@@ -5,9 +5,9 @@ contrast, saturation and hue in the given order, grey, Gaussian blur, solarize a
 Saturation, hue and grey leave images without three channels as they are.
 
 The reference is the installed Pillow, as the published pipeline uses it. The native backend (csrc/cpu/multi_crop.cpp)
-gives the same bits as Pillow 13, whatever is installed, on every machine and for any number of threads. Before 13,
-Pillow always resized along rows first; 13 resizes tall boxes along columns first, which changes the rounding of some
-pixels by one level.
+gives the same 8 bits on every machine and for any number of threads. There is one difference between versions of
+Pillow, and it follows the installed one: since 13, boxes that lose far more height than width are resized along their
+columns first, where older versions always began with the rows.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ import functools
 from collections.abc import Callable
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
 from dino_fast.backends import Backend, choose, native_missing, register
+
+MAY_GO_DOWN_FIRST = int(PIL.__version__.split(".")[0]) >= 13  # see above
 
 
 @torch.library.custom_op("dino_fast::multi_crop", mutates_args=())
@@ -121,7 +124,15 @@ def _native(images, boxes, switches, order, factors, radius, mean, std, global_c
     numbers[..., 4] = radius.numpy().T
     threads = torch.get_num_threads()
     _C.multi_crop(
-        V * n, table, numbers, C, global_crops.dtype == torch.bfloat16, mean.data_ptr(), std.data_ptr(), threads
+        V * n,
+        table,
+        numbers,
+        C,
+        global_crops.dtype == torch.bfloat16,
+        MAY_GO_DOWN_FIRST,
+        mean.data_ptr(),
+        std.data_ptr(),
+        threads,
     )
 
 
