@@ -200,3 +200,21 @@ def test_other_peoples_checkpoints(tmp_path, monkeypatch):
         open_backbone("timm:resnet18")
     with pytest.raises(UserError, match="cannot be used"):
         open_backbone("timm:vit_tiny_patch16_224", device="gpu")
+
+
+def test_a_full_checkpoint_of_the_original(cifar, tmp_path):
+    torch.manual_seed(0)
+    nets = {key: VisionTransformer(32, 8, embed_dim=64, depth=1, num_heads=1) for key in ("teacher", "student")}
+    prefix = {"teacher": "backbone.", "student": "module.backbone."}
+    content = {key: {f"{prefix[key]}{n}": t for n, t in net.state_dict().items()} for key, net in nets.items()}
+    torch.save({**content, "epoch": 3, "args": argparse.Namespace(arch="vit_tiny")}, tmp_path / "checkpoint.pth")
+    figures = {}
+    for key, net in nets.items():
+        alone = export_backbone(net, tmp_path / f"{key}.safetensors")
+        pair = [
+            knn.evaluate(path, cifar / "train.parquet", cifar / "test.parquet", which=key, device="cpu")
+            for path in (tmp_path / "checkpoint.pth", alone)
+        ]
+        assert pair[0]["top1"] == pair[1]["top1"] and pair[0]["results"] == pair[1]["results"]
+        figures[key] = pair[0]["top5"]
+    assert figures["teacher"] != figures["student"]
