@@ -196,7 +196,7 @@ def _comparison(
         floor_bytes=sum(image.nbytes for image in pixels) + output,
         output_bytes=output,
         contenders=contenders(params, recipes, checked),
-        seconds=30.0,
+        seconds=25.0,
     )
 
 
@@ -251,7 +251,8 @@ def small(n: int) -> Comparison:
 
 
 def threads(n: int) -> Comparison:
-    """The operation alone on one thread and on two."""
+    """The operation alone on one thread and on two, and how much a matrix product gains here: on a machine shared with
+    other work, two threads do not have two cores."""
     files, what = photographs(n)
     pixels, crops = [decode(data, 3) for data in files], MultiCrop()
 
@@ -265,10 +266,23 @@ def threads(n: int) -> Comparison:
 
             return call
 
+        square = torch.rand(1024, 1024)
+
+        def probe(count: int) -> Contender:
+            def call() -> None:
+                torch.set_num_threads(count)
+                torch.mm(square, square)
+                torch.set_num_threads(1)
+
+            nothing = [torch.ones(()), torch.ones(())]  # there is nothing to check
+            return Contender(f"probe: matrix product, {count} thread{'s' * (count > 1)}", call, check=lambda: nothing)
+
         one, two = on(1), on(2)
         return [
             Contender("dino-fast, 2 threads", two, ours=True, check=checked(two, strict=True)),
             Contender("dino-fast, 1 thread", one, baseline=True, check=checked(one, strict=True)),
+            probe(2),
+            probe(1),
         ]
 
     return _comparison(f"{n} decoded, {what}, to 2x224 + 8x96, 1 and 2 threads", crops, pixels, pixels, contenders)
