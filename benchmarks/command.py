@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import pkgutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def choose(names: list[str]) -> list[str]:
     """The operations to run; all of them where none is named. An unknown name is an error with the nearest one."""
     known = operations()
+    names = [name.replace("-", "_") for name in names]
     for name in names:
         if name not in known:
             raise UserError(f"no benchmark is called '{name}'{nearest(name, known)} There are: {', '.join(known)}.")
@@ -38,29 +40,42 @@ def choose(names: list[str]) -> list[str]:
 
 def run(args: argparse.Namespace) -> int:
     """Runs what `args` (from `add_arguments`) asks for; returns the exit code, 1 if a result of ours was wrong."""
-    from . import report
-
     names = choose(args.operations)
     if args.out is not None:
         make_folder(args.out)  # before any time is spent
-    directory = args.out or report.results_directory()
-    results, failed = [], []
-    for name in names:
-        if not args.json:
-            print(f"measuring {name} ...", file=sys.stderr, flush=True)
-        rows = importlib.import_module(f".bench_{name}", __package__).run(quick=args.quick)
-        result = report.document(name, rows, quick=args.quick)
-        results.append(result)
-        failed += [f"{name}: {r.contender}: {r.note}" for r in rows if r.note.startswith(("wrong", "failed"))]
-        paths = report.write(result, directory)
-        if not args.json:
-            report.show(result)
-            print(f"wrote {paths[0]} and {paths[1].name}")
+    if len(names) > 1:
+        return _run_each(names, args)
+    (name,) = names
+    from . import report
+
+    if not args.json:
+        print(f"measuring {name} ...", file=sys.stderr, flush=True)
+    rows = importlib.import_module(f".bench_{name}", __package__).run(quick=args.quick)
+    result = report.document(name, rows, quick=args.quick)
+    paths = report.write(result, args.out or report.results_directory())
     if args.json:
-        print(json.dumps(results, indent=1))
+        print(json.dumps([result], indent=1))
+    else:
+        report.show(result)
+        print(f"wrote {paths[0]} and {paths[1].name}", flush=True)
+    failed = [f"{name}: {row.contender}: {row.note}" for row in rows if row.note.startswith(("wrong", "failed"))]
     for line in failed:
         print(line, file=sys.stderr)
     return 1 if any("dino-fast" in line for line in failed) else 0
+
+
+def _run_each(names: list[str], args: argparse.Namespace) -> int:
+    """Each operation in a process of its own: what one leaves in the allocator would slow the next one's contenders."""
+    options = ["--quick"] * args.quick + ["--json"] * args.json + (["--out", str(args.out)] if args.out else [])
+    results, code = [], 0
+    for name in names:
+        command = [sys.executable, "-m", f"{__package__}.command", name, *options]
+        done = subprocess.run(command, stdout=subprocess.PIPE if args.json else None, text=True)
+        code = max(code, abs(done.returncode))
+        results += json.loads(done.stdout) if args.json and done.stdout else []
+    if args.json:
+        print(json.dumps(results, indent=1))
+    return code
 
 
 def main() -> int:
