@@ -1,5 +1,8 @@
 """`dino_loss`, forward and backward on logits, beside the loss as the original writes it and the einsum of later codes.
 
+Before each call the student's logits are written anew, as the head's product does in a training step: one contender
+puts the gradient in their place.
+
 Floor: reading the logits once and writing the student's gradient once, (2V + 2) e B K bytes for e bytes a logit.
 """
 
@@ -40,6 +43,10 @@ def _comparison(B: int, V: int, K: int, dtype: torch.dtype) -> Comparison:
     student = (0.3 * torch.randn(V, B, K, generator=generator)).to(dtype).requires_grad_()
     teacher = (0.3 * torch.randn(2, B, K, generator=generator)).to(dtype)
     center = 0.05 * torch.randn(K, generator=generator)
+    drawn = student.detach().clone()
+
+    def write_logits() -> None:
+        student.data.copy_(drawn)
 
     def forward_backward(loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[], tuple[Tensor, Tensor]]:
         def call() -> tuple[Tensor, Tensor]:
@@ -59,6 +66,12 @@ def _comparison(B: int, V: int, K: int, dtype: torch.dtype) -> Comparison:
 
     def ours(s: Tensor, t: Tensor, c: Tensor) -> Tensor:
         return dino_loss(s, t, c, **TEMPS)
+
+    def ours_in_place(s: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        return dino_loss(s, t, c, inplace=True, **TEMPS)
+
+    def contender(name: str, loss: Callable[[Tensor, Tensor, Tensor], Tensor], **options: bool) -> Contender:
+        return Contender(name, forward_backward(loss), prepare=write_logits, **options)
 
     def make_lightly(lightly: Any) -> Callable[[], tuple[Tensor, Tensor]]:
         peer_loss = lightly.DINOLoss(output_dim=K, warmup_teacher_temp=0.04, teacher_temp=0.04)
@@ -82,12 +95,13 @@ def _comparison(B: int, V: int, K: int, dtype: torch.dtype) -> Comparison:
         floor_bytes=(2 * V + 2) * student.element_size() * B * K,
         output_bytes=student.nbytes,  # the gradient, which every contender must write
         contenders=[
-            Contender("dino-fast", forward_backward(ours), ours=True),
-            Contender("original, eager", forward_backward(original), baseline=True),
-            Contender("einsum, eager", forward_backward(einsum)),
-            Contender("original, torch.compile", forward_backward(torch.compile(original))),
-            Contender("einsum, torch.compile", forward_backward(torch.compile(einsum))),
-            peer("lightly", "lightly.loss", make_lightly),
+            contender("dino-fast", ours, ours=True),
+            contender("dino-fast, in place", ours_in_place),
+            contender("original, eager", original, baseline=True),
+            contender("einsum, eager", einsum),
+            contender("original, torch.compile", torch.compile(original)),
+            contender("einsum, torch.compile", torch.compile(einsum)),
+            peer("lightly", "lightly.loss", make_lightly, prepare=write_logits),
         ],
     )
 

@@ -19,7 +19,14 @@ __all__ = ["DINOLoss", "dino_loss", "linear_dino_loss", "linear_ibot_loss"]
 
 
 def dino_loss(
-    student: Tensor, teacher: Tensor, center: Tensor, *, student_temp: float, teacher_temp: float, backend: str = "auto"
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    *,
+    student_temp: float,
+    teacher_temp: float,
+    inplace: bool = False,
+    backend: str = "auto",
 ) -> Tensor:
     """Mean cross-entropy between the teacher's and the student's distributions over all pairs of different crops.
 
@@ -29,6 +36,8 @@ def dino_loss(
         teacher: logits [2, B, K] of the global crops, in the same order. Not differentiated.
         center: [K], subtracted from the teacher's logits.
         student_temp, teacher_temp: what logits are divided by before the softmax.
+        inplace: the gradient may be written over the student's logits, which saves their size in memory and time; see
+            `dino_fast.ops.dino_loss.dino_loss`.
         backend: "auto" or a name that `dino-fast info` lists.
 
     Returns:
@@ -38,7 +47,7 @@ def dino_loss(
         ValueError: shapes, dtypes, devices or temperatures that do not fit.
     """
     return operation.dino_loss(
-        student, teacher, center, student_temp=student_temp, teacher_temp=teacher_temp, backend=backend
+        student, teacher, center, student_temp=student_temp, teacher_temp=teacher_temp, inplace=inplace, backend=backend
     ).loss
 
 

@@ -196,7 +196,7 @@ template <typename S> struct WriteTile {
   float product;  // result
 };
 
-enum class Write { nothing, product, gradient, aligned_gradient };
+enum class Write { nothing, product, gradient, streamed_gradient };
 
 // Reads a tile of one row and, vector by vector beside it, writes a tile of another.
 template <bool kRead, Write kWrite, typename S> void tile_pass(int64_t n, ReadTile<S>& read, WriteTile<S>& write) {
@@ -215,7 +215,7 @@ template <bool kRead, Write kWrite, typename S> void tile_pass(int64_t n, ReadTi
       product = fma(q, difference, product);
       if constexpr (kWrite != Write::product) {
         const Vec g = fnma(q, b, exp2(difference * write_inverse) * a);
-        const bool streams = kWrite == Write::aligned_gradient && part == Vec::width;
+        const bool streams = kWrite == Write::streamed_gradient && part == Vec::width;
         if (streams) stream(write.gradient + k, g); else store_part(write.gradient + k, part, g);
       }
     }
@@ -284,9 +284,10 @@ template <typename S> struct StudentRows {
           if (!same) q = target(probabilities, a0, a1, n, weighted);
           writing = write_tile(written, i, first, q, a0 + a1);
         }
-        const bool aligned = reinterpret_cast<uintptr_t>(writing.gradient) % (Vec::width * sizeof(S)) == 0;
+        const bool in_place = writing.gradient == writing.s;  // in the cache already
+        const bool streams = !in_place && reinterpret_cast<uintptr_t>(writing.gradient) % (Vec::width * sizeof(S)) == 0;
         const Write mode = !writes ? Write::nothing : gradient == nullptr ? Write::product
-                           : aligned ? Write::aligned_gradient : Write::gradient;
+                           : streams ? Write::streamed_gradient : Write::gradient;
         if (reads) by_mode<true>(mode, n, reading, writing); else by_mode<false>(mode, n, reading, writing);
         if (reads) {
           const int64_t left = p.K - first - n;
@@ -313,7 +314,7 @@ template <typename S> struct StudentRows {
       case Write::nothing: return tile_pass<kRead, Write::nothing>(n, read, write);
       case Write::product: return tile_pass<kRead, Write::product>(n, read, write);
       case Write::gradient: return tile_pass<kRead, Write::gradient>(n, read, write);
-      case Write::aligned_gradient: return tile_pass<kRead, Write::aligned_gradient>(n, read, write);
+      case Write::streamed_gradient: return tile_pass<kRead, Write::streamed_gradient>(n, read, write);
     }
   }
 

@@ -35,7 +35,8 @@ struct DinoLossResult {
   float* teacher_mean;     // [K]
   float* teacher_entropy;  // one, nats
   float* row_statistics;   // [2, 2 + V, B]
-  void* gradient;          // [V, B, K] contiguous, the student's type, for an upstream gradient of 1; null: not wanted
+  void* gradient;          // [V, B, K] contiguous, the student's type, for an upstream gradient of 1; null: not wanted.
+                           // It may be the student's logits, where these are contiguous: then it takes their place.
 };
 
 }  // namespace dino_fast

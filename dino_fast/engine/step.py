@@ -147,6 +147,7 @@ def train_step(run: Learner, batch: Crops, rates: Rates, step: int) -> dict[str,
             run.loss.center[0],
             student_temp=run.config.student_temp,
             teacher_temp=rates.teacher_temp,
+            inplace=True,  # nothing else reads the student's logits
         )
         loss += result.loss.detach() / len(parts)
         entropy += result.teacher_entropy / len(parts)

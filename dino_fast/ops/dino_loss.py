@@ -43,6 +43,7 @@ def dino_loss(
     *,
     student_temp: float,
     teacher_temp: float,
+    inplace: bool = False,
     backend: str = "auto",
 ) -> DinoLoss:
     """The loss, the mean of the teacher's logits and the entropy of its targets, in one operation.
@@ -53,6 +54,9 @@ def dino_loss(
         teacher: logits [2, B, K] of the same kinds, not necessarily the student's. Not differentiated.
         center: [K], taken from the teacher's logits. Not differentiated.
         student_temp, teacher_temp: positive temperatures.
+        inplace: the gradient may take the memory of the student's logits, which then hold it instead. The native
+            backend does so where the logits are contiguous float32 or bfloat16 and need a gradient, outside of
+            torch.compile. Where an earlier operation kept the logits for its own backward, that backward raises.
         backend: "auto", "triton", "native" or "reference"; see `dino_fast.backends`.
 
     NaN or infinite logits give a loss and gradients that are not finite, as the formula does; they raise nothing, which
@@ -74,7 +78,7 @@ def dino_loss(
     plain = _PLAIN.issuperset((type(student), type(teacher), type(center)))
     if plain and not torch.compiler.is_compiling():
         # The dispatcher's way to the same functions: with cold caches it costs 0.7 ms, a tenth of a large problem.
-        loss, teacher_mean, teacher_entropy, *_ = _Eager.apply(*arguments)
+        loss, teacher_mean, teacher_entropy = _Eager.apply(*arguments, inplace)
     else:
         loss, teacher_mean, teacher_entropy, *_ = torch.ops.dino_fast.dino_loss(*arguments)
     return DinoLoss(loss, teacher_mean, teacher_entropy)
@@ -149,8 +153,12 @@ def _forward(
     differentiable: bool,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _run(student, teacher, center, student_temp, teacher_temp, differentiable, backend, False)
+
+
+def _run(student, teacher, center, student_temp, teacher_temp, differentiable, backend, inplace):
     chosen = choose("dino_loss", student, teacher, backend=backend)
-    outputs = FORWARD[chosen](student, teacher, center, student_temp, teacher_temp, differentiable)
+    outputs = FORWARD[chosen](student, teacher, center, student_temp, teacher_temp, differentiable, inplace)
     kept_center = outputs[-1]
     if kept_center.numel() > 0:
         kept_center.copy_(center)
@@ -165,15 +173,16 @@ def _(student, teacher, center, student_temp, teacher_temp, differentiable, back
     return _empty_outputs(student, teacher, differentiable)
 
 
-def _empty_outputs(student: Tensor, teacher: Tensor, differentiable: bool) -> tuple[Tensor, ...]:
+def _empty_outputs(student: Tensor, teacher: Tensor, differentiable: bool, inplace: bool = False) -> tuple[Tensor, ...]:
     V, B, K = student.shape
     result = torch.float64 if student.dtype == torch.float64 else torch.float32
     written = differentiable and gradient_is_written_forward(student)
+    overwritten = inplace and written and student.is_contiguous()
     return (
         student.new_empty((), dtype=result),
         student.new_empty((K,), dtype=result),
         student.new_empty((), dtype=result),
-        student.new_empty((V, B, K) if written else (0,)),
+        student.detach() if overwritten else student.new_empty((V, B, K) if written else (0,)),
         student.new_empty((2, TEACHER_CROPS + V, B), dtype=result),
         student.new_empty((K,) if differentiable and not written else (0,), dtype=result),
     )
@@ -208,10 +217,13 @@ def _(student, teacher, center, row_statistics, upstream, student_temp, teacher_
 
 
 def _setup_context(ctx, inputs, output) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    _keep_for_backward(ctx, inputs, output)
+
+
+def _keep_for_backward(ctx, inputs, output) -> None:
     student, teacher, _, student_temp, teacher_temp, differentiable, backend = inputs
-    _, *others = output
-    gradient, row_statistics, kept_center = others[2:]
-    ctx.mark_non_differentiable(*others)
+    gradient, row_statistics, kept_center = output[3:]
     ctx.set_materialize_grads(False)
     ctx.differentiable = differentiable
     ctx.written = gradient_is_written_forward(student)
@@ -269,11 +281,15 @@ class _Eager(torch.autograd.Function):
     # Not a `setup_context`: for a function that has one, PyTorch binds the arguments by signature at each call.
     @staticmethod
     def forward(ctx, *arguments):
-        outputs = _forward(*arguments)
-        _setup_context(ctx, arguments, outputs)
-        return outputs
+        *inputs, inplace = arguments
+        outputs = _run(*inputs, inplace)
+        _keep_for_backward(ctx, inputs, outputs)
+        ctx.mark_non_differentiable(*outputs[1:3])
+        return outputs[:3]
 
-    backward = staticmethod(_backward)
+    @staticmethod
+    def backward(ctx, *upstream):
+        return *_backward(ctx, *upstream), None
 
 
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))  # no subclass with a dispatch of its own
@@ -312,7 +328,7 @@ register(
 )
 
 
-def _reference_forward(student, teacher, center, student_temp, teacher_temp, differentiable):
+def _reference_forward(student, teacher, center, student_temp, teacher_temp, differentiable, inplace):
     temps = {"student_temp": student_temp, "teacher_temp": teacher_temp}
     loss, teacher_mean, teacher_entropy = dino_loss_reference(student, teacher, center, **temps)
     *_, gradient, row_statistics, kept_center = _empty_outputs(student, teacher, differentiable)
@@ -341,14 +357,16 @@ def _reference_gradient(student, teacher, center, row_statistics, upstream, stud
     return (difference * (upstream / (student_temp * B * pairs.sum()))).to(student.dtype).contiguous()
 
 
-def _native_forward(student, teacher, center, student_temp, teacher_temp, differentiable):
+def _native_forward(student, teacher, center, student_temp, teacher_temp, differentiable, inplace):
     from dino_fast import _C
 
-    outputs = _empty_outputs(student, teacher, differentiable)
+    outputs = _empty_outputs(student, teacher, differentiable, inplace)
     problem, _alive = _native_problem(student, teacher, center, student_temp, teacher_temp)
     addresses = [output.data_ptr() for output in outputs]  # of an empty tensor: 0, "no gradient wanted"
     loss, mean, entropy, gradient, row_statistics, _ = addresses
     _C.dino_loss_forward(*problem, loss, mean, entropy, row_statistics, gradient)
+    if inplace and gradient == student.data_ptr():
+        torch.autograd.graph.increment_version(student)
     return outputs
 
 
@@ -380,7 +398,7 @@ def pair_weights(V: int) -> list[float]:
     return [float(u != v) for u in range(TEACHER_CROPS) for v in range(V)]
 
 
-def _triton_forward(student, teacher, center, student_temp, teacher_temp, differentiable):
+def _triton_forward(student, teacher, center, student_temp, teacher_temp, differentiable, inplace):
     from dino_fast.kernels import dino_loss as kernels
 
     *_, gradient, row_statistics, kept_center = _empty_outputs(student, teacher, differentiable)

@@ -293,6 +293,63 @@ def test_second_derivatives_are_refused():
 # --- the operator in PyTorch ----------------------------------------------------------------------------------------
 
 
+# --- the gradient in place of the logits ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("shape", [(2, 1, 1), (10, 3, 256), (4, 2, 2051), (10, 2, 65536)])
+def test_in_place_gives_the_same_bits(shape, dtype, isa):
+    student, teacher, center = logits(*shape, dtype)
+    student.requires_grad_()
+    elsewhere = dino_loss(student, teacher, center, **TEMPS, backend="native")
+    expected = gradient_of(elsewhere.loss, student)
+    overwritten = student.detach().clone().requires_grad_()
+    result = dino_loss(overwritten, teacher, center, **TEMPS, inplace=True, backend="native")
+    gradient = gradient_of(result.loss, overwritten)
+    assert gradient.data_ptr() == overwritten.data_ptr()
+    assert torch.equal(gradient, expected)
+    assert all(torch.equal(a, b) for a, b in zip(result, elsewhere, strict=True))
+
+
+def test_in_place_below_a_linear_layer():
+    _, teacher, center = logits(5, 3, 300)
+    x, weight = torch.randn(15, 8, requires_grad=True), torch.randn(300, 8, requires_grad=True)
+
+    def gradients(inplace, upstream):
+        student = torch.nn.functional.linear(x, weight).unflatten(0, (5, 3))
+        loss = dino_loss(student, teacher, center, **TEMPS, inplace=inplace).loss
+        return torch.autograd.grad(loss * upstream, (x, weight))
+
+    for upstream in (1.0, 0.3):
+        for ours, expected in zip(gradients(True, upstream), gradients(False, upstream), strict=True):
+            assert torch.equal(ours, expected)
+
+
+def test_in_place_is_refused_by_an_operation_that_kept_the_logits():
+    _, teacher, center = logits(4, 2, 30)
+    student = torch.randn(4, 2, 30, requires_grad=True).exp()  # its backward multiplies by its result
+    loss = dino_loss(student, teacher, center, **TEMPS, inplace=True, backend="native").loss
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_in_place_leaves_the_logits_where_it_cannot_or_need_not():
+    for dtype, wanted, transposed in (
+        (torch.float16, True, False),
+        (torch.float32, False, False),
+        (torch.float32, True, True),
+    ):
+        student, teacher, center = logits(4, 2, 30, dtype)
+        if transposed:
+            student = student.transpose(0, 1).contiguous().transpose(0, 1)
+        before = student.clone()
+        student.requires_grad_(wanted)
+        loss = dino_loss(student, teacher, center, **TEMPS, inplace=True).loss
+        if wanted:
+            loss.backward()
+        assert torch.equal(student.detach(), before)
+
+
 @pytest.mark.parametrize("dtype", (*DTYPES, torch.float64), ids=str)
 @pytest.mark.parametrize("differentiable", [False, True])
 def test_opcheck(dtype, differentiable):
