@@ -1,0 +1,277 @@
+"""Operation packed_attention: the reference against PyTorch's attention, every backend against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dino_fast.attention import packed_attention
+from dino_fast.backends import BackendError
+from dino_fast.ops.packed_attention import by_length, packed_attention_reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BACKENDS = ("sdpa", "reference")
+LENGTHS = {
+    "one sequence": [37],
+    "one token each": [1, 1, 1],
+    "equal": [37] * 4,
+    "two groups side by side": [197, 197, *[37] * 8],
+    "lengths that alternate": [5, 3, 5, 3, 9, 3],
+    "empty ones between": [0, 4, 0, 0, 4, 0],
+    "nothing at all": [],
+}
+
+
+def packed(lengths, H=2, d=32, dtype=torch.float32, seed=0, scale=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    qkv = (scale * torch.randn(sum(lengths), 3, H, d, generator=generator)).to(dtype)
+    upstream = torch.randn(sum(lengths), H, d, generator=generator).to(dtype)
+    return qkv, ends(lengths), upstream
+
+
+def ends(lengths):
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def run(attention, qkv, cu_seqlens, upstream):
+    """(output, gradient by qkv) of attention(qkv, cu_seqlens)."""
+    leaf = qkv.detach().clone().requires_grad_()
+    out = attention(leaf, cu_seqlens)
+    return out.detach(), torch.autograd.grad(out, leaf, upstream)[0]
+
+
+def eager(qkv, cu_seqlens):
+    """softmax(q k^T / sqrt(d)) v of each sequence in qkv's own dtype."""
+    outputs = []
+    for sequence in qkv.tensor_split(cu_seqlens[1:-1].tolist()):
+        q, k, v = sequence.permute(1, 2, 0, 3)  # [H, L, d] each
+        outputs.append(((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(outputs)
+
+
+def ours(backend, longest=1 << 20):
+    return lambda qkv, cu_seqlens: packed_attention(qkv, cu_seqlens, longest, backend=backend)
+
+
+def assert_accurate(backend, qkv, cu_seqlens, upstream):
+    """Errors of the output and the gradient against float64: at most twice eager's plus 1e-6 (1 + |reference|)."""
+    if qkv.numel() == 0:
+        assert run(ours(backend), qkv, cu_seqlens, upstream)[0].shape == upstream.shape
+        return
+    exact = run(packed_attention_reference, qkv.double(), cu_seqlens, upstream.double())
+    plain = run(eager, qkv, cu_seqlens, upstream)
+    for mine, theirs, truth in zip(run(ours(backend), qkv, cu_seqlens, upstream), plain, exact, strict=True):
+        limit = 2 * (theirs - truth).abs().max() + 1e-6 * (1 + truth.abs().max())
+        assert (mine - truth).abs().max() <= limit
+
+
+# --- the reference --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_reference_is_attention_of_each_sequence(lengths):
+    qkv, cu_seqlens, _ = packed(lengths, dtype=torch.float64)
+    out = packed_attention_reference(qkv, cu_seqlens)
+    assert out.shape == (sum(lengths), 2, 32)
+    for sequence, result in zip(qkv.split(lengths), out.split(lengths), strict=True):
+        q, k, v = sequence.permute(1, 2, 0, 3)
+        torch.testing.assert_close(result, F.scaled_dot_product_attention(q, k, v).transpose(0, 1))
+
+
+def test_gradcheck():
+    qkv, cu_seqlens, _ = packed([3, 1, 0, 3, 2], H=2, d=4, dtype=torch.float64)
+    qkv.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: packed_attention_reference(x, cu_seqlens), qkv)
+    for backend in BACKENDS:
+        assert torch.autograd.gradcheck(lambda x, name=backend: packed_attention(x, cu_seqlens, 3, backend=name), qkv)
+
+
+# --- every backend --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.usefixtures("poisoned")
+def test_is_as_good_as_eager(lengths, dtype, backend):
+    assert_accurate(backend, *packed(lengths, dtype=dtype))
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 70), min_size=1, max_size=6), H=st.integers(1, 3),
+    d=st.sampled_from([8, 32, 48, 64, 80, 128]), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 9),
+    scale=st.sampled_from([1.0, 4.0]),
+)  # fmt: skip
+def test_drawn_lengths(lengths, H, d, dtype, seed, scale):
+    assert_accurate("sdpa", *packed(lengths, H, d, dtype, seed, scale))
+
+
+def test_a_long_sequence():
+    assert_accurate("sdpa", *packed([1370, 16], d=64))
+
+
+@pytest.mark.parametrize("lengths", [[9, 9, 9], [9, 4, 9]], ids=["adjacent", "apart"])
+def test_strided_offset_and_transposed_inputs(lengths):
+    qkv, cu_seqlens, upstream = packed(lengths)
+    wide = torch.full((sum(lengths) + 5, 3, 2, 50), float("nan"))
+    wide[3:-2, :, :, 7:39] = qkv
+    heads_first = qkv.permute(2, 1, 0, 3).contiguous().permute(2, 1, 0, 3)
+    apart = qkv.mT.contiguous().mT  # the elements of a row do not lie side by side
+    grad_apart = upstream.mT.contiguous().mT
+    expected = run(ours("sdpa"), qkv, cu_seqlens, upstream)
+    for same in (wide[3:-2, :, :, 7:39], heads_first, apart):
+        for result, plain in zip(run_as_is(same, cu_seqlens, grad_apart), expected, strict=True):
+            torch.testing.assert_close(result, plain)
+
+
+def run_as_is(qkv, cu_seqlens, upstream):
+    leaf = qkv.detach().requires_grad_()
+    out = packed_attention(leaf, cu_seqlens, 64)
+    return out.detach(), torch.autograd.grad(out, leaf, upstream)[0]
+
+
+def test_neighbours_of_one_length_are_views_and_others_are_gathered():
+    groups = {group.L: group for group in by_length(ends([5, 5, 3, 7, 0, 3]))}
+    assert {L: group.n for L, group in groups.items()} == {5: 2, 3: 2, 7: 1}
+    assert groups[5].rows is None and groups[7].rows is None
+    assert groups[3].rows.tolist() == [10, 11, 12, 20, 21, 22]
+    buffer = torch.arange(23.0)
+    assert groups[5].read(buffer).data_ptr() == buffer.data_ptr()
+
+
+def test_one_call_for_each_length(monkeypatch):
+    """Ten sequences of two lengths are two calls of PyTorch's attention, forward and backward."""
+    calls = []
+
+    class Count(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            calls.append(function._schema.name.removeprefix("aten::"))
+            return function(*args, **(kwargs or {}))
+
+    from dino_fast.ops import packed_attention as operation
+
+    qkv, cu_seqlens, upstream = packed([5, 3] * 5)
+    with Count():
+        out, logsumexp = operation.FORWARD["sdpa"](qkv, cu_seqlens, 5)
+        operation.BACKWARD["sdpa"](upstream, qkv, cu_seqlens, out, logsumexp, 5)
+    assert calls.count("_scaled_dot_product_flash_attention_for_cpu") == 2
+    assert calls.count("_scaled_dot_product_flash_attention_for_cpu_backward") == 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("part", [0, 1, 2], ids=["q", "k", "v"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("lengths", [[5, 5, 5], [5, 4, 5]], ids=["adjacent", "apart"])
+def test_what_is_not_finite_stays_in_its_sequence_and_shows(lengths, bad, part, backend):
+    qkv, cu_seqlens, upstream = packed(lengths)
+    clean = run(ours(backend), qkv, cu_seqlens, upstream)
+    first, end = cu_seqlens[1], cu_seqlens[2]
+    qkv[first + 2, part, 1, 3] = bad
+    for result, before in zip(run(ours(backend), qkv, cu_seqlens, upstream), clean, strict=True):
+        assert torch.equal(result[:first], before[:first]) and torch.equal(result[end:], before[end:])
+        assert not result[first:end].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_twice(dtype):
+    arguments = packed([197, 37, 37, 197, 37], H=3, d=64, dtype=dtype)
+    first, second = run(ours("auto"), *arguments), run(ours("auto"), *arguments)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_gradients_accumulate_and_no_grad_records_nothing():
+    qkv, cu_seqlens, upstream = packed([6, 4])
+    leaf = qkv.clone().requires_grad_()
+    for _ in range(2):
+        packed_attention(leaf, cu_seqlens, 6).backward(upstream)
+    torch.testing.assert_close(leaf.grad, 2 * run(ours("auto"), qkv, cu_seqlens, upstream)[1])
+    with torch.no_grad():
+        assert not packed_attention(leaf, cu_seqlens, 6).requires_grad
+
+
+def test_autocast_takes_float32_as_pytorchs_attention_does():
+    qkv, cu_seqlens, upstream = packed([6, 4])
+    leaf = qkv.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = packed_attention(leaf, cu_seqlens, 6)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, packed_attention(qkv.bfloat16(), cu_seqlens, 6))
+    out.backward(upstream.bfloat16())
+    assert leaf.grad.dtype == torch.float32 and leaf.grad.abs().max() > 0
+
+
+# --- with PyTorch's own machinery -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("lengths", [[5, 5], [5, 3, 5]], ids=["adjacent", "apart"])
+def test_opcheck(lengths, dtype):
+    qkv, cu_seqlens, upstream = packed(lengths, dtype=dtype)
+    torch.library.opcheck(torch.ops.dino_fast.packed_attention, (qkv.clone().requires_grad_(), cu_seqlens, 5))
+    out, logsumexp = torch.ops.dino_fast.packed_attention(qkv, cu_seqlens, 5)
+    arguments = (upstream, qkv, cu_seqlens, out, logsumexp, 5)
+    torch.library.opcheck(torch.ops.dino_fast.packed_attention_backward, arguments)
+
+
+def test_compiles_without_a_break():
+    qkv, cu_seqlens, upstream = packed([7, 7, 5])
+
+    def step(x, weight):
+        return packed_attention((x * weight).view(-1, 3, 2, 32), cu_seqlens, 7) * 2
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True)):
+        weight = torch.full((), 1.5, requires_grad=True)
+        out = function(qkv.flatten(1), weight)
+        out.backward(upstream)
+        results.append((out.detach(), weight.grad))
+    for plain, compiled in zip(*results, strict=True):
+        torch.testing.assert_close(plain, compiled)
+
+
+def test_second_derivatives_are_refused():
+    qkv, cu_seqlens, upstream = packed([4, 3])
+    leaf = qkv.requires_grad_()
+    (gradient,) = torch.autograd.grad(packed_attention(leaf, cu_seqlens, 4), leaf, upstream, create_graph=True)
+    with pytest.raises(RuntimeError, match="autograd"):
+        gradient.sum().backward()
+
+
+# --- errors ---------------------------------------------------------------------------------------------------------
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("qkv", "cu_seqlens", "longest", "message"),
+    [
+        (torch.zeros(7, 96), int32(0, 7), 7, r"got \[7, 96\].*view\(tokens, 3, H, d\)"),
+        (torch.zeros(7, 2, 1, 8), int32(0, 7), 7, r"qkv is \[tokens, 3,"),
+        (torch.zeros(7, 3, 0, 8), int32(0, 7), 7, "at least one head"),
+        (torch.zeros(7, 3, 1, 8, dtype=torch.int64), int32(0, 7), 7, "int64; accepted are float32"),
+        (torch.zeros(7, 3, 1, 8), torch.tensor([0, 7]), 7, r"\.to\(torch\.int32\)"),
+        (torch.zeros(7, 3, 1, 8), int32(0, 7)[None], 7, r"cu_seqlens is \[n \+ 1\]"),
+        (torch.zeros(7, 3, 1, 8), int32(), 7, r"cu_seqlens is \[n \+ 1\]"),
+        (torch.zeros(7, 3, 1, 8), int32(0, 6), 7, r"number of tokens, 7; got \[0, 6\]"),
+        (torch.zeros(7, 3, 1, 8), int32(1, 7), 7, "begins with 0"),
+        (torch.zeros(7, 3, 1, 8), int32(0, 5, 3, 7), 7, "never falls"),
+        (torch.zeros(7, 3, 1, 8), int32(0, 7), 6, "longest sequence has 7 tokens, max_seqlen is 6"),
+        (torch.zeros(7, 3, 1, 8), int32(0, 7), -1, "got -1"),
+    ],
+)
+def test_what_does_not_fit_is_said(qkv, cu_seqlens, longest, message):
+    with pytest.raises(ValueError, match=message):
+        packed_attention(qkv, cu_seqlens, longest)
+
+
+def test_another_device_and_an_unknown_backend_are_said():
+    with pytest.raises(ValueError, match="cu_seqlens is on cpu but qkv on meta"):
+        packed_attention(torch.zeros(7, 3, 1, 8, device="meta"), int32(0, 7), 7)
+    with pytest.raises(BackendError, match=r"it has.*sdpa, reference"):
+        packed_attention(torch.zeros(7, 3, 1, 8), int32(0, 7), 7, backend="native")
