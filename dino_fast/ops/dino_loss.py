@@ -328,7 +328,7 @@ register(
 )
 
 
-def _reference_forward(student, teacher, center, student_temp, teacher_temp, differentiable, inplace):
+def _reference_forward(student, teacher, center, student_temp, teacher_temp, differentiable, inplace=False):
     temps = {"student_temp": student_temp, "teacher_temp": teacher_temp}
     loss, teacher_mean, teacher_entropy = dino_loss_reference(student, teacher, center, **temps)
     *_, gradient, row_statistics, kept_center = _empty_outputs(student, teacher, differentiable)
@@ -357,7 +357,7 @@ def _reference_gradient(student, teacher, center, row_statistics, upstream, stud
     return (difference * (upstream / (student_temp * B * pairs.sum()))).to(student.dtype).contiguous()
 
 
-def _native_forward(student, teacher, center, student_temp, teacher_temp, differentiable, inplace):
+def _native_forward(student, teacher, center, student_temp, teacher_temp, differentiable, inplace=False):
     from dino_fast import _C
 
     outputs = _empty_outputs(student, teacher, differentiable, inplace)
@@ -398,7 +398,7 @@ def pair_weights(V: int) -> list[float]:
     return [float(u != v) for u in range(TEACHER_CROPS) for v in range(V)]
 
 
-def _triton_forward(student, teacher, center, student_temp, teacher_temp, differentiable, inplace):
+def _triton_forward(student, teacher, center, student_temp, teacher_temp, differentiable, inplace=False):
     from dino_fast.kernels import dino_loss as kernels
 
     *_, gradient, row_statistics, kept_center = _empty_outputs(student, teacher, differentiable)
