@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -43,12 +45,21 @@ def run(attention, qkv, cu_seqlens, upstream):
     return out.detach(), torch.autograd.grad(out, leaf, upstream)[0]
 
 
-def eager(qkv, cu_seqlens):
-    """softmax(q k^T / sqrt(d)) v of each sequence in qkv's own dtype."""
+def formula(q, k, v):
+    return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+
+# What eager PyTorch is for each backend. At large scores PyTorch's fused attention, whose backward takes probabilities
+# from a rounded logsumexp, is several times less accurate than the formula in steps, which the reference is held to.
+EAGER = {"sdpa": F.scaled_dot_product_attention, "reference": formula}
+
+
+def eager(attention, qkv, cu_seqlens):
+    """Attention of each sequence on its own, in qkv's own dtype."""
     outputs = []
     for sequence in qkv.tensor_split(cu_seqlens[1:-1].tolist()):
-        q, k, v = sequence.permute(1, 2, 0, 3)  # [H, L, d] each
-        outputs.append(((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v).transpose(0, 1))
+        q, k, v = sequence.permute(1, 2, 0, 3)[:, None]  # [1, H, L, d] each
+        outputs.append(attention(q, k, v)[0].transpose(0, 1))
     return torch.cat(outputs)
 
 
@@ -56,16 +67,28 @@ def ours(backend, longest=1 << 20):
     return lambda qkv, cu_seqlens: packed_attention(qkv, cu_seqlens, longest, backend=backend)
 
 
-def assert_accurate(backend, qkv, cu_seqlens, upstream):
-    """Errors of the output and the gradient against float64: at most twice eager's plus 1e-6 (1 + |reference|)."""
-    if qkv.numel() == 0:
-        assert run(ours(backend), qkv, cu_seqlens, upstream)[0].shape == upstream.shape
-        return
-    exact = run(packed_attention_reference, qkv.double(), cu_seqlens, upstream.double())
-    plain = run(eager, qkv, cu_seqlens, upstream)
-    for mine, theirs, truth in zip(run(ours(backend), qkv, cu_seqlens, upstream), plain, exact, strict=True):
-        limit = 2 * (theirs - truth).abs().max() + 1e-6 * (1 + truth.abs().max())
-        assert (mine - truth).abs().max() <= limit
+def assert_accurate(backend, *draws):
+    """Errors of the output and the gradient against float64, the largest over the draws, since one draw's may
+    be small by luck: at most twice eager's plus 1e-6 (1 + |reference|)."""
+    for found, limit in errors(backend, *draws):
+        assert found <= limit
+
+
+def errors(backend, *draws):
+    """(error, its limit) of the output and of the gradient."""
+    found, limits = torch.zeros(2), torch.zeros(2)
+    for qkv, cu_seqlens, upstream in draws:
+        mine = run(ours(backend), qkv, cu_seqlens, upstream)
+        if qkv.numel() == 0:
+            assert mine[0].shape == upstream.shape
+            continue
+        exact = run(packed_attention_reference, qkv.double(), cu_seqlens, upstream.double())
+        plain = run(functools.partial(eager, EAGER[backend]), qkv, cu_seqlens, upstream)
+        for i, truth in enumerate(exact):
+            found[i] = torch.maximum(found[i], (mine[i] - truth).abs().max())
+            limit = 2 * (plain[i] - truth).abs().max() + 1e-6 * (1 + truth.abs().max())
+            limits[i] = torch.maximum(limits[i], limit)
+    return zip(found, limits, strict=True)
 
 
 # --- the reference --------------------------------------------------------------------------------------------------
@@ -97,7 +120,7 @@ def test_gradcheck():
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.usefixtures("poisoned")
 def test_is_as_good_as_eager(lengths, dtype, backend):
-    assert_accurate(backend, *packed(lengths, dtype=dtype))
+    assert_accurate(backend, *(packed(lengths, dtype=dtype, seed=seed) for seed in range(3)))
 
 
 @settings(max_examples=30, deadline=None)
@@ -107,11 +130,12 @@ def test_is_as_good_as_eager(lengths, dtype, backend):
     scale=st.sampled_from([1.0, 4.0]),
 )  # fmt: skip
 def test_drawn_lengths(lengths, H, d, dtype, seed, scale):
-    assert_accurate("sdpa", *packed(lengths, H, d, dtype, seed, scale))
+    for backend in BACKENDS:
+        assert_accurate(backend, *(packed(lengths, H, d, dtype, 4 * seed + i, scale) for i in range(4)))
 
 
 def test_a_long_sequence():
-    assert_accurate("sdpa", *packed([1370, 16], d=64))
+    assert_accurate("sdpa", packed([1370, 16], d=64))
 
 
 @pytest.mark.parametrize("lengths", [[9, 9, 9], [9, 4, 9]], ids=["adjacent", "apart"])
