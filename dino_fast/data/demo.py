@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from dino_fast.data.sources import ArraySource, ParquetSource
+from dino_fast.data.parquet import ParquetSource
+from dino_fast.data.sources import ArraySource
 
 DEMO_FILES = {part: Path(__file__).with_name(f"demo-{part}.parquet") for part in ("train", "test")}
 

@@ -1,14 +1,13 @@
-"""Where images come from: a folder, a list of files, Parquet, an array in memory, or the demo set of the package.
+"""Numbered sets of images; `open_source` makes one of a path or of a Python object.
 
-`open_source` looks at a path once and keeps a flat index; `Source.read` decodes one image. What is wrong with the
-source as a whole is a UserError when it is opened; what is wrong with one image is an ImageError when it is read.
+What is wrong with a source as a whole is a UserError when it is opened; what is wrong with one image is an ImageError
+when it is read.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +18,7 @@ from torch import Tensor
 from dino_fast.data.decode import ImageError, decode
 from dino_fast.errors import UserError
 
-EXTENSIONS = {
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".png",
-    ".bmp",
-    ".gif",
-    ".webp",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
-    ".jp2",
-    ".avif",
-}
 TRAIN_DIRS, TEST_DIRS = ("train", "training"), ("val", "test", "valid", "validation", "testing")
-IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels", "fine_label")
-_CHECKED = 1000  # entries of a file list that are looked for when it is opened; a missing later one is an ImageError
 
 
 class Source:
@@ -74,85 +56,6 @@ class Source:
         if self.labels is None or self.labels[index] < 0:
             return None
         return int(self.labels[index])
-
-
-class FileSource(Source):
-    """Image files, read from disk each time."""
-
-    def __init__(
-        self, root: Path, names: Sequence[str], labels: Sequence[int] | None, classes: list[str] | None
-    ) -> None:
-        self.root = root
-        encoded = [os.fsencode(name) for name in names]
-        # One buffer instead of millions of strings: forked workers then share it, since no reference count is written.
-        self._names = b"".join(encoded)
-        self._ends = np.cumsum([len(name) for name in encoded], dtype=np.int64)
-        self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
-        self.classes = classes
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def path(self, index: int) -> Path:
-        start = self._ends[index - 1] if index else 0
-        return self.root / os.fsdecode(self._names[start : self._ends[index]])
-
-    def name(self, index: int) -> str:
-        return str(self.path(index))
-
-    def data(self, index: int) -> bytes:
-        try:
-            return self.path(index).read_bytes()
-        except OSError as error:
-            raise ImageError(f"{self.path(index)}: {error.strerror or error}") from error
-
-
-class ParquetSource(Source):
-    """Rows of Parquet files, held in memory still encoded; column `image` is bytes or a struct of bytes and path."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        import pyarrow
-        import pyarrow.parquet as parquet
-
-        self.paths = list(paths)
-        tables = []
-        for path in self.paths:
-            try:
-                schema = parquet.read_schema(path)
-                columns = _parquet_columns(path, schema.names)
-                tables.append(parquet.read_table(path, columns=columns))
-            except (pyarrow.ArrowException, OSError) as error:
-                raise UserError(f"{path}: not a readable Parquet file ({error})") from error
-        self._starts = np.cumsum([0, *(table.num_rows for table in tables)])
-        table = pyarrow.concat_tables(tables, promote_options="permissive")
-        if table.num_rows == 0:
-            raise UserError(f"{self.paths[0]}: the Parquet file has no rows")
-        image = next(name for name in IMAGE_COLUMNS if name in table.column_names)
-        self._bytes, self._files = _image_columns(self.paths[0], image, table[image])
-        if self._bytes.null_count == table.num_rows and self._files is None:
-            raise UserError(f"{self.paths[0]}: every value of the column '{image}' is null")
-        label = next((name for name in LABEL_COLUMNS if name in table.column_names), None)
-        if label:
-            self.labels, self.classes = _labels(table[label], _class_names(table.schema.metadata, label))
-
-    def __len__(self) -> int:
-        return len(self._bytes)
-
-    def name(self, index: int) -> str:
-        part = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return f"{self.paths[part]}, row {index - self._starts[part]}"
-
-    def data(self, index: int) -> bytes:
-        value = self._bytes[index].as_buffer()
-        if value is not None:
-            return value.to_pybytes()
-        file = self._files[index].as_py() if self._files is not None else None
-        if file is None:
-            raise ImageError(f"{self.name(index)}: the image is null")
-        try:
-            return (self.paths[0].parent / file).read_bytes()
-        except OSError as error:
-            raise ImageError(f"{self.name(index)}: {file}: {error.strerror or error}") from error
 
 
 class ArraySource(Source):
@@ -216,25 +119,37 @@ class Subset(Source):
         return self.source.data(int(self.indices[index]))
 
 
-def open_source(path: str | Path) -> Source:
-    """Opens `demo`, a folder, a .parquet file, a folder of them, or a text file with one image path a line.
+def open_source(given: Any) -> Source:
+    """Opens images from whatever holds them.
+
+    A path or string: `demo`; a folder of images, of .parquet or of .tar files, or one that `datasets` saved; a
+    .parquet, .tar or .npy file; a text file with one image path a line; a pattern with * ? [] or {000..099}.
+    A Python object: a source; a `datasets.Dataset` or `DatasetDict`; a uint8 array or tensor, or a pair of it and its
+    labels.
 
     A folder with train/ beside val/ or test/ opens its train/ and keeps the other as `.test`. In a folder where every
     image lies in a sub-folder, the first level of sub-folders are the classes. Raises UserError saying what was found
     and what is accepted.
     """
-    if str(path) == "demo":
+    if isinstance(given, Source):
+        return given
+    if not isinstance(given, str | os.PathLike):
+        return _open_object(given)
+    if str(given) == "demo":
         from dino_fast.data.demo import open_demo
 
         return open_demo()
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise UserError(f"{path} does not exist; give a folder, a .parquet file, a text file listing images, or 'demo'")
+    path = Path(given).expanduser()
     if path.is_dir():
         return _open_folder(path)
-    if path.suffix.lower() == ".parquet":
-        return ParquetSource([path])
-    return _open_list(path)
+    if path.exists():
+        return _open_file(path)
+    if any(character in str(path) for character in "*?[{"):
+        return _open_files(expand(str(path)), str(path))
+    raise UserError(
+        f"{path} does not exist; give a folder, a .parquet, .tar or .npy file, a text file listing images, "
+        "a pattern such as 'photos/*.jpg', or 'demo'"
+    )
 
 
 def split(source: Source) -> tuple[Source, Source]:
@@ -254,133 +169,141 @@ def held_out(source: Source) -> Source:
     return split(source)[1]
 
 
+def expand(pattern: str) -> list[Path]:
+    """The files that a pattern stands for, in order: * ? [] ** as a shell does, {a,b} and {000..099}."""
+    import glob
+    import re
+
+    braces = re.search(r"\{([^{}]*)\}", pattern)
+    if braces:
+        first = re.fullmatch(r"(\d+)\.\.(\d+)", braces[1])
+        inside = (
+            [str(n).zfill(len(first[1])) for n in range(int(first[1]), int(first[2]) + 1)]
+            if first
+            else braces[1].split(",")
+        )
+        return [path for text in inside for path in expand(pattern[: braces.start()] + text + pattern[braces.end() :])]
+    if glob.has_magic(pattern):
+        return sorted(path for path in map(Path, glob.iglob(pattern, recursive=True)) if path.is_file())
+    return [Path(pattern)]
+
+
+def _open_object(given: Any) -> Source:
+    if isinstance(given, Mapping) and any(name in given for name in (*TRAIN_DIRS, *TEST_DIRS)):
+        parts = [next((given[name] for name in names if name in given), None) for names in (TRAIN_DIRS, TEST_DIRS)]
+        opened = [open_source(part) for part in parts if part is not None]
+        return _pair(*opened) if len(opened) == 2 else opened[0]
+    if hasattr(given, "with_format") and hasattr(given, "column_names"):
+        from dino_fast.data.hugging_face import DatasetSource
+
+        return DatasetSource(given)
+    images, labels = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
+    if not isinstance(images, Tensor | np.ndarray):
+        raise UserError(
+            f"cannot open a {type(given).__name__}; give a path, a uint8 array or tensor of images (or a pair of it "
+            "and its labels), or a datasets.Dataset"
+        )
+    return ArraySource(channels_first(images), None if labels is None else np.asarray(labels))
+
+
+def channels_first(images: np.ndarray | Tensor) -> Tensor:
+    """[N, H, W], [N, H, W, C] or [N, C, H, W] -> [N, C, H, W], without a copy; C is 1 or 3."""
+    tensor = torch.from_numpy(images) if isinstance(images, np.ndarray) else images
+    if tensor.dim() == 3:
+        return tensor[:, None]
+    if tensor.dim() != 4:
+        return tensor  # refused by ArraySource
+    first, last = tensor.shape[1] in (1, 3), tensor.shape[3] in (1, 3)
+    if first and last:
+        raise UserError(f"images of shape {list(tensor.shape)}: which is the channel? Give a torch tensor [N, C, H, W]")
+    return tensor.permute(0, 3, 1, 2) if last else tensor
+
+
 def _open_folder(root: Path) -> Source:
     train = next((root / name for name in TRAIN_DIRS if (root / name).is_dir()), None)
     test = next((root / name for name in TEST_DIRS if (root / name).is_dir()), None)
+    if (root / "dataset_info.json").is_file() or (root / "dataset_dict.json").is_file():
+        from dino_fast.data.hugging_face import saved
+
+        return _open_object(saved(root))
     if train and test:
-        source, held = _open_folder(train), _open_folder(test)
-        _share_classes(source, held)
-        source.test = held
-        return source
-    names = list(_walk(root, EXTENSIONS))
-    if names:
-        return _folder_source(root, names)
-    shards = [root / name for name in _walk(root, {".parquet"})]
-    if not shards:
+        return _pair(_open_folder(train), _open_folder(test))
+    from dino_fast.data.folder import EXTENSIONS, open_images, walk
+
+    images = open_images(root)
+    if images is not None:
+        return images
+    found = [
+        Path(folder.path) / os.fsdecode(name) for folder in walk(root, {".parquet", ".tar"}) for name in folder.files
+    ]
+    if not found:
         raise UserError(
             f"{root} holds no images (looked in all sub-folders for {', '.join(sorted(EXTENSIONS))}) "
-            "and no .parquet files"
+            "and no .parquet or .tar files"
         )
-    parts = {p: [s for s in shards if s.name.startswith(p)] for p in (*TRAIN_DIRS, *TEST_DIRS)}
+    parts = {p: [file for file in found if file.name.startswith(p)] for p in (*TRAIN_DIRS, *TEST_DIRS)}
     training = next((parts[p] for p in TRAIN_DIRS if parts[p]), None)
     testing = next((parts[p] for p in TEST_DIRS if parts[p]), None)
     if not (training and testing):
-        return ParquetSource(shards)
-    parquet = ParquetSource(training)
-    parquet.test = ParquetSource(testing)
-    return parquet
+        return _open_files(found, str(root))
+    return _pair(_open_files(training, str(root)), _open_files(testing, str(root)))
 
 
-def _folder_source(root: Path, names: list[str]) -> FileSource:
-    tops = [name.split(os.sep, 1) for name in names]
-    if any(len(parts) == 1 for parts in tops):
-        return FileSource(root, names, None, None)
-    classes = sorted({parts[0] for parts in tops})
-    number = {name: i for i, name in enumerate(classes)}
-    return FileSource(root, names, [number[parts[0]] for parts in tops], classes)
+def _open_file(path: Path) -> Source:
+    if path.suffix.lower() == ".npy":
+        return _open_object(_mapped(path))
+    if path.suffix.lower() in (".parquet", ".tar"):
+        return _open_files([path], str(path))
+    if path.name.lower().endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")):
+        raise UserError(
+            f"{path} is a compressed tar, of which single images cannot be read. Unpack it to a .tar (images are "
+            "compressed already, so it will hardly be larger), or to a folder"
+        )
+    from dino_fast.data.folder import open_list
+
+    return open_list(path)
 
 
-def _walk(root: Path, extensions: set[str]) -> Iterator[str]:
-    """Paths below `root`, relative to it, in a fixed order; hidden ones left out, links followed but in no circle."""
-    seen = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        inside = os.path.relpath(folder, root)
-        for name in sorted(files):
-            if os.path.splitext(name)[1].lower() in extensions and not name.startswith("."):
-                yield name if inside == "." else os.path.join(inside, name)
+def _mapped(path: Path) -> np.ndarray:
+    try:
+        return np.load(path, mmap_mode="c", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable array of numpy ({error})") from error
 
 
-def _share_classes(train: Source, test: Source) -> None:
+def _open_files(paths: list[Path], given: str) -> Source:
+    """Shards of one kind, or single images."""
+    from dino_fast.data.folder import EXTENSIONS, open_paths
+
+    if not paths:
+        raise UserError(f"{given} matches no file")
+    suffixes = {path.suffix.lower() for path in paths}
+    if suffixes == {".parquet"}:
+        from dino_fast.data.parquet import ParquetSource
+
+        return ParquetSource(paths)
+    if suffixes == {".tar"}:
+        from dino_fast.data.tars import open_tars
+
+        return open_tars(paths)
+    if suffixes <= EXTENSIONS:
+        return open_paths(paths)
+    raise UserError(
+        f"{given} has files of {', '.join(sorted(suffixes)[:8])}; expected images, or .parquet files alone, or .tar "
+        "files alone"
+    )
+
+
+def _pair(train: Source, test: Source) -> Source:
+    share_classes(train, test)
+    train.test = test
+    return train
+
+
+def share_classes(train: Source, test: Source) -> None:
     """Numbers the classes of both parts alike; classes that only the test part has come last."""
     if train.classes is None or test.classes is None or test.labels is None or train.classes == test.classes:
         return
     names = train.classes + [name for name in test.classes if name not in set(train.classes)]
     test.labels = np.asarray([names.index(name) for name in test.classes], dtype=np.int64)[test.labels]
     train.classes = test.classes = names
-
-
-def _open_list(path: Path) -> FileSource:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError:
-        raise UserError(
-            f"{path} is not a list of images: it is no text. Accepted: a text file with one path a line, "
-            "a .parquet file, a folder"
-        ) from None
-    rows = [line.rstrip().partition("\t") for line in lines if line.strip()]
-    if not rows:
-        raise UserError(
-            f"{path} lists no images; write one path a line, optionally a tab and a whole number as its label"
-        )
-    names = [row[0] for row in rows]
-    for number, name in enumerate(names[:_CHECKED]):
-        if not (path.parent / name).is_file():
-            raise UserError(
-                f"{path}: entry {number + 1}, {name!r}, is no file (paths are relative to the list's folder)"
-            )
-    texts = {row[2].strip() for row in rows}
-    if texts == {""}:
-        return FileSource(path.parent, names, None, None)
-    try:
-        return FileSource(path.parent, names, [int(row[2]) if row[2].strip() else -1 for row in rows], None)
-    except ValueError:
-        raise UserError(f"{path}: a label after a tab must be a whole number; found {sorted(texts)[:3]}") from None
-
-
-def _parquet_columns(path: Path, names: list[str]) -> list[str]:
-    if not set(IMAGE_COLUMNS) & set(names):
-        raise UserError(
-            f"{path} has the columns {', '.join(names) or '(none)'}; expected 'image' (bytes, or a struct of bytes "
-            "and path, as Hugging Face datasets stores images), and optionally 'label'"
-        )
-    return [name for name in names if name in (*IMAGE_COLUMNS, *LABEL_COLUMNS)]
-
-
-def _image_columns(path: Path, name: str, column: Any) -> tuple[Any, Any]:
-    """(bytes, paths or None) of an image column."""
-    import pyarrow
-
-    kind = column.type
-    if pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind):
-        return column, None
-    if pyarrow.types.is_struct(kind):
-        parts = {kind.field(i).name: i for i in range(kind.num_fields)}
-        if "bytes" in parts:
-            import pyarrow.compute
-
-            files = pyarrow.compute.struct_field(column, "path") if "path" in parts else None
-            return pyarrow.compute.struct_field(column, "bytes"), files
-    raise UserError(f"{path}: the column '{name}' is {kind}; expected binary, or a struct with a binary field 'bytes'")
-
-
-def _labels(column: Any, names: list[str] | None) -> tuple[np.ndarray, list[str] | None]:
-    """Whole numbers as they are, strings numbered in sorted order, null as -1."""
-    values = column.to_pylist()
-    if any(isinstance(value, str) for value in values):
-        names = sorted({value for value in values if value is not None})
-        values = [None if value is None else names.index(value) for value in values]
-    return np.asarray([-1 if value is None else int(value) for value in values], dtype=np.int64), names
-
-
-def _class_names(metadata: dict[bytes, bytes] | None, label: str) -> list[str] | None:
-    """Class names as Hugging Face datasets writes them into the schema."""
-    try:
-        return list(json.loads((metadata or {})[b"huggingface"])["info"]["features"][label]["names"])
-    except (KeyError, TypeError, ValueError):
-        return None

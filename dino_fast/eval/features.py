@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dino_fast.data import ArraySource, ImageError, Source, Subset, eval_batches
-from dino_fast.data.sources import FileSource
+from dino_fast.data.folder import FileSource
 from dino_fast.errors import UserError
 from dino_fast.eval.backbones import Feature, Frozen
 

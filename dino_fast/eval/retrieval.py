@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino_fast.data import Source, open_source
-from dino_fast.data.sources import FileSource
+from dino_fast.data.folder import FileSource
 from dino_fast.errors import UserError, nearest
 from dino_fast.eval.backbones import Frozen, open_backbone
 from dino_fast.eval.frames import list_images, read_image, resize

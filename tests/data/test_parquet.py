@@ -1,0 +1,125 @@
+"""Parquet files larger than what is held in memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pyarrow as arrow
+import pyarrow.parquet
+import pytest
+import torch
+from PIL import Image
+
+from dino_fast.augment import MultiCrop
+from dino_fast.data import ImageError, open_source, parquet, train_loader
+from dino_fast.errors import UserError
+
+from .test_sources import hugging_face, png, save
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(parquet, "IN_MEMORY", 0)
+    monkeypatch.setenv("DINO_FAST_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def shards(folder: Path) -> Path:
+    """Two files of 25 rows in row groups of 10; rows 3 and 28 are null, row 4 names a file beside it."""
+    folder.mkdir()
+    save(folder / "side.png", Image.new("L", (5, 4), 77))
+    for part in range(2):
+        rows: list = [{"bytes": png(25 * part + i), "path": None} for i in range(25)]
+        rows[3] = None
+        if part == 0:
+            rows[4] = {"bytes": None, "path": "side.png"}
+        table = arrow.parquet.read_table(hugging_face(folder / f"{part}.parquet", rows, [part] * 25))
+        arrow.parquet.write_table(table, folder / f"{part}.parquet", row_group_size=10)
+    return folder
+
+
+def values(source) -> list[int | str]:
+    found: list[int | str] = []
+    for i in range(len(source)):
+        try:
+            found.append(int(source.read(i).unique().item()))
+        except ImageError as error:
+            found.append(str(error).rpartition("/")[2])
+    return found
+
+
+EXPECTED = [i if i not in (3, 4, 28) else "" for i in range(50)]
+EXPECTED[3], EXPECTED[4], EXPECTED[28] = (
+    "0.parquet, row 3: the image is null",
+    77,
+    "1.parquet, row 3: the image is null",
+)
+
+
+def test_large_files_are_copied_once_and_read_at_any_place(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shards(tmp_path / "data")
+    with pytest.warns(UserWarning, match=r"copying 0\.0 GB of images"):
+        source = open_source(f"{folder}/*.parquet")
+    assert values(source) == EXPECTED and source.labels.tolist() == [0] * 25 + [1] * 25
+    assert len(list(cache.iterdir())) == 2
+    with monkeypatch.context() as patched:
+        patched.setattr(parquet, "_batches", None)  # the copy is not made again
+        assert values(open_source(f"{folder}/*.parquet")) == EXPECTED
+    hugging_face(folder / "1.parquet", [{"bytes": png(99), "path": None}], [1])
+    with pytest.warns(UserWarning, match="copying"):
+        assert values(open_source(f"{folder}/*.parquet")) == [*EXPECTED[:25], 99]
+
+
+def test_a_damaged_copy_is_made_again_or_named(cache: Path, tmp_path: Path) -> None:
+    folder = shards(tmp_path / "data")
+    with pytest.warns(UserWarning, match="copying"):
+        source = open_source(f"{folder}/*.parquet")
+    (copy,) = cache.glob("*.bin")
+    os.truncate(copy, 100)
+    with pytest.raises(ImageError, match=r"1\.parquet, row 20: .*is cut off; delete it"):
+        source.read(45)
+    with pytest.warns(UserWarning, match="copying"):
+        assert values(open_source(f"{folder}/*.parquet")) == EXPECTED
+
+
+@pytest.mark.parametrize("why", ["full", "forbidden"])
+def test_row_groups_where_there_is_no_room(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    folder = shards(tmp_path / "data")
+    if why == "full":
+        monkeypatch.setattr(parquet, "_SPARE", 1 << 62)
+    else:
+        cache.write_text("a file where the folder should be")
+    monkeypatch.setattr(parquet, "_GROUPS", 1)  # one row group at a time
+    with pytest.warns(UserWarning, match="do not fit into the cache folder"):
+        source = open_source(f"{folder}/*.parquet")
+    assert values(source) == EXPECTED and len(source._rows._recent) == 1
+    batches = train_loader(
+        source, MultiCrop(8, 4, 1), batch_size=25, seed=0, epochs=1, workers=2, on_bad=lambda line: None
+    )
+    assert {3, 28}.isdisjoint(torch.cat([batch.index for batch in batches]).tolist()) and len(batches.bad) == 2
+
+
+def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+    hugging_face(tmp_path / "a.parquet", [{"bytes": png(1), "path": None}], [1])
+    hugging_face(tmp_path / "b.parquet", [{"bytes": png(1), "path": None}])
+    with pytest.raises(UserError, match="some of the Parquet files have a column 'label' and others have none"):
+        open_source(tmp_path)
+    whole = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"a\.parquet: not a readable Parquet file"):
+        open_source(tmp_path)
+
+
+def test_damage_inside_a_file_is_named(tmp_path: Path) -> None:
+    """The footer is whole, so only reading the rows finds it."""
+    path = hugging_face(tmp_path / "a.parquet", [{"bytes": png(i), "path": None} for i in range(200)])
+    data = bytearray(path.read_bytes())
+    data[4:400] = b"\xff" * 396
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"a\.parquet: not a readable Parquet file"):
+        open_source(path)
