@@ -30,12 +30,13 @@ dv_k = g_k / |v_k| (dW_k - dg_k v_k / |v_k|).
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dino_fast.backends import Backend, choose, native_missing, register
+from dino_fast.backends import Backend, choose, native_missing, register, triton_missing
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (*KERNEL_DTYPES, torch.float64)
@@ -333,8 +334,27 @@ def _native_rejects(*tensors: Tensor) -> str | None:
     return None
 
 
+def _triton_rejects(*tensors: Tensor) -> str | None:
+    student, _, teacher, _ = tensors
+    for tensor in tensors:
+        if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            return f"it runs on CUDA (on the CPU under TRITON_INTERPRET=1), the inputs are on {tensor.device}"
+        if tensor.dtype not in KERNEL_DTYPES:
+            return f"it takes float32, bfloat16 and float16, not {tensor.dtype}"
+        if sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) >= 2**31:
+            return "it counts elements in 32 bits, and one of the inputs spans 2^31 or more"
+    if max(len(student), len(teacher)) > 16:
+        return f"it takes at most 16 crops of an image, not {max(len(student), len(teacher))}"
+    rows, D = torch.promote_types(student.dtype, teacher.dtype), student.shape[-1]
+    widest = 256 if rows == torch.float32 else 512
+    if widest < D:
+        return f"it takes {str(rows).removeprefix('torch.')} rows of at most {widest} elements, not {D}"
+    return None
+
+
 register(
     "linear_dino_loss",
+    Backend("triton", missing=triton_missing, rejects=_triton_rejects),
     Backend("native", missing=native_missing, rejects=_native_rejects),
     Backend("reference"),
 )
@@ -396,5 +416,47 @@ def _native_weight_gradient(*arguments):
     return weight_gradient(*arguments)
 
 
-FORWARD = {"native": _native_forward, "reference": _reference_forward}
-WEIGHT_GRADIENT = {"native": _native_weight_gradient, "reference": _reference_weight_gradient}
+def _triton_forward(student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center, pair_weights,
+                    student_temp, teacher_temp, differentiable):  # fmt: skip
+    from dino_fast.kernels import linear_dino_loss as kernels
+
+    T = len(teacher)
+    rows = _rows_of_one_dtype(student, teacher)
+    student_layer = kernels.Layer(student_weight, student_gain)
+    teacher_layer = kernels.Layer(teacher_weight, teacher_gain, teacher.to(torch.float32).mean(dim=(0, 1)))
+    statistics, pairs, read = kernels.attend(
+        rows[0], student_layer, rows[1], teacher_layer, center.to(torch.float32).contiguous(), student_temp,
+        teacher_temp, wanted=differentiable,
+    )  # fmt: skip
+    if not differentiable:
+        return statistics, pairs, None, teacher_layer.logits
+    A, wide = pair_weights.double(), read.double()
+    difference = A.sum(0)[:, None, None] * wide[T:] - torch.einsum("uv,ubd->vbd", A, wide[:T])
+    return statistics, pairs, difference, teacher_layer.logits
+
+
+def _triton_weight_gradient(student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center,
+                            row_statistics, factors, pair_factors, student_temp, teacher_temp):  # fmt: skip
+    from dino_fast.kernels import linear_dino_loss as kernels
+
+    rows = _rows_of_one_dtype(student, teacher)
+    layers = (kernels.Layer(student_weight, student_gain), kernels.Layer(teacher_weight, teacher_gain))
+    gradient, by_gain = kernels.weight_gradient(
+        rows[0], layers[0], rows[1], layers[1], center.to(torch.float32).contiguous(), row_statistics, factors,
+        pair_factors, student_temp, teacher_temp,
+    )  # fmt: skip
+    return gradient, student_weight.new_empty(0) if student_gain is None else by_gain.to(student_gain.dtype)
+
+
+def _rows_of_one_dtype(student: Tensor, teacher: Tensor) -> list[Tensor]:
+    """The same, contiguous, both of the wider dtype."""
+    dtype = torch.promote_types(student.dtype, teacher.dtype)
+    return [x.detach().to(dtype).contiguous() for x in (student, teacher)]
+
+
+FORWARD = {"triton": _triton_forward, "native": _native_forward, "reference": _reference_forward}
+WEIGHT_GRADIENT = {
+    "triton": _triton_weight_gradient,
+    "native": _native_weight_gradient,
+    "reference": _reference_weight_gradient,
+}
