@@ -1,7 +1,11 @@
 """Bytes of an image file -> uint8 [C, H, W], whatever the format, or an ImageError that says what is wrong with it.
 
-Pillow, not torchvision.io: it reads every format people have, where torchvision refuses BMP and TIFF and changes CMYK's
-colours; it reports truncation; and on JPEG both call libjpeg-turbo.
+Pillow opens every file: it knows every format people have, says what is wrong, and finds the extent before any memory
+is asked for. The pixels of an ordinary JPEG then come from torchvision.io, which hands libjpeg-turbo's rows on without
+Pillow's copies (half the time, the same bits); what it refuses (CMYK, truncation) Pillow decides about.
+
+JPEGs are decoded at full size, never at a half or an eighth: libjpeg scales in its transform, and crops made from that
+lie within 2/255 of the full ones at 89 % of their values where 99.9 % are asked for (photographs to 96 pixels).
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from dino_fast.errors import UserError
 
 MAX_PIXELS = 89_478_485  # a quarter of a GiB of RGB; more is a decompression bomb (the limit at which Pillow warns)
 _ORIENTATION = 0x0112  # the EXIF tag
+_AS_IS = {1: ("L",), 3: ("L", "RGB")}  # modes that torchvision turns into 1 or 3 channels with Pillow's bits
 _EXIF = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}  # where Pillow keeps it
 
 
@@ -36,7 +41,7 @@ def decode(data: bytes, channels: int) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data)) as image:
-                return _to_tensor(image, channels)
+                return _to_tensor(image, data, channels)
     except ImageError:
         raise
     except Image.UnidentifiedImageError:
@@ -45,17 +50,38 @@ def decode(data: bytes, channels: int) -> Tensor:
         raise ImageError(f"cannot be decoded ({error or type(error).__name__})") from error
 
 
-def _to_tensor(image: Image.Image, channels: int) -> Tensor:
+def _to_tensor(image: Image.Image, data: bytes, channels: int) -> Tensor:
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(
             f"{image.width} x {image.height} pixels; more than {MAX_PIXELS:,} are refused "
             "as a decompression bomb. Scale the image down first"
         )
+    if image.format in ("JPEG", "MPO") and image.mode in _AS_IS[channels] and not _turned(image):
+        decoded = _jpeg(data, image, channels)
+        if decoded is not None:
+            return decoded
     image.load()  # finds truncation, and the EXIF data that PNG may hold at its end
-    if (image.format == "TIFF" or _EXIF & image.info.keys()) and image.getexif().get(_ORIENTATION, 1) != 1:
+    if _turned(image):
         image = ImageOps.exif_transpose(image)
     pixels = np.array(_eight_bits(image).convert("RGB" if channels == 3 else "L"))  # writable, so a copy
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy() if channels == 3 else pixels[None])
+
+
+def _turned(image: Image.Image) -> bool:
+    """Whether EXIF or XMP says that the picture is not stored upright."""
+    return bool((image.format == "TIFF" or _EXIF & image.info.keys()) and image.getexif().get(_ORIENTATION, 1) != 1)
+
+
+def _jpeg(data: bytes, image: Image.Image, channels: int) -> Tensor | None:
+    """uint8 [channels, H, W] by torchvision, None where it refuses the file or was built without libjpeg."""
+    try:
+        from torchvision.io import ImageReadMode, decode_jpeg
+
+        mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
+        pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode)
+    except (ImportError, RuntimeError):
+        return None
+    return pixels if pixels.shape == (channels, image.height, image.width) else None
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

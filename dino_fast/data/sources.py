@@ -52,6 +52,10 @@ class Source:
         """The encoded file. Raises ImageError naming the image."""
         raise TypeError(f"{type(self).__name__} has no encoded images")
 
+    def prepare(self) -> None:
+        """Does once, before workers are forked, what each of them would otherwise do: imports what decodes."""
+        import torchvision.io  # noqa: F401 - takes a second
+
     def label(self, index: int) -> int | None:
         if self.labels is None or self.labels[index] < 0:
             return None
@@ -81,6 +85,9 @@ class ArraySource(Source):
     def name(self, index: int) -> str:
         return f"{self._name}, image {index}"
 
+    def prepare(self) -> None:
+        """Nothing: the images are decoded."""
+
     def read(self, index: int) -> Tensor:
         image = self.images[index]
         if self.channels == len(image):
@@ -108,6 +115,9 @@ class Subset(Source):
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def prepare(self) -> None:
+        self.source.prepare()
 
     def name(self, index: int) -> str:
         return self.source.name(int(self.indices[index]))
