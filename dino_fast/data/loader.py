@@ -8,7 +8,9 @@ any number of processes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -104,6 +106,8 @@ class TrainLoader:
     def __iter__(self) -> Iterator[Batch]:
         from torch.utils.data import DataLoader
 
+        if self.workers:
+            self.source.prepare()
         loader: DataLoader[Batch] = DataLoader(
             _Crops(self.source, self.crops, self.seed),  # type: ignore[arg-type]
             batch_size=None,  # one request is one batch, so what a worker makes does not depend on how many there are
@@ -114,7 +118,7 @@ class TrainLoader:
             prefetch_factor=4 if self.workers else None,
             pin_memory=self.pin_memory,
         )
-        batches = iter(loader)
+        batches = _started(loader)
         while (batch := _next(batches)) is not None:
             self._note(batch)
             yield batch
@@ -133,6 +137,16 @@ class TrainLoader:
                 f"{len(self.bad)} of {len(self.source)} images cannot be read, more than the {self.max_bad:.1%} "
                 f"accepted. The last: {next(reversed(self.bad.values()))}. 'dino-fast data check' lists them all"
             )
+
+
+def _started(loader: Iterable[Batch]) -> Iterator[Batch]:
+    """Starts the workers. PyTorch's signal handler would have a worker's death raise from wherever this process is just
+    then, in the middle of a step; the wait for the next batch notices it as well, within seconds, so it is put back."""
+    before = signal.getsignal(signal.SIGCHLD)
+    batches = iter(loader)
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
+    return batches
 
 
 def _next(batches: Iterator[Batch]) -> Batch | None:

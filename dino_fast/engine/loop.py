@@ -175,7 +175,7 @@ def timed(job: Job) -> Iterator[tuple[Batch, Any]]:
     batches = batches_from_here(job)
     while job.step < job.end:
         asked = time.perf_counter()
-        batch = next(batches, None)
+        batch = next_or_save(job, batches)
         if batch is None:
             return
         got = time.perf_counter()
@@ -185,6 +185,17 @@ def timed(job: Job) -> Iterator[tuple[Batch, Any]]:
             return {"images_per_second": job.config.batch_size / whole, "data_wait": (got - asked) / whole}
 
         yield batch, clock
+
+
+def next_or_save(job: Job, batches: Iterator[Batch]) -> Batch | None:
+    """The next batch. Where the data fail for good (a lost disk, a dead worker), the run is saved before it stops."""
+    try:
+        return next(batches, None)
+    except UserError as error:
+        if job.step <= max(job.saved, 0):
+            raise
+        save(job, {})
+        raise UserError(f"{error}. Saved at step {job.step}. {how_to_resume(job)}") from error
 
 
 def batches_from_here(job: Job) -> Iterator[Batch]:

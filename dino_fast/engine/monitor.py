@@ -265,6 +265,7 @@ class Progress:
         ]
         shown = self._shown
         rows = [(label, form.format(float(shown[name]))) for name, label, form in formats if name in shown]
+        rows = [(label, text + bound(shown) if label == "data wait" else text) for label, text in rows]
         return [*rows, ("memory", _bytes(memory(self.device)))]
 
     def _left(self) -> str:
@@ -274,6 +275,11 @@ class Progress:
         if done <= 0:
             return "-:--"
         return clock((time.monotonic() - self._began) / done * (self.total - self._step))
+
+
+def bound(shown: dict[str, Any]) -> str:
+    """Beside the share of waiting: which side sets the pace."""
+    return " (data-bound)" if float(shown["data_wait"]) > WAIT else " (model-bound)"
 
 
 def memory(device: str = "cpu") -> int:

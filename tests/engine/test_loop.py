@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -303,6 +304,28 @@ def test_an_unreadable_image_is_skipped_and_named(images: Path, tmp_path: Path) 
     (tmp_path / "data" / "dark" / "0.png").write_text("not a picture")
     train(_config(tmp_path / "data", tmp_path / "run", max_steps=5, knn_every=0, batch_size=44))
     assert "dark/0.png" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_lost_disk_stops_the_run_after_saving_it(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Path
+) -> None:
+    disk, out, plain = tmp_path / "disk", tmp_path / "run", loop.record
+    shutil.copytree(images, disk)
+
+    def record(job: loop.Job, *given: Any) -> None:
+        plain(job, *given)
+        if job.step == 3:
+            disk.rename(tmp_path / "away")
+
+    monkeypatch.setattr(loop, "record", record)
+    with pytest.raises(UserError, match=r"is the disk still there\? The last: .*disk.*Saved at step 3\. Continue with"):
+        train(_config(disk, out, max_bad=1.0))
+    assert len(read_metrics(out)) == 3
+    monkeypatch.setattr(loop, "record", plain)
+    (tmp_path / "away").rename(disk)
+    train(_config(disk, out, max_bad=1.0, resume=True))
+    rows, whole = read_metrics(out), read_metrics(undisturbed)
+    assert [row["loss"] for row in rows] == [row["loss"] for row in whole]
 
 
 def test_workers_by_device() -> None:

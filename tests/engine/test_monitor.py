@@ -146,9 +146,18 @@ def test_plain_lines() -> None:
         progress.message("a [bold]message[/bold] " + "x" * 100)
     first, message, last = out.getvalue().splitlines()
     assert message == "a [bold]message[/bold] " + "x" * 100
-    stats = r"loss 8\.1235  entropy 5\.250  img/s 812  data wait 3%  {}memory \d+(\.\d)? [MG]B  left \d+:\d\d"
+    stats = r"loss 8\.1235  entropy 5\.250  img/s 812  data wait 3% \(model-bound\)  {}"
+    stats += r"memory \d+(\.\d)? [MG]B  left \d+:\d\d"
     assert re.fullmatch(r"step 1/100  " + stats.format(""), first)
     assert re.fullmatch(r"step 50/100  " + stats.format(r"k-NN 43\.2%  "), last)
+
+
+@pytest.mark.parametrize(("wait", "said"), [(0.09, "data wait 9% (model-bound)"), (0.4, "data wait 40% (data-bound)")])
+def test_the_line_says_which_side_sets_the_pace(wait: float, said: str) -> None:
+    out = io.StringIO()
+    with Progress(100, console=Console(file=out, width=1000)) as progress:
+        progress.update(_metrics(1) | {"data_wait": wait})
+    assert said in out.getvalue()
 
 
 def test_plain_lines_come_every_interval(monkeypatch: pytest.MonkeyPatch) -> None:
