@@ -152,12 +152,13 @@ def _started(loader: Iterable[Batch]) -> Iterator[Batch]:
 def _next(batches: Iterator[Batch]) -> Batch | None:
     try:
         return next(batches, None)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # Dead at its work or while it handed a batch over; what a living worker raised says "Caught".
+        if "Caught" in str(error) or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
             raise
         raise UserError(
-            f"a data-loading worker died ({error}). If memory ran out, use fewer --workers or a smaller batch; "
-            "--workers 0 loads in the training process"
+            f"a data-loading worker died ({error or type(error).__name__}). If memory ran out, use fewer --workers or a "
+            "smaller batch; --workers 0 loads in the training process"
         ) from error
 
 

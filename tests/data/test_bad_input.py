@@ -78,6 +78,18 @@ def test_a_worker_killed_from_outside_stops_the_run(tmp_path: Path) -> None:
             next(batches)
 
 
+def test_what_a_worker_raises_is_no_death(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistake in a program of one's own keeps its type and its traceback."""
+    source = open_source(photos(tmp_path / "x", 20))
+
+    def read(index: int) -> torch.Tensor:
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr(source, "read", read)
+    with pytest.raises(RuntimeError, match=r"Caught RuntimeError in DataLoader worker(.|\n)*a mistake"):
+        next(iter(train_loader(source, CROPS, batch_size=4, seed=0, workers=1)))
+
+
 def children() -> set[int]:
     """Process ids of this process's children."""
     return {int(p) for task in Path("/proc/self/task").iterdir() for p in (task / "children").read_text().split()}
