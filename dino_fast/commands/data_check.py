@@ -6,7 +6,9 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", help="folder, .parquet file, text file listing images, or 'demo'")
+    parser.add_argument(
+        "path", help="folder, .parquet, .tar or .npy file, text file listing images, pattern, or 'demo'"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="look at N images spread over the source (default: all)")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="threads that read (default: %(default)s)")
 

@@ -157,8 +157,8 @@ def _next(batches: Iterator[Batch]) -> Batch | None:
         if "Caught" in str(error) or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
             raise
         raise UserError(
-            f"a data-loading worker died ({error or type(error).__name__}). If memory ran out, use fewer --workers or a "
-            "smaller batch; --workers 0 loads in the training process"
+            f"a data-loading worker died ({error or type(error).__name__}). If memory ran out, use fewer --workers "
+            "or a smaller batch; --workers 0 loads in the training process"
         ) from error
 
 
