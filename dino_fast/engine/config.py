@@ -68,9 +68,16 @@ class Config:
     norm_last_layer: bool = option(True, "keep the prototypes at length 1")
     init: str = option("published", "weights at the start; xavier suits narrow models", ("published", "xavier"))
 
-    # loss
+    # loss and teacher
+    teacher: str = option(
+        "ema",
+        "the student's moving average (ema), what it was at the end of the last epoch or before the last step, or a "
+        "copy of it as it is",
+        ("ema", "previous-epoch", "previous-step", "copy"),
+    )
+    centering: bool = option(True, "subtract the running mean of the teacher's logits from them")
     student_temp: float = option(0.1, "the student's temperature")
-    teacher_temp: float = option(0.04, "the teacher's temperature, after its warm-up")
+    teacher_temp: float = option(0.04, "the teacher's temperature, after its warm-up; the student's does not sharpen")
     warmup_teacher_temp: float = option(0.04, "the teacher's temperature at the start")
     warmup_teacher_temp_epochs: int = option(0, "epochs of the linear way from the one to the other")
     center_momentum: float = option(0.9, "how much of the centre is kept at each step")
@@ -81,6 +88,7 @@ class Config:
     accumulate: int = option(1, "parts in which a step's images go through the model, to save memory")
     epochs: int = option(100, "length of the run, and of its schedules")
     max_steps: int | None = option(None, "stop after so many steps; the schedules still span the epochs")
+    optimizer: str = option("adamw", "sgd and lars have momentum 0.9", ("adamw", "sgd", "lars"))
     lr: float = option(0.0005, "learning rate for 256 images; it is scaled with the batch size")
     min_lr: float = option(1e-6, "learning rate at the end (not scaled)")
     warmup_epochs: float = option(10.0, "epochs of linear warm-up of the learning rate")

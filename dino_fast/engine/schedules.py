@@ -14,7 +14,7 @@ class Rates:
 
     lr: float
     weight_decay: float
-    momentum: float
+    momentum: float  # share of the teacher that the step keeps
     teacher_temp: float
     frozen: bool  # the last layer stays as it is
 
@@ -47,10 +47,19 @@ class Schedules:
         return Rates(
             lr=cosine(step, config.lr * config.batch_size / 256, config.min_lr, end, self.warmup_steps),
             weight_decay=cosine(step, config.weight_decay, config.weight_decay_end, end),
-            momentum=cosine(step, config.momentum, 1.0, end),
+            momentum=self.momentum(step),
             teacher_temp=self.teacher_temp(step // self.steps_per_epoch),
             frozen=step < self.freeze_steps,
         )
+
+    def momentum(self, step: int) -> float:
+        """The share of the teacher that step `step` keeps: 0 makes it the student after that step, 1 leaves it."""
+        kind, config = self.config.teacher, self.config
+        if kind == "ema":
+            return cosine(step, config.momentum, 1.0, self.steps)
+        if kind == "previous-epoch":
+            return 0.0 if (step + 1) % self.steps_per_epoch == 0 else 1.0
+        return 0.0 if kind == "copy" else 1.0  # previous-step: `train_step` has made it the student before the update
 
     def teacher_temp(self, epoch: int) -> float:
         """Constant within an epoch; linear over the warm-up's epochs, of which the last has the final value."""

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from dino_fast.engine.config import Config
 from dino_fast.engine.monitor import feature_spread
+from dino_fast.engine.optimizers import Optimizer, build_optimizer
 from dino_fast.engine.schedules import Rates
 from dino_fast.errors import UserError
 from dino_fast.loss import DINOLoss
 from dino_fast.models import DINOHead, MultiCropWrapper, WeightNormLinear, build_backbone, set_drop_path_seed
 from dino_fast.ops.dino_loss import dino_loss
-from dino_fast.optim import AdamWEMA
+from dino_fast.optim import ema_update
 
 if TYPE_CHECKING:
     from dino_fast.models.vit import VisionTransformer
@@ -48,7 +49,7 @@ class Learner:
     student: MultiCropWrapper
     teacher: MultiCropWrapper
     loss: DINOLoss  # holds the centre
-    optimizer: AdamWEMA
+    optimizer: Optimizer
     scaler: torch.amp.GradScaler
 
 
@@ -69,7 +70,8 @@ def build_learner(config: Config, channels: int, device: torch.device, precision
         config.student_temp,
         config.center_momentum,
     ).to(device)
-    optimizer = AdamWEMA(parameter_groups(student, teacher), None, lr=config.lr, clip_grad=config.clip_grad)
+    groups = parameter_groups(student, teacher)
+    optimizer = build_optimizer(config.optimizer, groups, config.lr, config.weight_decay, config.clip_grad)
     autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     scaler = torch.amp.GradScaler(device.type, enabled=autocast is torch.float16)
     return Learner(config, device, autocast, student, teacher, loss, optimizer, scaler)
@@ -129,7 +131,7 @@ def train_step(run: Learner, batch: Crops, rates: Rates, step: int) -> dict[str,
     """
     parts = list(_parts(batch, run.config.accumulate, run.device))
     _set_rates(run, rates)
-    if step == 0 and run.config.center_init == "first_batch":
+    if step == 0 and run.config.center_init == "first_batch" and run.config.centering:
         _start_center(run, parts)
     loss, entropy = torch.zeros((), device=run.device), torch.zeros((), device=run.device)
     mean = torch.zeros(run.config.out_dim, device=run.device)
@@ -161,10 +163,13 @@ def train_step(run: Learner, batch: Crops, rates: Rates, step: int) -> dict[str,
     if not math.isfinite(value):
         run.optimizer.zero_grad()
         raise NonFiniteLoss(value)
+    if run.config.teacher == "previous-step":
+        ema_update(run.teacher.parameters(), run.student.parameters(), 0.0)
     run.scaler.step(run.optimizer, momentum=rates.momentum)
     run.scaler.update()
     run.optimizer.zero_grad()
-    run.loss.update_center(mean)
+    if run.config.centering:
+        run.loss.update_center(mean)
     metrics = {"loss": value, "teacher_entropy": entropy_value, "kl": value - entropy_value}
     return metrics | ({"feature_spread": spreads[0]} if spreads else {})
 

@@ -274,3 +274,33 @@ def test_another_models_checkpoint_is_refused() -> None:
 def test_an_unknown_architecture_is_named() -> None:
     with pytest.raises(UserError, match="vit_tiny"):
         _learner(_config(arch="vit_tini"))
+
+
+def _weights(module: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def _equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in b)
+
+
+@pytest.mark.parametrize("kind", ["previous-epoch", "previous-step", "copy"])
+def test_the_other_teachers_are_the_students_of_their_time(kind: str) -> None:
+    config = _config(teacher=kind, freeze_last_layer=0.4)
+    learner, schedules = _learner(config), Schedules(config, PER_EPOCH)
+    students = [_weights(learner.student)]  # before step i
+    for step in range(2 * PER_EPOCH + 1):
+        seen = {"previous-epoch": step // PER_EPOCH * PER_EPOCH, "previous-step": max(step - 1, 0), "copy": step}[kind]
+        assert _equal(_weights(learner.teacher), students[seen]), step
+        train_step(learner, _batch(step, config), schedules.at(step), step)
+        students.append(_weights(learner.student))
+        assert not _equal(students[-1], students[-2]) or step == 0  # the warm-up begins at learning rate 0
+
+
+def test_without_centering_the_centre_stays_zero() -> None:
+    learner = _learner(_config(centering=False, center_init="first_batch"))
+    _run(learner, range(3))
+    assert not learner.loss.center.any()
+    other = _learner(_config())
+    _run(other, range(3))
+    assert other.loss.center.any()

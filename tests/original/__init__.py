@@ -6,11 +6,12 @@ purpose. It is written from the published algorithm, not copied, and is installe
 
 from .head import DINOHead, MultiCropWrapper
 from .loss import DINOLoss, einsum_dino_loss
-from .optim import cancel_gradients_last_layer, clip_gradients, cosine_scheduler, ema, get_params_groups
+from .optim import LARS, cancel_gradients_last_layer, clip_gradients, cosine_scheduler, ema, get_params_groups
 from .train import Trainer, train_step
 from .vit import ViT
 
 __all__ = [
+    "LARS",
     "DINOHead",
     "DINOLoss",
     "MultiCropWrapper",

@@ -64,3 +64,26 @@ def ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """Teacher <- momentum * teacher + (1 - momentum) * student, parameter by parameter (buffers stay)."""
     for student_param, teacher_param in zip(student.parameters(), teacher.parameters(), strict=True):
         teacher_param.data.mul_(momentum).add_((1 - momentum) * student_param.detach().data)
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rates with momentum; vectors take plain steps without decay."""
+
+    def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, trust=0.001):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "trust": trust})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for param in group["params"]:
+                change = param.grad
+                if change is None:
+                    continue
+                if param.ndim != 1:
+                    change = change + group["weight_decay"] * param
+                    length, reach = param.norm(), change.norm()
+                    if length > 0 and reach > 0:
+                        change = change * (group["trust"] * length / reach)
+                state = self.state[param]
+                state["mu"] = state.get("mu", torch.zeros_like(param)) * group["momentum"] + change
+                param.sub_(group["lr"] * state["mu"])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .loss import DINOLoss
-from .optim import cancel_gradients_last_layer, clip_gradients, ema, get_params_groups
+from .optim import LARS, cancel_gradients_last_layer, clip_gradients, ema, get_params_groups
 
 
 @dataclass
@@ -28,12 +28,20 @@ class Trainer:
     momentum: Sequence[float]
     clip_grad: float = 3.0
     freeze_last_layer: int = 1  # epochs
+    optimizer_class: str = "adamw"
 
     def __post_init__(self) -> None:
         self.teacher.load_state_dict(self.student.state_dict())
         for param in self.teacher.parameters():
             param.requires_grad = False
-        self.optimizer = torch.optim.AdamW(get_params_groups(self.student))
+        groups = get_params_groups(self.student)
+        self.optimizer: torch.optim.Optimizer
+        if self.optimizer_class == "sgd":
+            self.optimizer = torch.optim.SGD(groups, lr=0, momentum=0.9)
+        elif self.optimizer_class == "lars":
+            self.optimizer = LARS(groups)
+        else:
+            self.optimizer = torch.optim.AdamW(groups)
 
     def step(self, crops: list[Tensor], step: int, epoch: int) -> float:
         """Trains on `crops`, one tensor `[B, C, h, w]` a crop with the two global ones first; returns the loss."""

@@ -1,0 +1,87 @@
+"""SGD and LARS against plain transcriptions: clipping, overflow, checkpoints, and whole runs of the engine."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from dino_fast.engine.optimizers import LARSEMA, SGDEMA, build_optimizer
+from dino_fast.engine.schedules import Schedules
+from dino_fast.engine.step import learner_state, restore_learner, train_step
+from tests import original
+from tests.engine.test_step import PER_EPOCH, _assert_near, _batch, _config, _learner, _original, _run
+
+
+@pytest.mark.parametrize("name,lr", [("sgd", 0.1), ("lars", 3.0)])
+def test_losses_equal_the_published_algorithms(name: str, lr: float) -> None:
+    config = _config(optimizer=name, lr=lr * 32, weight_decay=1e-3, weight_decay_end=1e-2, clip_grad=0.05)
+    ours = _learner(config)
+    theirs = _original(ours, config)
+    schedule = original.cosine_scheduler
+    theirs.weight_decay = schedule(1e-3, 1e-2, config.epochs, PER_EPOCH)
+    theirs.optimizer_class = name
+    theirs.__post_init__()
+    before = {name: value.clone() for name, value in ours.student.state_dict().items()}
+    losses = []
+    for step in range(20):
+        batch = _batch(step, config)
+        losses.append(train_step(ours, batch, Schedules(config, PER_EPOCH).at(step), step)["loss"])
+        expected = theirs.step([*batch.global_crops, *batch.local_crops], step, step // PER_EPOCH)
+        assert losses[-1] == pytest.approx(expected, rel=1e-5), step
+    _assert_near(ours.teacher.state_dict(), theirs.teacher.state_dict())
+    after = ours.student.state_dict()
+    assert max((after[name] - value).abs().max().item() for name, value in before.items()) > 1e-2  # it did train
+
+
+def _pair(name: str, **options: Any) -> tuple[SGDEMA | LARSEMA, list[torch.Tensor], list[torch.Tensor]]:
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(3))]
+    teacher = [torch.zeros(4, 3), torch.zeros(3)]
+    groups = [{"params": [p], "teacher_params": [t]} for p, t in zip(params, teacher, strict=True)]
+    optimizer = build_optimizer(name, groups, lr=0.1, weight_decay=0.0, clip_grad=options.get("clip", 0.0))
+    assert isinstance(optimizer, SGDEMA | LARSEMA)
+    return optimizer, list(params), teacher
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars"])
+def test_an_overflow_moves_the_teacher_alone(name: str) -> None:
+    optimizer, params, teacher = _pair(name)
+    for p in params:
+        p.grad = torch.full_like(p, float("inf"))
+    before = copy.deepcopy(params)
+    optimizer.found_inf, optimizer.grad_scale = torch.ones(()), torch.full((), 2.0)
+    optimizer.step(momentum=0.5)
+    for p, old, t in zip(params, before, teacher, strict=True):
+        assert torch.equal(p, old) and torch.equal(t, 0.5 * old)
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars"])
+def test_scaled_gradients_are_unscaled_and_clipped(name: str) -> None:
+    plain, expected, _ = _pair(name, clip=0.5)
+    scaled, params, _ = _pair(name, clip=0.5)
+    for p, q in zip(expected, params, strict=True):
+        p.grad = torch.full_like(p, 3.0)
+        q.grad = torch.full_like(q, 3.0 * 64)
+    scaled.found_inf, scaled.grad_scale = torch.zeros(()), torch.full((), 64.0)
+    plain.step()
+    scaled.step()
+    for p, q in zip(expected, params, strict=True):
+        torch.testing.assert_close(p, q)
+        assert p.grad is not None and p.grad.norm().item() == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars"])
+def test_a_restored_run_goes_on_exactly(name: str) -> None:
+    config = _config(optimizer=name, drop_path_rate=0.2)
+    whole = _learner(config)
+    _run(whole, range(3))
+    state = copy.deepcopy(learner_state(whole))
+    assert not any("teacher_params" in group for group in state["optimizer"]["param_groups"])
+    rest = _run(whole, range(3, 6))
+    again = _learner(_config(optimizer=name, drop_path_rate=0.2, seed=0))
+    restore_learner(again, state, "here")
+    assert _run(again, range(3, 6)) == rest
