@@ -114,12 +114,11 @@ def class_attention(backbone: nn.Module, images: Tensor) -> Tensor:
     caught: list[Tensor] = []
     hook = attention.qkv.register_forward_hook(lambda module, given, out: caught.append(out))
     try:
-        backbone(images)
+        backbone.forward_features(images)  # type: ignore[operator]  # which runs all of the last block
     finally:
         hook.remove()
-    qkv = caught[0]  # [B, 1 + N, 3 * dim]
-    B, N, heads = qkv.shape[0], qkv.shape[1], attention.num_heads
-    q, k, _ = qkv.view(B, N, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, 1 + N, d]
+    qkv = caught[0].unflatten(-1, (3, attention.num_heads, -1))  # [..., 3, H, d], all tokens of all images
+    q, k, _ = qkv.reshape(len(images), -1, *qkv.shape[-3:]).permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, 1 + N, d]
     scores = (q[:, :, :1].float() @ k.float().transpose(-2, -1)).squeeze(2) * q.shape[-1] ** -0.5  # [B, H, 1 + N]
     return scores.softmax(dim=-1)[:, :, 1:]
 

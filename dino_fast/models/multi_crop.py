@@ -7,11 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from dino_fast.models.vit import VisionTransformer
+
 
 class MultiCropWrapper(nn.Module):
     """Crops, one tensor `[rows, C, H, W]` per resolution, -> logits `[sum of rows, K]` in the given order.
 
-    The backbone runs once per resolution, the head once. State-dict names: `backbone.*`, `head.*`.
+    A backbone of ours takes all resolutions at once, as one buffer of tokens; any other runs once per resolution. The
+    head runs once. State-dict names: `backbone.*`, `head.*`.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
@@ -22,7 +25,9 @@ class MultiCropWrapper(nn.Module):
     def forward(self, crops: Sequence[Tensor]) -> Tensor:
         return self.head(self.features(crops))
 
-    def features(self, crops: Sequence[Tensor]) -> Tensor:
-        """What the head is given: `[sum of rows, embed_dim]`."""
+    def features(self, crops: Sequence[Tensor], kept: Tensor | None = None) -> Tensor:
+        """What the head is given: `[sum of rows, embed_dim]`. `kept` is what the backbone's `stochastic_depth` drew."""
+        if isinstance(self.backbone, VisionTransformer):
+            return self.backbone(crops, kept)
         outputs = [self.backbone(crop) for crop in crops]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -7,13 +7,15 @@ State-dict names are the published ones, which timm and torch.hub share: `cls_to
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino_fast.errors import UserError
+from dino_fast.models.packing import Kept, Packing, add_to_kept, attend, attend_first, joined, kept_count, pack, take
 
 
 class VisionTransformer(nn.Module):
@@ -56,34 +58,78 @@ class VisionTransformer(nn.Module):
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         self.apply(init_linear)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self._blocks(x)
-        return self.norm(x[:, 0])  # the norm works token by token: the other tokens' would be thrown away
+    def forward(self, x: Tensor | Sequence[Tensor], kept: Tensor | None = None) -> Tensor:
+        """Images `[B, C, H, W]`, or several such tensors of different sizes -> `[sum of B, embed_dim]`.
+
+        All sizes go through as one buffer of tokens. `kept` is what `stochastic_depth` drew; by default it is drawn
+        here.
+        """
+        images = [x] if isinstance(x, Tensor) else list(x)
+        tokens, packing = self._tokens(images)
+        branches = self._kept(packing, images, kept)
+        for block, pair in zip(self.blocks[:-1], branches, strict=False):
+            tokens = block(tokens, packing, pair)
+        # Nothing but the class token is used after the last block, so the rest of it is made for that token alone.
+        return self.norm(self.blocks[-1](tokens, packing, branches[-1], True))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` -> all normalised tokens `[B, 1 + N, embed_dim]`, the class token first."""
-        return self.norm(self._blocks(x))
+        return self.get_intermediate_layers(x)[0]
 
     def get_last_selfattention(self, x: Tensor) -> Tensor:
         """The last block's attention probabilities, `[B, heads, 1 + N, 1 + N]`."""
-        x = self._tokens(x)
+        tokens, packing = self._tokens([x])
         for block in self.blocks[:-1]:
-            x = block(x)
+            tokens = block(tokens, packing)
         last = self.blocks[-1]
         assert isinstance(last, Block)
-        return last.attn.probabilities(last.norm1(x))
+        return last.attn.probabilities(last.norm1(tokens).unflatten(0, packing.groups[0]))
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
         """The normalised tokens `[B, 1 + N, embed_dim]` after each of the last `n` blocks, in order."""
         if not 1 <= n <= len(self.blocks):
             raise UserError(f"n is {n}; this backbone has {len(self.blocks)} blocks, so 1 to {len(self.blocks)}")
-        x = self._tokens(x)
+        tokens, packing = self._tokens([x])
         outputs = []
-        for i, block in enumerate(self.blocks):
-            x = block(x)
+        for i, (block, kept) in enumerate(zip(self.blocks, self._kept(packing, [x], None), strict=True)):
+            tokens = block(tokens, packing, kept)
             if i >= len(self.blocks) - n:
-                outputs.append(self.norm(x))
+                outputs.append(self.norm(tokens).unflatten(0, packing.groups[0]))
         return outputs
+
+    def stochastic_depth(self, images: Sequence[Tensor]) -> Tensor | None:
+        """Draws which images each branch is computed for: int64 indices on the CPU, block by block, attention before
+        MLP, size by size. Their number depends on the images' alone. None where all are computed."""
+        if not self.training:
+            return None
+        counts = [len(x) for x in images]
+        layers = [block.drop_path for block in cast("list[Block]", self.blocks) if block.drop_path.rate > 0]
+        drawn = [indices for layer in layers for _ in range(2) for indices in layer.draw(counts)]
+        return torch.cat(drawn) if drawn else None
+
+    def _kept(self, packing: Packing, images: Sequence[Tensor], drawn: Tensor | None) -> list[tuple[Kept, Kept] | None]:
+        """For each block the images that its two branches are computed for, None for all."""
+        device = images[0].device
+        if drawn is None:
+            drawn = self.stochastic_depth(images)
+            if drawn is not None and device.type == "cuda":
+                drawn = drawn.pin_memory().to(device, non_blocking=True)
+        if drawn is None:
+            return [None] * len(self.blocks)
+        result: list[tuple[Kept, Kept] | None] = []
+        used = 0
+        for block in cast("list[Block]", self.blocks):
+            rate = block.drop_path.rate
+            if rate == 0:
+                result.append(None)
+                continue
+            groups = [(kept_count(n, rate), length) for n, length in packing.groups]
+            inner = pack(groups, device)
+            size = sum(n for n, _ in groups)
+            pair = drawn[used : used + 2 * size].split([n for n, _ in groups] * 2)
+            used += 2 * size
+            result.append((Kept(pair[: len(groups)], inner), Kept(pair[len(groups) :], inner)))
+        return result
 
     def position_embedding(self, height: int, width: int) -> Tensor:
         """The table `[1, 1 + h*w, embed_dim]` for a grid of h x w patches, bicubically interpolated.
@@ -103,35 +149,47 @@ class VisionTransformer(nn.Module):
             grid = across @ (down @ table).reshape(height, columns, dim)  # [h, w, dim]
             return torch.cat((self.pos_embed[:, :1], grid.reshape(1, height * width, dim)), dim=1)
 
-    def _tokens(self, x: Tensor) -> Tensor:
+    def _tokens(self, images: Sequence[Tensor]) -> tuple[Tensor, Packing]:
+        """Images of one or several sizes -> tokens with their positions, [tokens, embed_dim], and where they lie."""
+        grids = [self._grid_of(x) for x in images]
+        packing = pack([(len(x), 1 + h * w) for x, (h, w) in zip(images, grids, strict=True)], images[0].device)
+        patches = self.patch_embed(images, packing)
+        # One row for every token: positions, and what the class token and the patches' bias add to them.
+        tables = []
+        for (n, _), grid in zip(packing.groups, grids, strict=True):
+            position = self.position_embedding(*grid)
+            rows = (self.cls_token + position[:, :1], position[:, 1:] + cast(Tensor, self.patch_embed.proj.bias))
+            tables.append(torch.cat(rows, dim=1).expand(n, -1, -1).flatten(0, 1))
+        return torch.addmm(joined(tables), patches, self.patch_embed.proj.weight.flatten(1).t()), packing
+
+    def _grid_of(self, x: Tensor) -> tuple[int, int]:
         if x.ndim != 4 or x.shape[1] != self.in_chans:
             raise UserError(
                 f"the backbone takes [B, {self.in_chans}, H, W], got {list(x.shape)}; "
                 "build it with in_chans equal to the images' channels"
             )
-        height, width = grid_of(x.shape[-2], x.shape[-1], self.patch_size)
-        position = self.position_embedding(height, width)
-        patches = self.patch_embed(x)  # [B, N, C]
-        # The class token and its position are one row for all images: added before they are repeated.
-        first = (self.cls_token + position[:, :1]).expand(len(patches), -1, -1)
-        return torch.cat((first, patches + position[:, 1:]), dim=1)  # [B, 1 + N, C]
-
-    def _blocks(self, x: Tensor) -> Tensor:
-        x = self._tokens(x)
-        for block in self.blocks:
-            x = block(x)
-        return x
+        return grid_of(x.shape[-2], x.shape[-1], self.patch_size)
 
 
 class PatchEmbed(nn.Module):
-    """`[B, C, H, W]` -> `[B, N, dim]`, patches row by row."""
+    """Images `[B, C, H, W]` of several sizes -> `[tokens, C * patch * patch]`: the patches row by row, and a row of
+    zeros where the class token will be. A convolution's weight by name, it multiplies as a matrix."""
 
     def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+    def forward(self, images: Sequence[Tensor], packing: Packing) -> Tensor:
+        weight, size = self.proj.weight, self.proj.weight.shape[-1]
+        tokens = sum(n * length for n, length in packing.groups)
+        buffer = weight.new_zeros(tokens, weight[0].numel())  # also a cast, where the images are of another dtype
+        start = 0
+        for x, (n, length) in zip(images, packing.groups, strict=True):
+            cut = x.unflatten(3, (-1, size)).unflatten(2, (-1, size)).permute(0, 2, 4, 1, 3, 5)  # [B, h, w, C, ...]
+            rows = buffer[start : start + n * length].view(n, length, -1)
+            rows[:, 1:].view(cut.shape).copy_(cut)
+            start += n * length
+        return buffer
 
 
 class Attention(nn.Module):
@@ -141,21 +199,22 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        B, N, C = x.shape
-        q, k, v = self._heads(x)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, C))
+    def forward(self, x: Tensor, packing: Packing, classes: bool = False) -> Tensor:
+        """[tokens, C] -> the same; with `classes` the first token of every image alone, [images, C]."""
+        if not classes:
+            qkv = self.qkv(x).unflatten(1, (3, self.num_heads, -1))
+            return self.proj(attend(qkv, packing))
+        dim, bias = x.shape[1], self.qkv.bias
+        of_q, of_kv = (None, None) if bias is None else bias.split([dim, 2 * dim])
+        weight_q, weight_kv = self.qkv.weight.split([dim, 2 * dim])
+        q = F.linear(packing.first(x), weight_q, of_q).unflatten(1, (self.num_heads, -1))
+        kv = F.linear(x, weight_kv, of_kv).unflatten(1, (2, self.num_heads, -1))
+        return self.proj(attend_first(q, kv, packing))
 
     def probabilities(self, x: Tensor) -> Tensor:
-        """softmax(q k^T / sqrt(d)), `[B, H, N, N]`."""
-        q, k, _ = self._heads(x)
+        """[B, N, C] -> softmax(q k^T / sqrt(d)), `[B, H, N, N]`."""
+        q, k, _ = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
-
-    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        B, N, C = x.shape
-        # Taken apart where the projection wrote them: the gradients go back together in that order, without a copy.
-        q, k, v = self.qkv(x).view(B, N, 3, self.num_heads, C // self.num_heads).unbind(2)
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # each [B, H, N, d], views
 
 
 class Mlp(nn.Module):
@@ -177,16 +236,32 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path_rate)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.drop_path(x, self.attn(self.norm1(x)))
-        return self.drop_path(x, self.mlp(self.norm2(x)))
+    def forward(
+        self, x: Tensor, packing: Packing, kept: tuple[Kept, Kept] | None = None, classes: bool = False
+    ) -> Tensor:
+        """[tokens, C] -> the same; with `classes` the first token of every image alone, [images, C].
+
+        `kept` are the images that attention and MLP are computed for; the others' tokens pass by.
+        """
+        rest, packing_of_rest = x, packing
+        if classes:
+            rest = packing.first(x)
+            packing_of_rest = packing._replace(groups=tuple((n, 1) for n, _ in packing.groups))
+        if kept is None:
+            rest = rest + self.attn(self.norm1(x), packing, classes)
+            return rest + self.mlp(self.norm2(rest))
+        mixed, single = kept
+        branch = self.attn(self.norm1(take(x, packing, mixed)), mixed.packing, classes)
+        rest = add_to_kept(rest, branch, packing_of_rest, mixed)
+        branch = self.mlp(self.norm2(take(rest, packing_of_rest, single)))
+        return add_to_kept(rest, branch, packing_of_rest, single)
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: `x + branch`, the branch zeroed for whole samples with probability `rate`, else / (1 - rate).
+    """The stochastic depth of a block: which images its branches are computed for; a share of `rate` is left out.
 
-    It draws from a generator of its own on the CPU, so that the draws depend on nothing else that draws and are the
-    same on every device.
+    How many is a fixed number, so that shapes never change. It draws from a generator of its own on the CPU, so that
+    the draws depend on nothing else that draws and are the same on every device.
     """
 
     def __init__(self, rate: float) -> None:
@@ -195,14 +270,12 @@ class DropPath(nn.Module):
         self.seed = 0
         self.generator: torch.Generator | None = None
 
-    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
-        if self.rate == 0.0 or not self.training:
-            return x + branch
+    def draw(self, counts: Sequence[int]) -> list[Tensor]:
+        """For each count n, which of 0 .. n - 1 are kept, ascending, int64 on the CPU."""
         if self.generator is None:
             self.generator = torch.Generator().manual_seed(self.seed)
-        keep = 1 - self.rate
-        mask = (torch.rand(len(x), generator=self.generator) < keep).to(x.dtype).div_(keep)  # [B]
-        return x + branch * mask.to(x.device, non_blocking=True).view(-1, *[1] * (x.ndim - 1))
+        chosen = [torch.randperm(n, generator=self.generator)[: kept_count(n, self.rate)] for n in counts]
+        return [indices.sort().values for indices in chosen]
 
     def reseed(self, seed: int) -> None:
         self.seed, self.generator = seed, None

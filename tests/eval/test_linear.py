@@ -56,8 +56,9 @@ def test_every_rate_of_the_grid_is_trained_as_if_alone():
 def test_features_are_the_blocks_class_tokens_and_the_mean_patch(tiny):
     images = torch.randn(3, 3, 32, 32)
     feature, name = tokens_feature(tiny, 2, patch_mean=True)
-    first = tiny.blocks[0](tiny._tokens(images))
-    last = tiny.blocks[1](first)
+    tokens, packing = tiny._tokens([images])
+    first = tiny.blocks[0](tokens, packing)
+    first, last = (x.unflatten(0, (3, -1)) for x in (first, tiny.blocks[1](first, packing)))
     expected = torch.cat([tiny.norm(first)[:, 0], tiny.norm(last)[:, 0], tiny.norm(last)[:, 1:].mean(1)], dim=1)
     torch.testing.assert_close(feature(images), expected)
     assert name == "class token of the last 2 blocks and mean patch token [48]"

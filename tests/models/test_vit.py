@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from dino_fast.errors import UserError
 from dino_fast.models import VisionTransformer, build_backbone, set_drop_path_seed, vit_small
+from dino_fast.models.packing import Kept, add_to_kept, pack, take
 from tests import original
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 3}
@@ -43,6 +44,66 @@ def test_equal_seeds_give_the_originals_weights_outputs_and_gradients(size):
     (ours(x) * weight).sum().backward()
     (theirs(x) * weight).sum().backward()
     same_gradients(ours, theirs)
+
+
+def packed_and_apart(rate=0.0, **options):
+    """A backbone on three sizes at once, and the same one size by size."""
+    torch.manual_seed(0)
+    model = VisionTransformer(**{**SMALL, "drop_path_rate": rate, **options}).double()
+    images = [torch.randn(n, 3, *size, dtype=torch.float64) for n, size in ((4, (32, 32)), (7, (16, 16)), (1, (8, 24)))]
+    return model, images
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("qkv_bias", [True, False])
+def test_all_sizes_at_once_equal_one_after_the_other(train, qkv_bias):
+    model, images = packed_and_apart(qkv_bias=qkv_bias)
+    model.train(train)
+    weight = torch.randn(12, 48, dtype=torch.float64)
+    together = model(images)
+    (together * weight).sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    apart = torch.cat([model(x) for x in images])
+    (apart * weight).sum().backward()
+    torch.testing.assert_close(together, apart, rtol=1e-12, atol=1e-12)
+    for (name, p), gradient in zip(model.named_parameters(), gradients, strict=True):
+        torch.testing.assert_close(gradient, p.grad, rtol=1e-10, atol=1e-10, msg=lambda m, n=name: n + m)
+    # The class token of a last block that made all tokens.
+    full = torch.cat([model.forward_features(x)[:, 0] for x in images])
+    torch.testing.assert_close(full, apart, rtol=1e-12, atol=1e-12)
+
+
+def test_packed_float32_is_as_near_as_the_original():
+    ours, theirs = pair()
+    images = [torch.randn(6, 3, 32, 32), torch.randn(9, 3, 16, 16)]
+    exact = copy.deepcopy(ours).double()([x.double() for x in images])
+    error = (ours(images) - exact).abs().max()
+    eager = (torch.cat([theirs(x) for x in images]) - exact).abs().max()
+    assert error <= 2 * eager + 1e-6
+
+
+def test_a_kept_draw_is_the_one_that_is_used():
+    model, images = packed_and_apart(rate=0.5)
+    set_drop_path_seed(model, 3, 4)
+    kept = model.stochastic_depth(images)
+    assert len(kept) == 2 * ((3 + 5 + 1) + (2 + 4 + 1))  # of 4, 7 and 1 images, at rates 0.25 and 0.5
+    given = model(images, kept)
+    set_drop_path_seed(model, 3, 4)
+    assert torch.equal(given, model(images))
+    assert not torch.equal(given, model(images))  # the next draw
+    assert model.eval().stochastic_depth(images) is None
+
+
+def test_images_may_be_differentiated():
+    model, images = packed_and_apart()
+    x = images[0].requires_grad_()
+    model(x).sum().backward()
+    theirs = original.ViT(**SMALL).double()
+    theirs.load_state_dict(model.state_dict())
+    again = x.detach().requires_grad_()
+    theirs(again).sum().backward()
+    torch.testing.assert_close(x.grad, again.grad, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -116,13 +177,27 @@ def test_stochastic_depth_is_a_function_of_seed_step_and_block():
     assert torch.equal(plain(x), model(x))
 
 
-def test_stochastic_depth_zeroes_whole_samples_and_keeps_the_mean():
+def test_stochastic_depth_leaves_out_a_fixed_number_and_keeps_the_mean():
     layer = VisionTransformer(**{**SMALL, "drop_path_rate": 0.25}).blocks[-1].drop_path
-    out = layer(torch.zeros(4000, 2, 3), torch.ones(4000, 2, 3))
-    assert torch.equal(out, out[:, :1, :1].expand_as(out))
-    kept = out[:, 0, 0] != 0
-    torch.testing.assert_close(out[kept], torch.full_like(out[kept], 1 / 0.75))
-    assert abs(kept.float().mean() - 0.75) < 0.03
+    packing = pack([(40, 2), (7, 3), (1, 1)], torch.device("cpu"))
+    counts = [30, 5, 1]
+    x = torch.zeros(102, 4, requires_grad=True)
+    seen = torch.zeros(102, 4)
+    for _ in range(400):
+        crops = tuple(layer.draw([n for n, _ in packing.groups]))
+        assert [len(indices) for indices in crops] == counts
+        kept = Kept(crops, pack([(30, 2), (5, 3), (1, 1)], torch.device("cpu")))
+        assert take(x, packing, kept).shape == (30 * 2 + 5 * 3 + 1, 4)
+        branch = torch.ones(30 * 2 + 5 * 3 + 1, 4, requires_grad=True)
+        out = add_to_kept(x, branch, packing, kept)
+        assert packing.first(out)[:40, 0].count_nonzero() == 30
+        assert torch.equal(out[80:101:3], out[82:101:3])  # all tokens of a crop alike
+        seen += out.detach() / 400
+        out.sum().backward()
+        torch.testing.assert_close(branch.grad.sum(), out.sum().detach())
+    torch.testing.assert_close(seen[:80].mean(), torch.ones(()))
+    torch.testing.assert_close(seen[80:101].mean(), torch.ones(()))
+    assert (seen - 1).abs().max() < 0.2
 
 
 def test_bf16_autocast_is_near_float32():
