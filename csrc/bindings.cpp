@@ -8,6 +8,7 @@
 #endif
 
 #include <cstdint>
+#include <cstring>
 #include <stdexcept>
 #include <tuple>
 #include <vector>
@@ -18,6 +19,7 @@
 #include "cpu/multi_crop.h"
 #include "cpu/multi_tensor.h"
 #ifdef DINO_FAST_HAS_CUDA
+#include "cuda/multi_crop.h"
 #include "cuda/multi_tensor.h"
 #endif
 
@@ -98,6 +100,23 @@ void multi_tensor_adamw_ema(int64_t n, const py::buffer& table, const py::buffer
   DINO_FAST_DISPATCH(adamw_ema)(rows.data(), n, {beta1, beta2, eps, momentum, skip}, threads);
 }
 
+// A crop is 18 columns of whole numbers: address, height, width of the image; top, left, height, width of the box; height,
+// width, address of the result; flip, grey, blur, solarize; order [4]. And 5 of float: factors [4], radius. Rows first.
+std::vector<dino_fast::CropTask> crop_tasks(int64_t n, const py::buffer& table, const py::buffer& numbers) {
+  const py::buffer_info info = table.request(), numbers_info = numbers.request();
+  const int64_t* c = columns<int64_t>(info, n, 18);
+  const float* f = columns<float>(numbers_info, n, 5);
+  std::vector<dino_fast::CropTask> tasks(n);
+  for (int64_t i = 0; i < n; ++i, c += 18, f += 5) {
+    dino_fast::CropTask& t = tasks[i];
+    t = {address<uint8_t>(c[0]), c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], address<void>(c[9]), {}, {}, f[4],
+         c[10] != 0, c[11] != 0, c[12] != 0, c[13] != 0};
+    for (int k = 0; k < 4; ++k) t.order[k] = static_cast<int>(c[14 + k]);
+    for (int k = 0; k < 4; ++k) t.factors[k] = f[k];
+  }
+  return tasks;
+}
+
 #ifdef DINO_FAST_HAS_CUDA
 // Plans are given as (address, tensors, chunks); the stream is torch.cuda.current_stream().cuda_stream.
 void bind_cuda(py::module_& m) {
@@ -137,6 +156,30 @@ void bind_cuda(py::module_& m) {
       "cuda_multi_tensor_ema_update",
       [](uint64_t base, uint32_t tensors, uint32_t chunks, uint64_t stream) {
         dino_fast::cuda::ema_update(Plan{base, tensors, chunks}, stream);
+      },
+      Unlocked());
+
+  // The table is written to memory of `table_bytes` and copied to the start of `memory_bytes` on the device.
+  using dino_fast::cuda::CropTable;
+  py::class_<CropTable>(m, "CudaMultiCropTable")
+      .def_property_readonly("table_bytes", [](const CropTable& table) { return table.bytes.size(); })
+      .def_readonly("memory_bytes", &CropTable::memory)
+      .def("write", [](const CropTable& table, int64_t to) {
+        std::memcpy(address<void>(to), table.bytes.data(), table.bytes.size());
+      });
+  m.def("cuda_multi_crop_table", [](int64_t n, const py::buffer& table, const py::buffer& numbers, int channels,
+                                    bool bfloat16, bool may_go_down_first, int64_t mean, int64_t std) {
+    const std::vector<dino_fast::CropTask> tasks = crop_tasks(n, table, numbers);
+    const dino_fast::CropOutput output{channels, bfloat16, may_go_down_first, address<float>(mean), address<float>(std)};
+    py::gil_scoped_release unlocked;
+    return dino_fast::cuda::plan_crops(tasks.data(), n, output);
+  });
+  m.def(
+      "cuda_multi_crop",
+      [](const CropTable& table, uint64_t base, uint64_t stream) {
+        dino_fast::cuda::CropPlan plan = table.plan;
+        plan.base = base;
+        dino_fast::cuda::multi_crop(plan, stream);
       },
       Unlocked());
 }
@@ -216,21 +259,9 @@ void linear_dino_loss_project(int64_t gradient, int64_t weight, int64_t gain, in
    threads);
 }
 
-// A crop is 18 columns of whole numbers: address, height, width of the image; top, left, height, width of the box; height,
-// width, address of the result; flip, grey, blur, solarize; order [4]. And 5 of float: factors [4], radius. Rows first.
 void multi_crop(int64_t n, const py::buffer& table, const py::buffer& numbers, int channels, bool bfloat16,
                 bool may_go_down_first, int64_t mean, int64_t std, int threads) {
-  const py::buffer_info info = table.request(), numbers_info = numbers.request();
-  const int64_t* c = columns<int64_t>(info, n, 18);
-  const float* f = columns<float>(numbers_info, n, 5);
-  std::vector<dino_fast::CropTask> tasks(n);
-  for (int64_t i = 0; i < n; ++i, c += 18, f += 5) {
-    dino_fast::CropTask& t = tasks[i];
-    t = {address<uint8_t>(c[0]), c[1], c[2], c[3], c[4], c[5], c[6], c[7], c[8], address<void>(c[9]), {}, {}, f[4],
-         c[10] != 0, c[11] != 0, c[12] != 0, c[13] != 0};
-    for (int k = 0; k < 4; ++k) t.order[k] = static_cast<int>(c[14 + k]);
-    for (int k = 0; k < 4; ++k) t.factors[k] = f[k];
-  }
+  const std::vector<dino_fast::CropTask> tasks = crop_tasks(n, table, numbers);
   const dino_fast::CropOutput output{channels, bfloat16, may_go_down_first, address<float>(mean), address<float>(std)};
   py::gil_scoped_release unlocked;
   DINO_FAST_DISPATCH(multi_crop)(tasks.data(), n, output, threads);

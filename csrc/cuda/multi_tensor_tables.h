@@ -6,31 +6,18 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cuda/block.h"
 #include "cuda/multi_tensor.h"
 #include "multi_tensor_math.h"
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#define DINO_FAST_BOTH __host__ __device__ __forceinline__
-#else
-#define DINO_FAST_BOTH inline
-#endif
-
-// On the device a phase of a block runs once in each thread; on the host it is a loop over the threads.
-#ifdef __CUDA_ARCH__
-#define DINO_FAST_EACH_THREAD(thread) \
-  for (uint32_t thread = threadIdx.x, again_ = 1; again_; again_ = 0)
-#define DINO_FAST_SYNC() __syncthreads()
-#else
-#define DINO_FAST_EACH_THREAD(thread) for (uint32_t thread = 0; thread < THREADS; ++thread)
-#define DINO_FAST_SYNC() (void)0
 #endif
 
 namespace dino_fast {
 namespace cuda {
 
-constexpr uint32_t THREADS = 256;
 // 8 vectors of 4 elements a thread: about 320 KB of traffic a block, against which reading the tables is small, and
 // still thousands of blocks for a ViT-S, so that the last wave is a small part of the whole.
 constexpr int64_t CHUNK = 8192;

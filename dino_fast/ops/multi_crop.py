@@ -5,15 +5,17 @@ contrast, saturation and hue in the given order, grey, Gaussian blur, solarize a
 Saturation, hue and grey leave images without three channels as they are.
 
 The reference is the installed Pillow, as the published pipeline uses it. The native backend (csrc/cpu/multi_crop.cpp)
-gives the same 8 bits on every machine and for any number of threads. There is one difference between versions of
-Pillow, and it follows the installed one: since 13, boxes that lose far more height than width are resized along their
-columns first, where older versions always began with the rows.
+gives the same 8 bits on every machine and for any number of threads, and so does the CUDA backend
+(csrc/cuda/multi_crop.cu), of the same arithmetic. There is one difference between versions of Pillow, and it follows
+the installed one: since 13, boxes that lose far more height than width are resized along their columns first, where
+older versions always began with the rows.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -21,7 +23,7 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from dino_fast.backends import Backend, choose, native_missing, register
+from dino_fast.backends import Backend, choose, cuda_missing, native_missing, register
 
 MAY_GO_DOWN_FIRST = int(PIL.__version__.split(".")[0]) >= 13  # see above
 
@@ -44,15 +46,17 @@ def multi_crop(
 ) -> tuple[Tensor, Tensor]:
     """V crops of each of n images: global [n_global, n, C, h, w] and local [V - n_global, n, C, h, w] of `dtype`.
 
-    images: n of uint8 [C, H, W]; boxes [n, V, 4] int64 (top, left, height, width), inside the image; switches [n, V, 4]
-    bool (flip, grey, blur, solarize); order [n, V, 4] int64, which of brightness 0, contrast 1, saturation 2 and hue 3
+    images: n of uint8 [C, H, W], all on the CPU or all on one GPU, where the crops then are; the parameters are CPU
+    tensors: boxes [n, V, 4] int64 (top, left, height, width), inside the image; switches [n, V, 4] bool (flip, grey,
+    blur, solarize); order [n, V, 4] int64, which of brightness 0, contrast 1, saturation 2 and hue 3
     come one after the other, -1 for none; factors [n, V, 4] float32 of those four (1 leaves as is; hue in turns);
     radius [n, V] float32, the blur's standard deviation in pixels; sizes (height, width); mean and std [C] float32;
-    dtype float32 or bfloat16. Raises ValueError for another dtype, shapes that disagree and boxes outside their image.
+    dtype float32 or bfloat16. Raises ValueError for another dtype or device, shapes that disagree and boxes outside
+    their image. On a GPU all work is queued on the current stream and nothing is waited for.
     """
     _check(images, boxes, switches, order, factors, radius, mean, std, dtype)
     crops = _empty(images, boxes, n_global, global_size, local_size, dtype)
-    run = _native if choose("multi_crop", *images, backend=backend) == "native" else multi_crop_reference
+    run = _RUN[choose("multi_crop", *images, backend=backend)]
     run(images, boxes, switches, order, factors, radius, mean, std, *crops)
     return crops
 
@@ -73,8 +77,8 @@ def _empty(
 ) -> tuple[Tensor, Tensor]:
     (n, V), C = boxes.shape[:2], images[0].shape[0]
     return (
-        torch.empty(n_global, n, C, *global_size, dtype=dtype),
-        torch.empty(V - n_global, n, C, *local_size, dtype=dtype),
+        torch.empty(n_global, n, C, *global_size, dtype=dtype, device=images[0].device),
+        torch.empty(V - n_global, n, C, *local_size, dtype=dtype, device=images[0].device),
     )
 
 
@@ -84,6 +88,8 @@ def _check(images, boxes, switches, order, factors, radius, mean, std, dtype) ->
         raise ValueError(f"multi_crop: dtype is {dtype}; torch.float32 and torch.bfloat16 are supported")
     if not all(image.dtype == torch.uint8 and image.dim() == 3 and len(image) == len(images[0]) for image in images):
         raise ValueError("multi_crop: images are uint8 [C, H, W] with one C")
+    if not all(image.device == images[0].device for image in images):
+        raise ValueError("multi_crop: the images are on several devices; put them on one")
     for name, given, shape in (
         ("boxes", boxes, (n, V, 4)),
         ("switches", switches, (n, V, 4)),
@@ -95,6 +101,8 @@ def _check(images, boxes, switches, order, factors, radius, mean, std, dtype) ->
     ):
         if tuple(given.shape) != shape:
             raise ValueError(f"multi_crop: {name} is {list(given.shape)}; {list(shape)} is needed")
+        if given.device.type != "cpu":
+            raise ValueError(f"multi_crop: {name} is on {given.device}; the CPU reads the parameters, keep them there")
     if int(order.min()) < -1 or int(order.max()) > 3:
         raise ValueError("multi_crop: order has entries other than -1, 0, 1, 2, 3")
     extent = torch.tensor([image.shape[1:] for image in images])[:, None]  # [n, 1, 2]
@@ -103,9 +111,15 @@ def _check(images, boxes, switches, order, factors, radius, mean, std, dtype) ->
         raise ValueError("multi_crop: a box is empty or reaches outside its image")
 
 
-def _native(images, boxes, switches, order, factors, radius, mean, std, global_crops, local_crops) -> None:  # type: ignore[no-untyped-def]
-    from dino_fast import _C
+class Tasks(NamedTuple):
+    """What the compiled backends take; `keep` are the tensors that the addresses are of."""
 
+    arguments: tuple  # type: ignore[type-arg]
+    keep: tuple  # type: ignore[type-arg]
+
+
+def tasks(images, boxes, switches, order, factors, radius, mean, std, global_crops, local_crops) -> Tasks:  # type: ignore[no-untyped-def]
+    """Tables of V n crops, see csrc/bindings.cpp."""
     images = [image.contiguous() for image in images]
     mean, std = mean.float().contiguous(), std.float().contiguous()
     (n, V), (C, T) = boxes.shape[:2], (images[0].shape[0], len(global_crops))
@@ -122,18 +136,22 @@ def _native(images, boxes, switches, order, factors, radius, mean, std, global_c
     numbers = np.empty((V, n, 5), dtype=np.float32)
     numbers[..., :4] = factors.numpy().swapaxes(0, 1)
     numbers[..., 4] = radius.numpy().T
-    threads = torch.get_num_threads()
-    _C.multi_crop(
-        V * n,
-        table,
-        numbers,
-        C,
-        global_crops.dtype == torch.bfloat16,
-        MAY_GO_DOWN_FIRST,
-        mean.data_ptr(),
-        std.data_ptr(),
-        threads,
-    )
+    half = global_crops.dtype == torch.bfloat16
+    arguments = (V * n, table, numbers, C, half, MAY_GO_DOWN_FIRST, mean.data_ptr(), std.data_ptr())
+    return Tasks(arguments, (images, mean, std))
+
+
+def _native(*arguments) -> None:  # type: ignore[no-untyped-def]
+    from dino_fast import _C
+
+    given = tasks(*arguments)
+    _C.multi_crop(*given.arguments, torch.get_num_threads())
+
+
+def _cuda(*arguments) -> None:  # type: ignore[no-untyped-def]
+    from dino_fast.ops import multi_crop_cuda
+
+    multi_crop_cuda.multi_crop(*arguments)
 
 
 def multi_crop_reference(images, boxes, switches, order, factors, radius, mean, std, global_crops, local_crops) -> None:  # type: ignore[no-untyped-def]
@@ -142,7 +160,7 @@ def multi_crop_reference(images, boxes, switches, order, factors, radius, mean, 
     mean, std = mean.view(-1, 1, 1), std.view(-1, 1, 1)
     on, orders, strengths, radii = switches.tolist(), order.tolist(), factors.tolist(), radius.tolist()
     for i, image in enumerate(images):
-        whole = to_pillow(image)
+        whole = to_pillow(image.cpu())
         for v, (top, left, h, w) in enumerate(boxes[i].tolist()):
             out = views[v][i]
             size = (out.shape[2], out.shape[1])
@@ -226,4 +244,21 @@ _JITTER: tuple[Callable[[list[Image.Image], float], list[Image.Image]], ...] = (
 )
 
 
-register("multi_crop", Backend("native", native_missing), Backend("reference"))
+def _cuda_rejects(*images: Tensor) -> str | None:
+    other = next((image.device for image in images if not image.is_cuda), None)
+    return None if other is None else f"the CUDA kernels take images on a GPU; one is on {other}"
+
+
+def _native_rejects(*images: Tensor) -> str | None:
+    other = next((image.device for image in images if image.device.type != "cpu"), None)
+    return None if other is None else f"the native code takes images on the CPU; one is on {other}"
+
+
+_RUN = {"cuda": _cuda, "native": _native, "reference": lambda *arguments: multi_crop_reference(*arguments)}
+
+register(
+    "multi_crop",
+    Backend("cuda", cuda_missing, _cuda_rejects),
+    Backend("native", native_missing, _native_rejects),
+    Backend("reference"),
+)

@@ -1,0 +1,44 @@
+"""The CUDA backend of multi_crop: the batch's table goes to the device in one copy, six launches do the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dino_fast.ops.multi_crop import tasks
+
+
+def multi_crop(*arguments: Any) -> None:
+    """Fills the crops; the arguments are those of `multi_crop_reference`, images and crops on one GPU.
+
+    Queued on the current stream. Raises ValueError for a blurred crop with a side above 8192 pixels, or an order that
+    has the contrast twice.
+    """
+    given = tasks(*arguments)
+    crops = arguments[-2]
+    with _on_device(crops):
+        table = _kernels().cuda_multi_crop_table(*given.arguments)
+        memory = torch.empty(table.memory_bytes, dtype=torch.uint8, device=crops.device)
+        pinned = torch.empty(table.table_bytes, dtype=torch.uint8, pin_memory=crops.is_cuda)
+        table.write(pinned.data_ptr())
+        memory[: len(pinned)].copy_(pinned, non_blocking=True)
+        _kernels().cuda_multi_crop(table, memory.data_ptr(), _stream(crops))
+
+
+# ---- the device; tests put the host in its place ----
+
+
+def _kernels() -> Any:
+    from dino_fast import _C
+
+    return _C
+
+
+def _on_device(tensor: Tensor) -> Any:
+    return torch.cuda.device(tensor.device)
+
+
+def _stream(tensor: Tensor) -> int:
+    return torch.cuda.current_stream(tensor.device).cuda_stream
