@@ -54,7 +54,7 @@ class Config:
     solarize_p: tuple[float, float, float] = option((0.0, 0.2, 0.0), "of solarizing: the same three")
 
     # model
-    arch: str = option("vit_small", "backbone: vit_tiny, vit_small, vit_base, vit_large")
+    arch: str = option("vit_small", "backbone: vit_tiny, vit_small, vit_base, vit_large, timm/NAME or torchvision/NAME")
     patch_size: int = option(16, "side of a patch")
     embed_dim: int | None = option(None, "width, instead of the architecture's")
     depth: int | None = option(None, "blocks, instead of the architecture's")
@@ -396,7 +396,7 @@ def validate(config: Config) -> None:
             if value is not None and not all(map(holds, value if isinstance(value, tuple) else (value,))):
                 raise UserError(f"{_flag(name)} is {value}; it must be {accepted}")
     for size in ("global_size", "local_size") if config.local_crops else ("global_size",):
-        if getattr(config, size) % config.patch_size:
+        if "/" not in config.arch and getattr(config, size) % config.patch_size:
             value = getattr(config, size)
             low = value // config.patch_size * config.patch_size
             raise UserError(

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -383,7 +383,7 @@ def save(job: Job, measured: dict[str, float]) -> None:
         **learner_state(job.learner),
         "config": to_dict(job.config),
         "images": len(job.data.train),
-        "num_heads": job.learner.teacher.backbone.num_heads,
+        "num_heads": getattr(job.learner.teacher.backbone, "num_heads", None),
         "best": job.best,
     }
     checkpoint.save(job.run.checkpoints, job.step, state, keep=job.config.keep)
@@ -395,12 +395,11 @@ def save(job: Job, measured: dict[str, float]) -> None:
 
 def finish(job: Job) -> None:
     """Exports the teacher's backbone and says what there is and what to do with it."""
-    from dino_fast.models import VisionTransformer
     from dino_fast.models.checkpoints import export_backbone
 
     path = job.run.path
     export_backbone(
-        cast(VisionTransformer, job.learner.teacher.backbone),
+        job.learner.teacher.backbone,
         job.run.export / "teacher.safetensors",
         mean=list(job.config.mean),
         std=list(job.config.std),

@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,16 @@ from dino_fast.engine.optimizers import Optimizer, build_optimizer
 from dino_fast.engine.schedules import Rates
 from dino_fast.errors import UserError
 from dino_fast.loss import DINOLoss
-from dino_fast.models import DINOHead, MultiCropWrapper, WeightNormLinear, build_backbone, set_drop_path_seed
+from dino_fast.models import (
+    DINOHead,
+    MultiCropWrapper,
+    VisionTransformer,
+    WeightNormLinear,
+    build_backbone,
+    set_drop_path_seed,
+)
 from dino_fast.ops.dino_loss import dino_loss
 from dino_fast.optim import ema_update
-
-if TYPE_CHECKING:
-    from dino_fast.models.vit import VisionTransformer
 
 # The narrow models that `init: xavier` is for start at ln K and stay there with the published deviation of 0.02.
 XAVIER_POSITION_STD = 0.3
@@ -98,6 +102,8 @@ def build_model(config: Config, channels: int, drop_path_rate: float) -> MultiCr
         bottleneck_dim=config.head_bottleneck_dim,
     )
     if config.init == "xavier":
+        if not isinstance(backbone, VisionTransformer):
+            raise UserError(f"--init xavier is for vit_* architectures; use --init published with --arch {config.arch}")
         xavier(backbone, head)
     return MultiCropWrapper(backbone, head)
 

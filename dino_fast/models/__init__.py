@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from dino_fast.errors import UserError, nearest
 from dino_fast.models.head import DINOHead, WeightNormLinear
@@ -17,8 +17,11 @@ ARCHITECTURES = {
     "vit_large": (1024, 24, 16),
 }
 
+LIBRARIES = ("timm", "torchvision")  # whose models go by library/NAME
+
 __all__ = [
     "ARCHITECTURES",
+    "LIBRARIES",
     "DINOHead",
     "MultiCropWrapper",
     "VisionTransformer",
@@ -32,11 +35,21 @@ __all__ = [
 ]
 
 
-def build_backbone(arch: str, **options: Any) -> VisionTransformer:
-    """A backbone by name; `options` are those of `VisionTransformer` and may replace the name's sizes too."""
+def build_backbone(arch: str, **options: Any) -> Any:
+    """A backbone by name; `options` are those of `VisionTransformer` and may replace the name's sizes too.
+
+    `timm/NAME` and `torchvision/NAME` are models of those libraries without weights and classifier, in which only
+    `in_chans`, `img_size` and `drop_path_rate` are set, as far as they have them. Every backbone has `embed_dim` and
+    turns `[B, C, H, W]` into `[B, embed_dim]`. Raises UserError for a name that is not there.
+    """
+    if arch.partition("/")[0] in LIBRARIES:
+        from dino_fast.models.libraries import build
+
+        return build(arch, **options)
     if arch not in ARCHITECTURES:
         raise UserError(
-            f"unknown architecture '{arch}'{nearest(arch, ARCHITECTURES)}; known: {', '.join(ARCHITECTURES)}"
+            f"unknown architecture '{arch}'{nearest(arch, ARCHITECTURES)}; known: {', '.join(ARCHITECTURES)}, and "
+            f"timm/NAME and torchvision/NAME (torchvision/resnet50, say)"
         )
     embed_dim, depth, num_heads = ARCHITECTURES[arch]
     return VisionTransformer(**{"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, **options})
@@ -44,19 +57,19 @@ def build_backbone(arch: str, **options: Any) -> VisionTransformer:
 
 def vit_tiny(patch_size: int = 16, **options: Any) -> VisionTransformer:
     """12 blocks of width 192 with 3 heads."""
-    return build_backbone("vit_tiny", patch_size=patch_size, **options)
+    return cast(VisionTransformer, build_backbone("vit_tiny", patch_size=patch_size, **options))
 
 
 def vit_small(patch_size: int = 16, **options: Any) -> VisionTransformer:
     """12 blocks of width 384 with 6 heads."""
-    return build_backbone("vit_small", patch_size=patch_size, **options)
+    return cast(VisionTransformer, build_backbone("vit_small", patch_size=patch_size, **options))
 
 
 def vit_base(patch_size: int = 16, **options: Any) -> VisionTransformer:
     """12 blocks of width 768 with 12 heads."""
-    return build_backbone("vit_base", patch_size=patch_size, **options)
+    return cast(VisionTransformer, build_backbone("vit_base", patch_size=patch_size, **options))
 
 
 def vit_large(patch_size: int = 16, **options: Any) -> VisionTransformer:
     """24 blocks of width 1024 with 16 heads."""
-    return build_backbone("vit_large", patch_size=patch_size, **options)
+    return cast(VisionTransformer, build_backbone("vit_large", patch_size=patch_size, **options))

@@ -98,7 +98,7 @@ def load_backbone(
     return backbone
 
 
-def export_backbone(backbone: VisionTransformer, path: str | Path, **facts: Any) -> Path:
+def export_backbone(backbone: nn.Module, path: str | Path, **facts: Any) -> Path:
     """Writes the backbone's weights with the published names, which timm and torch.hub load as they are.
 
     `.safetensors`, or `.pth` for torch.load. Sizes and `facts` (such as `mean` and `std`) go into the safetensors'
@@ -111,12 +111,9 @@ def export_backbone(backbone: VisionTransformer, path: str | Path, **facts: Any)
     if path.suffix not in (".safetensors", ".pth"):
         raise UserError(f"cannot export to {path}: the name must end in .safetensors or .pth")
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
-    facts = {
-        "patch_size": backbone.patch_size,
-        "num_heads": backbone.num_heads,
-        "img_size": list(backbone.img_size),
-        **facts,
-    }
+    if isinstance(backbone, VisionTransformer):
+        sizes = {"patch_size": backbone.patch_size, "num_heads": backbone.num_heads}
+        facts = {**sizes, "img_size": list(backbone.img_size), **facts}
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

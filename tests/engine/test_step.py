@@ -4,6 +4,7 @@ import copy
 import math
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -304,3 +305,22 @@ def test_without_centering_the_centre_stays_zero() -> None:
     other = _learner(_config())
     _run(other, range(3))
     assert other.loss.center.any()
+
+
+def test_a_convolutional_backbone_trains(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    from dino_fast.models.checkpoints import export_backbone
+
+    config = _config(
+        arch="torchvision/resnet18", embed_dim=None, depth=None, heads=None, init="published", global_size=37,
+        local_size=20, norm_last_layer=False, head_bn=True, lr=0.01,
+    )  # fmt: skip
+    learner = _learner(config)
+    batch, rates = _batch(0, config), Schedules(config, PER_EPOCH).at(10)
+    losses = [train_step(learner, batch, rates, 10)["kl"] for _ in range(5)]
+    assert losses[-1] < losses[0]
+    path = export_backbone(learner.teacher.backbone, tmp_path / "teacher.safetensors")
+    assert load_file(path).keys() == learner.teacher.backbone.state_dict().keys()
+    with pytest.raises(UserError, match="--init published"):
+        _learner(replace(config, init="xavier"))
