@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -68,6 +69,16 @@ class CropParams:
     @staticmethod
     def concatenate(parts: Sequence[CropParams]) -> CropParams:
         return CropParams(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(CropParams)})
+
+
+class Cuts(NamedTuple):
+    """The crops of n images of known sizes, as the operation multi_crop takes them; CPU tensors."""
+
+    boxes: Tensor  # [n, V, 4] int64: top, left, height, width
+    switches: Tensor  # [n, V, 4] bool: flip, grey, blur, solarize
+    order: Tensor  # [n, V, 4] int64: brightness 0, contrast 1, saturation 2, hue 3; -1 for none
+    factors: Tensor  # [n, V, 4] float32
+    radius: Tensor  # [n, V] float32
 
 
 @dataclass(frozen=True)
@@ -183,24 +194,36 @@ class MultiCrop:
     ) -> tuple[Tensor, Tensor]:
         """Cuts the crops that `params` describes.
 
-        images: n tensors, uint8 or uint16 [C, H, W], of any sizes and one C in 1 to 16; of 16 bits the high 8 are used.
-        Returns global crops [2, n, C, h, w] and local crops [n_local, n, C, h, w], normalised, in `dtype` (float32 or
-        bfloat16). `backend` is native, reference (Pillow) or auto. Raises ValueError when images and parameters
-        disagree.
+        images: n tensors, uint8 or uint16 [C, H, W], of any sizes and one C in 1 to 16, on the CPU or on one GPU; of
+        16 bits the high 8 are used. Returns global crops [2, n, C, h, w] and local crops [n_local, n, C, h, w] on the
+        same device, normalised, in `dtype` (float32 or bfloat16). `backend` is cuda, native, reference (Pillow) or
+        auto. Raises ValueError when images and parameters disagree.
         """
-        channels = self._check_images(images, params)
+        self._check_images(images, params)
         images = [_eight_bits(image) for image in images]
-        boxes = torch.from_numpy(self.boxes(params, [(image.shape[1], image.shape[2]) for image in images]))
+        cuts = self.cuts(params, [(image.shape[1], image.shape[2]) for image in images])
+        return self.cut(images, cuts, dtype=dtype, backend=backend)
+
+    def cuts(self, params: CropParams, sizes: Sequence[tuple[int, int]]) -> Cuts:
+        """What `params` means for images of `sizes` (height, width): all that `cut` needs beside the pixels."""
         strength = torch.tensor(self.jitter)
         used = params.jitter[..., None] & (strength > 0)[params.order]  # [n, V, 4]
-        mean, std = self.statistics(channels)
-        return multi_crop(
-            images,
-            boxes,
+        return Cuts(
+            torch.from_numpy(self.boxes(params, sizes)),
             torch.stack((params.flip, params.grey, params.blur, params.solarize), dim=-1),
             torch.where(used, params.order, -1),
             params.factors,
             params.radius,
+        )
+
+    def cut(
+        self, images: Sequence[Tensor], cuts: Cuts, *, dtype: torch.dtype = torch.float32, backend: str = "auto"
+    ) -> tuple[Tensor, Tensor]:
+        """The second half of `apply`: uint8 images, on a CPU or a GPU, and their `cuts`, on the CPU."""
+        mean, std = self.statistics(images[0].shape[0])
+        return multi_crop(
+            list(images),
+            *cuts,
             GLOBALS,
             list(pair(self.global_size)),
             list(pair(self.local_size)),
@@ -210,7 +233,7 @@ class MultiCrop:
             backend,
         )
 
-    def _check_images(self, images: Sequence[Tensor], params: CropParams) -> int:
+    def _check_images(self, images: Sequence[Tensor], params: CropParams) -> None:
         if len(images) != len(params) or not images:
             raise ValueError(f"apply: {len(images)} images with the parameters of {len(params)}; give one for each")
         if params.flip.shape[1] != self.n_crops:
@@ -225,7 +248,6 @@ class MultiCrop:
                 )
         if not 1 <= channels <= 16:
             raise ValueError(f"apply: {channels} channels; 1 to 16 are supported")
-        return channels
 
     def statistics(self, channels: int) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation as [C, 1, 1] float32 (see the class for how they meet the channels)."""

@@ -10,8 +10,10 @@ lie within 2/255 of the full ones at 89 % of their values where 99.9 % are asked
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +26,14 @@ MAX_PIXELS = 89_478_485  # a quarter of a GiB of RGB; more is a decompression bo
 _ORIENTATION = 0x0112  # the EXIF tag
 _AS_IS = {1: ("L",), 3: ("L", "RGB")}  # modes that torchvision turns into 1 or 3 channels with Pillow's bits
 _EXIF = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}  # where Pillow keeps it
+
+
+class Jpeg(NamedTuple):
+    """An ordinary JPEG file that is yet to be decoded."""
+
+    data: bytes
+    height: int
+    width: int
 
 
 class ImageError(UserError):
@@ -50,13 +60,29 @@ def decode(data: bytes, channels: int) -> Tensor:
         raise ImageError(f"cannot be decoded ({error or type(error).__name__})") from error
 
 
+def jpeg_or_pixels(data: bytes, channels: int) -> Jpeg | Tensor:
+    """The file itself where it is an ordinary, whole JPEG, which any decoder reads alike but for rounding; else what
+    `decode` makes of it."""
+    if data[:2] == b"\xff\xd8" and data.rstrip(b"\0")[-2:] == b"\xff\xd9":
+        with contextlib.suppress(Exception), warnings.catch_warnings():  # decode says what is wrong
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(data)) as image:
+                if _is_ordinary(image, channels) and image.width * image.height <= MAX_PIXELS:
+                    return Jpeg(data, image.height, image.width)
+    return decode(data, channels)
+
+
+def _is_ordinary(image: Image.Image, channels: int) -> bool:
+    return image.format in ("JPEG", "MPO") and image.mode in _AS_IS[channels] and not _turned(image)
+
+
 def _to_tensor(image: Image.Image, data: bytes, channels: int) -> Tensor:
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(
             f"{image.width} x {image.height} pixels; more than {MAX_PIXELS:,} are refused "
             "as a decompression bomb. Scale the image down first"
         )
-    if image.format in ("JPEG", "MPO") and image.mode in _AS_IS[channels] and not _turned(image):
+    if _is_ordinary(image, channels):
         decoded = _jpeg(data, image, channels)
         if decoded is not None:
             return decoded

@@ -11,14 +11,15 @@ import logging
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from dino_fast.augment import IMAGENET_MEAN, IMAGENET_STD, MultiCrop, Size, pair, statistics
-from dino_fast.data.decode import ImageError
+from dino_fast.data.decode import ImageError, Jpeg
+from dino_fast.data.on_gpu import Packed, cut_ahead, pack
 from dino_fast.data.sources import Source
 from dino_fast.errors import UserError
 from dino_fast.ops.multi_crop import from_pillow, to_pillow
@@ -39,6 +40,13 @@ class Batch:
     batch: int  # position in the epoch; (epoch, batch + 1) is where to start after it
     bad: list[tuple[int, str]] = field(default_factory=list)  # (index, reason) of images that could not be read
     failure: str = ""  # set when not even replacements could be read
+    packed: Packed | None = None  # the images, between a worker and the GPU that makes the crops
+
+    def pin_memory(self) -> Batch:
+        """For the loader: a copy from which a GPU can fetch by itself."""
+        if self.packed is not None:
+            return replace(self, packed=self.packed.pin_memory())
+        return replace(self, global_crops=self.global_crops.pin_memory(), local_crops=self.local_crops.pin_memory())
 
 
 def train_loader(
@@ -55,15 +63,20 @@ def train_loader(
     max_bad: float = 0.05,
     on_bad: Callable[[str], None] | None = None,
     pin_memory: bool = False,
+    gpu: torch.device | None = None,
+    encoded: bool = False,
 ) -> TrainLoader:
     """Batches of crops from `start` (epoch, batch index) to the end of epoch `epochs` - 1, or for ever when it is None.
 
     `batch_size` counts the images of all `world` processes; incomplete batches at the end of an epoch are left out. An
     image that cannot be read is replaced by another one, `on_bad` gets a line about it (default: a log warning), and
     more than `max_bad` of all images failing raises UserError, as do sizes that do not fit together.
+
+    With `gpu` the crops are made there (the same bits, on a stream beside the current one, a batch ahead), and workers
+    only decode; with `encoded` they hand ordinary JPEGs on for that GPU to decode.
     """
     return TrainLoader(
-        source, crops, batch_size, seed, workers, start, epochs, rank, world, max_bad, on_bad, pin_memory
+        source, crops, batch_size, seed, workers, start, epochs, rank, world, max_bad, on_bad, pin_memory, gpu, encoded
     )
 
 
@@ -83,6 +96,8 @@ class TrainLoader:
     max_bad: float
     on_bad: Callable[[str], None] | None
     pin_memory: bool
+    gpu: torch.device | None = None
+    encoded: bool = False
     bad: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -109,7 +124,7 @@ class TrainLoader:
         if self.workers:
             self.source.prepare()
         loader: DataLoader[Batch] = DataLoader(
-            _Crops(self.source, self.crops, self.seed),  # type: ignore[arg-type]
+            _Crops(self.source, self.crops, self.seed, self.gpu is not None, self.encoded),  # type: ignore[arg-type]
             batch_size=None,  # one request is one batch, so what a worker makes does not depend on how many there are
             sampler=_Order(self),
             num_workers=self.workers,
@@ -118,7 +133,10 @@ class TrainLoader:
             prefetch_factor=4 if self.workers else None,
             pin_memory=self.pin_memory,
         )
-        batches = _started(loader)
+        batches = self._noted(_started(loader))
+        yield from batches if self.gpu is None else cut_ahead(batches, self.source, self.crops, self.gpu)
+
+    def _noted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         while (batch := _next(batches)) is not None:
             self._note(batch)
             yield batch
@@ -182,10 +200,11 @@ class _Order:
 
 
 class _Crops:
-    """What runs in a worker: reads the images of one request and cuts their crops."""
+    """What runs in a worker: reads the images of one request and cuts their crops, or packs them for a GPU."""
 
-    def __init__(self, source: Source, crops: MultiCrop, seed: int) -> None:
-        self.source, self.crops, self.seed = source, crops, seed
+    def __init__(self, source: Source, crops: MultiCrop, seed: int, packed: bool, encoded: bool) -> None:
+        self.source, self.crops, self.seed, self.packed = source, crops, seed, packed
+        self.get: Callable[[int], Tensor | Jpeg] = source.jpeg_or_pixels if encoded else source.read
 
     def __getitem__(self, request: tuple[int, int, list[int]]) -> Batch:
         epoch, number, wanted = request
@@ -200,14 +219,19 @@ class _Crops:
             return Batch(nothing, nothing, torch.empty(0, dtype=torch.int64), epoch, number, bad, failure)
         params = self.crops.sample_each([mix(self.seed, _CROPS, epoch, index) for index in wanted])
         index = torch.tensor([index for _, index in read])
-        return Batch(*self.crops.apply(images, params), index, epoch, number, bad)
+        if not self.packed:
+            return Batch(*self.crops.apply(images, params), index, epoch, number, bad)  # type: ignore[arg-type]
+        sizes = [(i.height, i.width) if isinstance(i, Jpeg) else (i.shape[1], i.shape[2]) for i in images]
+        packed = pack(images, self.crops.cuts(params, sizes), self.source.channels)
+        nothing = torch.empty(0)
+        return Batch(nothing, nothing, index, epoch, number, bad, packed=packed)
 
-    def _read(self, index: int, epoch: int, bad: list[tuple[int, str]]) -> tuple[Tensor | None, int]:
+    def _read(self, index: int, epoch: int, bad: list[tuple[int, str]]) -> tuple[Tensor | Jpeg | None, int]:
         """The image and its index, or those of a stand-in that is a function of (seed, epoch, index)."""
         used = index
         for attempt in range(_REPLACEMENTS + 1):
             try:
-                return self.source.read(used), used
+                return self.get(used), used
             except ImageError as error:
                 bad.append((used, str(error)))
             used = mix(self.seed, _REPLACE, epoch, index, attempt) % len(self.source)

@@ -7,17 +7,18 @@ when it is read.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dino_fast.data.decode import ImageError, decode
+from dino_fast.data.decode import ImageError, Jpeg, decode, jpeg_or_pixels
 from dino_fast.errors import UserError
 
+T = TypeVar("T")
 TRAIN_DIRS, TEST_DIRS = ("train", "training"), ("val", "test", "valid", "validation", "testing")
 
 
@@ -42,9 +43,16 @@ class Source:
 
     def read(self, index: int) -> Tensor:
         """uint8 [channels, H, W]. Raises ImageError naming the image."""
+        return self._decoded(index, decode)
+
+    def jpeg_or_pixels(self, index: int) -> Jpeg | Tensor:
+        """The file of an ordinary JPEG, for a GPU to decode; else what `read` returns."""
+        return self._decoded(index, jpeg_or_pixels)
+
+    def _decoded(self, index: int, how: Callable[[bytes, int], T]) -> T:
         data = self.data(index)
         try:
-            return decode(data, self.channels)
+            return how(data, self.channels)
         except ImageError as error:
             raise ImageError(f"{self.name(index)}: {error}") from error
 
@@ -88,6 +96,9 @@ class ArraySource(Source):
     def prepare(self) -> None:
         """Nothing: the images are decoded."""
 
+    def jpeg_or_pixels(self, index: int) -> Jpeg | Tensor:
+        return self.read(index)
+
     def read(self, index: int) -> Tensor:
         image = self.images[index]
         if self.channels == len(image):
@@ -124,6 +135,9 @@ class Subset(Source):
 
     def read(self, index: int) -> Tensor:
         return self.source.read(int(self.indices[index]))
+
+    def jpeg_or_pixels(self, index: int) -> Jpeg | Tensor:
+        return self.source.jpeg_or_pixels(int(self.indices[index]))
 
     def data(self, index: int) -> bytes:
         return self.source.data(int(self.indices[index]))

@@ -36,6 +36,8 @@ class Config:
     mean: tuple[float, ...] = option((0.485, 0.456, 0.406), "per channel, of pixels in 0..1")
     std: tuple[float, ...] = option((0.229, 0.224, 0.225), "per channel, of pixels in 0..1")
     workers: int | None = option(None, "processes that load data; default: 0 on a CPU, on a GPU one a core, at most 10")
+    augment_on: str = option("auto", "where crops are made; auto: on the GPU that trains", ("auto", "cpu", "gpu"))
+    decode_on: str = option("cpu", "gpu: nvJPEG, whose pixels differ from the CPU's by a level", ("cpu", "gpu"))
     max_bad: float = option(0.05, "share of unreadable images that is skipped before the run stops")
 
     # crops
@@ -117,7 +119,7 @@ class Config:
 
 # Fields that do not change what the rest of a run computes: a resumed run may be given others.
 FREE_ON_RESUME = (
-    *("data", "workers", "max_bad", "max_steps", "knn_every", "knn_k", "knn_temperature", "knn_images"),
+    *("data", "workers", "augment_on", "max_bad", "max_steps", "knn_every", "knn_k", "knn_temperature", "knn_images"),
     *("save_every", "keep", "out", "resume", "device", "keep_freed_memory"),
 )
 # Where and whether to continue is the command's affair and not written into config.yaml.

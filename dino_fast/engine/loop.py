@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from dino_fast.backends import native_missing
+from dino_fast.backends import cuda_missing, native_missing
 from dino_fast.data import Batch, Source, Subset, TrainLoader, eval_batches, open_source, split, train_loader
+from dino_fast.data.on_gpu import nvjpeg_missing
 from dino_fast.engine import checkpoint
 from dino_fast.engine.config import Config, check_same, multi_crop, stored_config, to_dict, validate
 from dino_fast.engine.monitor import Health, Progress, memory
@@ -266,7 +267,23 @@ def make_loader(config: Config, source: Source, device: torch.device) -> TrainLo
         epochs=config.epochs,
         max_bad=config.max_bad,
         pin_memory=device.type == "cuda",
+        gpu=choose_cropping(config.augment_on, config.decode_on, device),
+        encoded=config.decode_on == "gpu",
     )
+
+
+def choose_cropping(augment_on: str, decode_on: str, device: torch.device) -> torch.device | None:
+    """The GPU that makes the crops, None for the CPU."""
+    missing = cuda_missing() if device.type == "cuda" else f"the run trains on {device}"
+    if augment_on == "gpu" and missing:
+        raise UserError(f"--augment-on gpu: {missing}; use --augment-on cpu or auto ('dino-fast info' tells more)")
+    if decode_on == "gpu" and (missing or augment_on == "cpu"):
+        raise UserError(f"--decode-on gpu: {missing or 'the crops are made on the CPU'}; use --decode-on cpu")
+    if augment_on == "cpu" or missing:
+        return None
+    if decode_on == "gpu" and (reason := nvjpeg_missing(device)):
+        raise UserError(f"--decode-on gpu: torchvision cannot ({reason}); use --decode-on cpu")
+    return device
 
 
 def choose_device(name: str) -> torch.device:

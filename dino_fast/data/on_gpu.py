@@ -1,0 +1,156 @@
+"""Batches that travel as uint8 and are cropped on a GPU.
+
+A worker reads and decodes, packs the images of a batch into one buffer and draws their boxes; this process copies the
+buffer and cuts the crops on a stream of its own, one batch ahead, while the step before it runs. With `encoded`,
+ordinary JPEGs travel as files and nvJPEG decodes them on the GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from dino_fast.augment import Cuts, MultiCrop
+from dino_fast.data.decode import ImageError, Jpeg, decode
+from dino_fast.data.sources import Source
+from dino_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from dino_fast.data.loader import Batch
+
+
+@dataclass
+class Packed:
+    """Images of different sizes, or JPEG files, one after the other in one buffer, and where to cut them."""
+
+    buffer: Tensor  # uint8 [bytes]
+    shapes: Tensor  # int64 [n, 4]: C, H, W and the bytes of the file, 0 where there are pixels
+    cuts: Cuts
+
+    def parts(self) -> list[Tensor]:
+        """Views of the buffer: uint8 [C, H, W], or [bytes] of a file."""
+        at, parts = 0, []
+        for channels, height, width, size in self.shapes.tolist():
+            end = at + (size or channels * height * width)
+            part = self.buffer[at:end]
+            parts.append(part if size else part.view(channels, height, width))
+            at = end
+        return parts
+
+    def pin_memory(self) -> Packed:
+        return replace(self, buffer=self.buffer.pin_memory())
+
+
+def pack(images: Sequence[Tensor | Jpeg], cuts: Cuts, channels: int) -> Packed:
+    """Copies the images, uint8 [C, H, W], or the files behind each other."""
+    shapes = [
+        (channels, image.height, image.width, len(image.data)) if isinstance(image, Jpeg) else (*image.shape, 0)
+        for image in images
+    ]
+    rows = [
+        torch.frombuffer(bytearray(image.data), dtype=torch.uint8) if isinstance(image, Jpeg) else image.reshape(-1)
+        for image in images
+    ]
+    return Packed(torch.cat(rows), torch.tensor(shapes), cuts)
+
+
+def cut_ahead(batches: Iterator[Batch], source: Source, crops: MultiCrop, device: torch.device) -> Iterator[Batch]:
+    """The batches with their crops on `device`. What the next batch raises comes after the batch before it."""
+    side = _Side(device)
+    waiting: Batch | None = None
+    while True:
+        following, failure = None, None
+        try:
+            batch = next(batches, None)
+            following = None if batch is None else side.cut(batch, source, crops)
+        except UserError as error:
+            failure = error
+        if waiting is not None:
+            yield side.handed_over(waiting)
+        if failure is not None:
+            raise failure
+        if following is None:
+            return
+        waiting = following
+
+
+class _Side:
+    """Where crops are cut: on a GPU a stream beside the one that trains, on a CPU (in the tests) nothing special."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def cut(self, batch: Batch, source: Source, crops: MultiCrop) -> Batch:
+        """Queues the copy and the crops of a batch."""
+        packed = batch.packed
+        if packed is None:
+            return batch
+        on_stream: Any = contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
+        with on_stream:
+            images = unpacked(packed, self.device, lambda i: source.name(int(batch.index[i])))
+            made = crops.cut(images, packed.cuts)
+        return replace(batch, global_crops=made[0], local_crops=made[1], packed=None)
+
+    def handed_over(self, batch: Batch) -> Batch:
+        """The batch, for the current stream, which waits for this one."""
+        if self.stream is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(self.stream)
+            for crops in (batch.global_crops, batch.local_crops):
+                crops.record_stream(current)
+        return batch
+
+
+def unpacked(packed: Packed, device: torch.device, name: Any) -> list[Tensor]:
+    """The images on `device`, uint8 [C, H, W]. Raises UserError with `name(i)` for a file that nobody can decode."""
+    parts = packed.parts()
+    files = [i for i, row in enumerate(packed.shapes.tolist()) if row[3]]
+    if len(files) < len(parts):
+        buffer = packed.buffer.to(device, non_blocking=True)
+        images = replace(packed, buffer=buffer).parts()
+    else:
+        images = list(parts)
+    channels = int(packed.shapes[0, 0])
+    for i, image in zip(files, _decoded([parts[i] for i in files], channels, device), strict=True):
+        if image is None or list(image.shape) != packed.shapes[i, :3].tolist():
+            try:
+                image = decode(parts[i].numpy().tobytes(), channels).to(device)
+            except ImageError as error:
+                raise UserError(f"{name(i)}: {error}. With --decode-on cpu such a file is skipped") from error
+        images[i] = image
+    return images
+
+
+def _decoded(files: list[Tensor], channels: int, device: torch.device) -> Sequence[Tensor | None]:
+    """uint8 [C, H, W] of each JPEG file by torchvision, on a GPU by nvJPEG; all None where one of them is refused."""
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    if not files:
+        return []
+    mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
+    try:
+        return decode_jpeg(files, mode, device=device)  # type: ignore[return-value]
+    except RuntimeError:
+        return [None] * len(files)
+
+
+def nvjpeg_missing(device: torch.device) -> str | None:
+    """Why JPEGs cannot be decoded on this device, or None."""
+    import io
+
+    from PIL import Image
+    from torchvision.io import decode_jpeg
+
+    data = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(data, "JPEG")
+    try:
+        decode_jpeg([torch.frombuffer(bytearray(data.getvalue()), dtype=torch.uint8)], device=device)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return None

@@ -1,0 +1,176 @@
+"""Batches that travel as uint8 or as files give the CPU's crops; without a GPU the other end is a CPU too."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from dino_fast.augment import MultiCrop
+from dino_fast.backends import cuda_missing
+from dino_fast.data import ArraySource, ImageError, Source, on_gpu, open_source, train_loader
+from dino_fast.data import decode as decode_module
+from dino_fast.data.decode import Jpeg
+from dino_fast.engine.config import build_config
+from dino_fast.engine.loop import choose_cropping, train
+from dino_fast.errors import UserError
+
+from .test_loader import CROPS, Broken, images, same
+from .test_sources import picture, save
+
+CPU = torch.device("cpu")
+needs_gpu = pytest.mark.skipif(cuda_missing() is not None, reason=str(cuda_missing()))
+
+
+def load(source: Source, **options) -> list:
+    options = {"batch_size": 6, "seed": 3, "epochs": 2, "on_bad": lambda line: None} | options
+    return list(train_loader(source, CROPS, **options))
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Source:
+    """Ordinary JPEGs of several sizes among images that only the CPU decodes."""
+    for i in range(6):
+        save(tmp_path / f"{i}.jpg", picture().resize((20 + 7 * i, 40 - 3 * i)))
+    save(tmp_path / "grey.jpg", picture("L"))
+    save(tmp_path / "cmyk.jpg", picture("CMYK"))
+    save(tmp_path / "palette.png", picture("P"))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    save(tmp_path / "turned.jpg", picture(), exif=exif)
+    return open_source(tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("encoded", [False, True])
+def test_crops_are_the_same(mixed: Source, workers: int, encoded: bool) -> None:
+    here, there = load(mixed), load(mixed, workers=workers, gpu=CPU, encoded=encoded)
+    assert len(here) == len(there) == 2 and all(map(same, here, there))
+    assert all(batch.packed is None for batch in there)
+
+
+def test_a_batch_travels_as_bytes(mixed: Source) -> None:
+    """What a worker hands over is as large as the images, or the files, and not as the crops."""
+    from dino_fast.data.loader import _Crops
+
+    crops = MultiCrop()
+    wanted = list(range(len(mixed)))
+    for encoded in (False, True):
+        batch = _Crops(mixed, crops, 0, True, encoded)[0, 0, wanted]
+        kinds = {mixed.name(i).rsplit("/", 1)[1]: row[3] for i, row in enumerate(batch.packed.shapes.tolist())}
+        files = {name for name, size in kinds.items() if size}
+        ordinary = {f"{i}.jpg" for i in range(6)} | {"grey.jpg"}
+        assert files == (ordinary if encoded else set())
+        assert batch.packed.buffer.dtype == torch.uint8 and batch.global_crops.numel() == 0
+        pixels = [mixed.read(i) for i in wanted]
+        size = sum(mixed.data(i).__len__() if row[3] else p.numel()
+                   for i, (row, p) in enumerate(zip(batch.packed.shapes.tolist(), pixels, strict=True)))  # fmt: skip
+        assert len(batch.packed.buffer) == size
+        unpacked = on_gpu.unpacked(batch.packed, CPU, str)
+        assert all(torch.equal(a, b) for a, b in zip(unpacked, pixels, strict=True))
+
+
+def test_images_in_memory() -> None:
+    source = ArraySource(images(20))
+    assert all(map(same, load(source), load(source, gpu=CPU, encoded=True)))
+
+
+def test_bad_images_are_replaced_as_on_the_cpu() -> None:
+    source = Broken(images(100), {4, 9})
+    assert all(map(same, load(source), load(source, gpu=CPU, workers=1)))
+
+
+def test_a_failure_comes_after_the_batch_before_it() -> None:
+    class Dying(ArraySource):
+        def read(self, index: int) -> torch.Tensor:
+            if self.left == 0:
+                raise ImageError(f"{self.name(index)}: gone")
+            self.left -= 1
+            return super().read(index)
+
+    for gpu in (None, CPU):
+        source = Dying(images(60))
+        source.left = 17
+        seen = []
+        with pytest.raises(UserError, match="is the disk still there"):
+            for batch in train_loader(
+                source, CROPS, batch_size=6, seed=0, max_bad=1.0, gpu=gpu, on_bad=lambda line: None
+            ):
+                seen.append(batch.batch)
+        assert seen == [0, 1]
+
+
+def test_what_is_handed_on_as_a_file(tmp_path: Path) -> None:
+    save(tmp_path / "a.jpg", picture())
+    data = (tmp_path / "a.jpg").read_bytes()
+    assert decode_module.jpeg_or_pixels(data, 3) == Jpeg(data, 12, 20)
+    assert isinstance(decode_module.jpeg_or_pixels(data + b"\0\0", 3), Jpeg)
+    for cut in (data[:-2], data[: len(data) // 2], data[:20]):  # a whole file has its end
+        with pytest.raises(ImageError):
+            decode_module.jpeg_or_pixels(cut, 3)
+    with pytest.raises(ImageError, match="empty"):
+        decode_module.jpeg_or_pixels(b"", 3)
+
+
+def test_a_file_that_nobody_can_decode_is_named(mixed: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_gpu, "_decoded", lambda files, channels, device: [None] * len(files))
+    assert all(map(same, load(mixed), load(mixed, gpu=CPU, encoded=True)))  # refused there, the CPU takes over
+
+    def broken(data: bytes, channels: int) -> torch.Tensor:
+        raise ImageError("cannot be decoded")
+
+    monkeypatch.setattr(on_gpu, "decode", broken)
+    with pytest.raises(UserError, match=r"\.jpg: cannot be decoded. With --decode-on cpu such a file is skipped"):
+        load(mixed, gpu=CPU, encoded=True)
+
+
+def test_where_crops_are_made() -> None:
+    for augment_on in ("auto", "cpu"):
+        assert choose_cropping(augment_on, "cpu", CPU) is None
+        with pytest.raises(UserError, match="--decode-on gpu"):
+            choose_cropping(augment_on, "gpu", CPU)
+    with pytest.raises(UserError, match="--augment-on gpu: the run trains on cpu; use --augment-on cpu or auto"):
+        choose_cropping("gpu", "cpu", CPU)
+
+
+def test_a_run_without_a_gpu_stops_before_anything_is_written(mixed: Source, tmp_path: Path) -> None:
+    given = {"data": str(tmp_path), "augment_on": "gpu", "device": "cpu", "batch_size": 2, "out": str(tmp_path / "run")}
+    with pytest.raises(UserError, match="--augment-on gpu: the run trains on cpu"):
+        train(build_config(given))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_gpu_whose_kernels_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr("dino_fast.engine.loop.cuda_missing", lambda: "this build has no CUDA kernels")
+    assert choose_cropping("auto", "cpu", gpu) is None
+    with pytest.raises(UserError, match="--augment-on gpu: this build has no CUDA kernels"):
+        choose_cropping("gpu", "cpu", gpu)
+    monkeypatch.setattr("dino_fast.engine.loop.cuda_missing", lambda: None)
+    assert choose_cropping("auto", "cpu", gpu) == choose_cropping("gpu", "cpu", gpu) == gpu
+    assert choose_cropping("cpu", "cpu", gpu) is None
+    with pytest.raises(UserError, match="--decode-on gpu: the crops are made on the CPU"):
+        choose_cropping("cpu", "gpu", gpu)
+    monkeypatch.setattr("dino_fast.engine.loop.nvjpeg_missing", lambda device: "no nvjpeg")
+    with pytest.raises(UserError, match=r"--decode-on gpu: torchvision cannot \(no nvjpeg\)"):
+        choose_cropping("auto", "gpu", gpu)
+
+
+@needs_gpu
+@pytest.mark.parametrize("workers", [0, 2])
+def test_crops_of_a_gpu_are_the_same(mixed: Source, workers: int) -> None:
+    gpu = torch.device("cuda")
+    for here, there in zip(load(mixed), load(mixed, workers=workers, gpu=gpu, pin_memory=True), strict=True):
+        assert there.global_crops.is_cuda and torch.equal(here.global_crops, there.global_crops.cpu())
+        assert torch.equal(here.local_crops, there.local_crops.cpu()) and torch.equal(here.index, there.index)
+
+
+@needs_gpu
+def test_nvjpeg_differs_by_rounding_only(mixed: Source) -> None:
+    gpu = torch.device("cuda")
+    if reason := on_gpu.nvjpeg_missing(gpu):
+        pytest.skip(reason)
+    for here, there in zip(load(mixed), load(mixed, gpu=gpu, encoded=True, pin_memory=True), strict=True):
+        assert (here.global_crops - there.global_crops.cpu()).abs().mean() < 0.05
