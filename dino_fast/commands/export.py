@@ -5,21 +5,35 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+# Names of `dino_fast.models.export.FORMATS`, which imports torch.
+FORMATS = ("safetensors", "timm", "torch-hub", "transformers", "onnx", "torch-export")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, help="a run, one of its checkpoints, .safetensors or .pth")
-    parser.add_argument("--out", required=True, type=Path, help="the file to write: .safetensors or .pth")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        help="a run, one of its checkpoints, a weights file or folder of DINO, DINOv2, timm or transformers, hub:NAME "
+        "or timm:NAME",
+    )
+    parser.add_argument(
+        "--out", required=True, type=Path, help="the file (.safetensors, .pth, .onnx, .pt2) or folder to write"
+    )
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        help="by default what the ending of --out says; timm, torch-hub and transformers are folders",
+    )
     parser.add_argument("--which", choices=("teacher", "student"), default="teacher", help="default: %(default)s")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the backbone and says where."""
-    from dino_fast.models.checkpoints import describe, export_backbone, load_backbone
+    """Writes the backbone and says where, and how to load it."""
+    from dino_fast.eval.backbones import open_backbone
+    from dino_fast.models.export import export
 
-    facts = describe(args.checkpoint, args.which)
-    statistics = {name: facts[name] for name in ("mean", "std") if name in facts}
-    backbone = load_backbone(args.checkpoint, which=args.which)
-    path = export_backbone(backbone, args.out, **statistics)
-    count = sum(p.numel() for p in backbone.parameters())
-    print(f"wrote the {args.which}'s backbone ({count / 1e6:.2f} M parameters) to {path}")
+    frozen = open_backbone(args.checkpoint, args.which, "cpu")
+    path, how = export(frozen.backbone, args.out, args.format, mean=list(frozen.mean), std=list(frozen.std))
+    count = sum(p.numel() for p in frozen.backbone.parameters())
+    print(f"wrote the {args.which}'s backbone ({count / 1e6:.2f} M parameters) to {path}\nload it with: {how}")
     return 0

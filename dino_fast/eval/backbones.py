@@ -64,7 +64,7 @@ def pick_device(device: str | None) -> torch.device:
 
 
 def open_backbone(checkpoint: str | Path, which: str = "teacher", device: str | None = None) -> Frozen:
-    """Opens a run, a checkpoint, a weights file, or `timm:NAME`, whose weights timm downloads.
+    """Opens a run, a checkpoint, a weights file or folder, `hub:NAME` of torch.hub, or `timm:NAME` that timm downloads.
 
     Raises UserError where it is not a vision transformer as DINO names it, or a key does not fit.
     """
@@ -105,7 +105,7 @@ def tokens_feature(backbone: VisionTransformer, blocks: int = 1, patch_mean: boo
 @torch.no_grad()
 def class_attention(backbone: nn.Module, images: Tensor) -> Tensor:
     """How much the class token attends to each patch in the last block: `[B, heads, N]`, each row at most 1 in sum
-    (the rest goes to the class token itself).
+    (the rest goes to the class token itself and to registers).
 
     Read off the packed queries and keys as they leave `blocks[-1].attn.qkv`, so memory is linear in N, whatever
     computes the attention.
@@ -120,7 +120,7 @@ def class_attention(backbone: nn.Module, images: Tensor) -> Tensor:
     qkv = caught[0].unflatten(-1, (3, attention.num_heads, -1))  # [..., 3, H, d], all tokens of all images
     q, k, _ = qkv.reshape(len(images), -1, *qkv.shape[-3:]).permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, 1 + N, d]
     scores = (q[:, :, :1].float() @ k.float().transpose(-2, -1)).squeeze(2) * q.shape[-1] ** -0.5  # [B, H, 1 + N]
-    return scores.softmax(dim=-1)[:, :, 1:]
+    return scores.softmax(dim=-1)[:, :, 1 + getattr(backbone, "registers", 0) :]
 
 
 def _from_timm(name: str) -> tuple[VisionTransformer, dict[str, Any]]:
@@ -128,7 +128,7 @@ def _from_timm(name: str) -> tuple[VisionTransformer, dict[str, Any]]:
         import timm
     except ImportError as error:
         raise UserError(f"timm:{name} needs the package timm: pip install timm") from error
-    from dino_fast.models.checkpoints import load_weights
+    from dino_fast.models.checkpoints import backbone_from
 
     if name.split(".")[0] not in timm.list_models():
         raise UserError(f"timm has no model '{name}'{nearest(name, timm.list_models('vit_*', pretrained=True))}")
@@ -141,16 +141,8 @@ def _from_timm(name: str) -> tuple[VisionTransformer, dict[str, Any]]:
         ) from error
     if not hasattr(model, "blocks") or not hasattr(model, "patch_embed") or not hasattr(model.blocks[0].attn, "qkv"):
         raise UserError(f"timm's '{name}' is not a plain vision transformer, for example vit_small_patch16_224.dino")
-    backbone = VisionTransformer(
-        img_size=tuple(model.patch_embed.img_size),
-        patch_size=model.patch_embed.patch_size[0],
-        in_chans=model.patch_embed.proj.weight.shape[1],
-        embed_dim=model.embed_dim,
-        depth=len(model.blocks),
-        num_heads=model.blocks[0].attn.num_heads,
-        mlp_ratio=model.blocks[0].mlp.fc1.out_features / model.embed_dim,
-        qkv_bias=model.blocks[0].attn.qkv.bias is not None,
-    )
-    load_weights(backbone, model.state_dict(), f"timm:{name}")
+    size = tuple(model.patch_embed.img_size)
+    sizes = {"img_size": size, "num_heads": model.blocks[0].attn.num_heads}
+    backbone = backbone_from(model.state_dict(), sizes, f"timm:{name}")
     config = model.pretrained_cfg
     return backbone, {key: config[key] for key in ("mean", "std") if key in config}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any, cast
 
 from dino_fast.errors import UserError, nearest
+from dino_fast.models import dinov2
+from dino_fast.models.dinov2 import DINOv2
 from dino_fast.models.head import DINOHead, WeightNormLinear
 from dino_fast.models.multi_crop import MultiCropWrapper
 from dino_fast.models.vit import VisionTransformer, set_drop_path_seed
@@ -23,6 +25,7 @@ __all__ = [
     "ARCHITECTURES",
     "LIBRARIES",
     "DINOHead",
+    "DINOv2",
     "MultiCropWrapper",
     "VisionTransformer",
     "WeightNormLinear",
@@ -46,10 +49,14 @@ def build_backbone(arch: str, **options: Any) -> Any:
         from dino_fast.models.libraries import build
 
         return build(arch, **options)
+    released = dinov2.options_of(arch)
+    if released is not None:
+        return DINOv2(**{**released, **options})
     if arch not in ARCHITECTURES:
+        known = [*ARCHITECTURES, *dinov2.SIZES]
         raise UserError(
-            f"unknown architecture '{arch}'{nearest(arch, ARCHITECTURES)}; known: {', '.join(ARCHITECTURES)}, and "
-            f"timm/NAME and torchvision/NAME (torchvision/resnet50, say)"
+            f"unknown architecture '{arch}'{nearest(arch, known)}; known: {', '.join(known)} (each dinov2_* also with "
+            f"registers: dinov2_vits14_reg), and timm/NAME and torchvision/NAME (torchvision/resnet50, say)"
         )
     embed_dim, depth, num_heads = ARCHITECTURES[arch]
     return VisionTransformer(**{"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads, **options})

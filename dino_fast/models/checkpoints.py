@@ -20,7 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from dino_fast.errors import UserError, nearest, unwritable
-from dino_fast.models import ARCHITECTURES, VisionTransformer
+from dino_fast.models import ARCHITECTURES, DINOv2, VisionTransformer, dinov2
+from dino_fast.models.names import published
+from dino_fast.models.released import download, folder_of_another_library, is_hub_name
 
 _CLASSIFIER = ("head.weight", "head.bias")  # of timm's supervised models: no part of a backbone
 _SHOWN = 6  # lines of each kind in a message
@@ -46,7 +48,7 @@ def describe(path: str | Path, which: str = "teacher") -> dict[str, Any]:
 def backbone_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The backbone's weights under their plain names (`cls_token`, ...)."""
     inside = {name.removeprefix("backbone."): t for name, t in state.items() if name.startswith("backbone.")}
-    return inside or {name: t for name, t in state.items() if name not in _CLASSIFIER}
+    return published(inside or {name: t for name, t in state.items() if name not in _CLASSIFIER})
 
 
 def load_weights(module: nn.Module, state: dict[str, Tensor], source: str | Path = "the given weights") -> None:
@@ -78,14 +80,27 @@ def load_backbone(
     from `arch`, or are taken 64 wide. Raises UserError where the weights are not a vision transformer's.
     """
     whole, facts = _read(Path(path), which)
+    return backbone_from(whole, facts, path, arch, patch_size, num_heads)
+
+
+def backbone_from(
+    whole: dict[str, Tensor],
+    facts: dict[str, Any],
+    path: str | Path,
+    arch: str | None = None,
+    patch_size: int | None = None,
+    num_heads: int | None = None,
+) -> VisionTransformer:
+    """`load_backbone` of weights that are read already; `path` is what messages call them, `facts` as in `describe`."""
     state = backbone_state(whole)
     options = _sizes(state, facts, path)
     if patch_size is not None and patch_size != options["patch_size"]:
         raise UserError(f"{path} has patches of {options['patch_size']} pixels, {patch_size} were asked for")
     if arch is not None:
-        if arch not in ARCHITECTURES:
-            raise UserError(f"unknown architecture '{arch}'{nearest(arch, ARCHITECTURES)}")
-        asked = ARCHITECTURES[arch][:2]
+        known = _architectures()
+        if arch not in known:
+            raise UserError(f"unknown architecture '{arch}'{nearest(arch, known)}")
+        asked = known[arch][:2]
         found = (options["embed_dim"], options["depth"])
         if asked != found:
             raise UserError(
@@ -93,7 +108,9 @@ def load_backbone(
                 f"{asked[0]} and {asked[1]}{_named(found)}"
             )
     options["num_heads"] = num_heads or _heads(options, facts, path)
-    backbone = VisionTransformer(**options)
+    backbone: VisionTransformer
+    extras = _extras(state)
+    backbone = DINOv2(**options, **extras) if extras else VisionTransformer(**options)
     load_weights(backbone, state, path)
     return backbone
 
@@ -139,8 +156,16 @@ def export_backbone(backbone: nn.Module, path: str | Path, **facts: Any) -> Path
 def _read(path: Path, which: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if which not in ("teacher", "student"):
         raise UserError(f"which is '{which}'; it is 'teacher' or 'student'")
+    if is_hub_name(path):
+        path = download(str(path).removeprefix("hub:"))
     if not path.exists():
-        raise UserError(f"{path} does not exist; give a run directory, one of its checkpoints, or a weights file")
+        raise UserError(
+            f"{path} does not exist; give a run directory, one of its checkpoints, a weights file, or hub:NAME"
+        )
+    other = folder_of_another_library(path) if path.is_dir() else None
+    if other is not None:
+        state, facts = _read(other[0], which)
+        return state, {**facts, **other[1]}
     if path.is_dir():
         state, facts = _read_folder(path, which)
     elif path.suffix == ".safetensors":
@@ -257,8 +282,9 @@ def _numpy_scalars() -> list[Any]:
 
 
 def _plain_name(name: str) -> str:
-    """Without what DistributedDataParallel and torch.compile put into names."""
-    return name.replace("_orig_mod.", "").removeprefix("module.")
+    """Without what DistributedDataParallel and torch.compile put into names; DINOv2's head is called as DINO's."""
+    name = name.replace("_orig_mod.", "").removeprefix("module.")
+    return f"head.{name.removeprefix('dino_head.')}" if name.startswith("dino_head.") else name
 
 
 def _facts(config: Any) -> dict[str, Any]:
@@ -280,7 +306,8 @@ def _sizes(state: dict[str, Tensor], facts: dict[str, Any], path: str | Path) ->
     try:
         embed_dim, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
         tokens = state["pos_embed"].shape[1] - 1
-        hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
+        gated = "blocks.0.mlp.w12.weight" in state
+        hidden = state["blocks.0.mlp.w3.weight"].shape[1] * 1.5 if gated else state["blocks.0.mlp.fc1.weight"].shape[0]
     except (KeyError, ValueError, IndexError):
         near = ", ".join(list(state)[:_SHOWN])
         raise UserError(
@@ -299,6 +326,16 @@ def _sizes(state: dict[str, Tensor], facts: dict[str, Any], path: str | Path) ->
     }
 
 
+def _extras(state: dict[str, Tensor]) -> dict[str, Any]:
+    """What a DINOv2 backbone has beside DINO's; empty where the weights are DINO's."""
+    registers, scaled = state.get("register_tokens"), "blocks.0.ls1.gamma" in state
+    gated, masked = "blocks.0.mlp.w12.weight" in state, "mask_token" in state
+    if registers is None and not (scaled or gated or masked):
+        return {}
+    count = 0 if registers is None else registers.shape[1]
+    return {"registers": count, "layer_scale": 1e-5 if scaled else None, "swiglu": gated, "mask_token": masked}
+
+
 def _img_size(tokens: int, patch: int, facts: dict[str, Any], path: str | Path) -> tuple[int, int]:
     for key in ("img_size", "global_size"):
         size = facts.get(key)
@@ -313,7 +350,7 @@ def _img_size(tokens: int, patch: int, facts: dict[str, Any], path: str | Path) 
 
 def _heads(options: dict[str, Any], facts: dict[str, Any], path: str | Path) -> int:
     dim = options["embed_dim"]
-    known = ARCHITECTURES.get(facts.get("arch", ""))
+    known = _architectures().get(facts.get("arch", ""))
     heads = facts.get("num_heads") or (known[2] if known and known[0] == dim else 0)
     if heads or dim % 64 == 0:
         return int(heads) or dim // 64
@@ -325,6 +362,12 @@ def _heads(options: dict[str, Any], facts: dict[str, Any], path: str | Path) -> 
 
 def _named(sizes: tuple[int, int]) -> str:
     return "".join(f"; it is a {name}" for name, known in ARCHITECTURES.items() if known[:2] == sizes)
+
+
+def _architectures() -> dict[str, tuple[int, int, int]]:
+    """Name -> embed_dim, depth, num_heads, of DINO and DINOv2."""
+    released = {name: sizes[:3] for name, sizes in dinov2.SIZES.items()}
+    return {**ARCHITECTURES, **released, **{f"{name}_reg": sizes for name, sizes in released.items()}}
 
 
 def _some(what: str, entries: list[str]) -> list[str]:

@@ -7,7 +7,7 @@ State-dict names are the published ones, which timm and torch.hub share: `cls_to
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -25,6 +25,8 @@ class VisionTransformer(nn.Module):
     width), are interpolated. `drop_path_rate` is the stochastic depth of the last block, growing linearly from 0 at
     the first; see `set_drop_path_seed`. Raises UserError for sizes that do not fit together.
     """
+
+    registers = 0  # tokens between the class token and the patches
 
     def __init__(
         self,
@@ -49,7 +51,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], embed_dim))
-        rates = torch.linspace(0, drop_path_rate, depth).tolist()
+        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, qkv_bias, rate) for rate in rates)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         # The order of the draws is the published one: equal seeds give equal weights. The convolution of the patches
@@ -140,27 +142,36 @@ class VisionTransformer(nn.Module):
         """
         if (height, width) == self.grid:
             return self.pos_embed
+        return self.resampled(height, width, bicubic_matrix)
+
+    def resampled(self, height: int, width: int, matrix: Callable[[int, int], Tensor]) -> Tensor:
+        """The table for another grid; `matrix(source, target)` interpolates along one side."""
         rows, columns = self.grid
         dim = self.embed_dim
         with torch.autocast(self.pos_embed.device.type, enabled=False):
             table = self.pos_embed[0, 1:].reshape(rows, columns * dim)
-            down = bicubic_matrix(rows, height).to(table)  # [h, rows]
-            across = bicubic_matrix(columns, width).to(table)  # [w, columns]
+            down = matrix(rows, height).to(table)  # [h, rows]
+            across = matrix(columns, width).to(table)  # [w, columns]
             grid = across @ (down @ table).reshape(height, columns, dim)  # [h, w, dim]
             return torch.cat((self.pos_embed[:, :1], grid.reshape(1, height * width, dim)), dim=1)
 
     def _tokens(self, images: Sequence[Tensor]) -> tuple[Tensor, Packing]:
         """Images of one or several sizes -> tokens with their positions, [tokens, embed_dim], and where they lie."""
         grids = [self._grid_of(x) for x in images]
-        packing = pack([(len(x), 1 + h * w) for x, (h, w) in zip(images, grids, strict=True)], images[0].device)
+        first = 1 + self.registers
+        packing = pack([(len(x), first + h * w) for x, (h, w) in zip(images, grids, strict=True)], images[0].device)
         patches = self.patch_embed(images, packing)
         # One row for every token: positions, and what the class token and the patches' bias add to them.
         tables = []
         for (n, _), grid in zip(packing.groups, grids, strict=True):
             position = self.position_embedding(*grid)
-            rows = (self.cls_token + position[:, :1], position[:, 1:] + cast(Tensor, self.patch_embed.proj.bias))
+            rows = (self._leading(position), position[:, 1:] + cast(Tensor, self.patch_embed.proj.bias))
             tables.append(torch.cat(rows, dim=1).expand(n, -1, -1).flatten(0, 1))
         return torch.addmm(joined(tables), patches, self.patch_embed.proj.weight.flatten(1).t()), packing
+
+    def _leading(self, position: Tensor) -> Tensor:
+        """What stands before the patches, `[1, 1 + registers, embed_dim]`."""
+        return self.cls_token + position[:, :1]
 
     def _grid_of(self, x: Tensor) -> tuple[int, int]:
         if x.ndim != 4 or x.shape[1] != self.in_chans:
@@ -172,8 +183,8 @@ class VisionTransformer(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """Images `[B, C, H, W]` of several sizes -> `[tokens, C * patch * patch]`: the patches row by row, and a row of
-    zeros where the class token will be. A convolution's weight by name, it multiplies as a matrix."""
+    """Images `[B, C, H, W]` of several sizes -> `[tokens, C * patch * patch]`: the patches row by row, and rows of
+    zeros where the tokens before them will be. A convolution's weight by name, it multiplies as a matrix."""
 
     def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
         super().__init__()
@@ -187,7 +198,7 @@ class PatchEmbed(nn.Module):
         for x, (n, length) in zip(images, packing.groups, strict=True):
             cut = x.unflatten(3, (-1, size)).unflatten(2, (-1, size)).permute(0, 2, 4, 1, 3, 5)  # [B, h, w, C, ...]
             rows = buffer[start : start + n * length].view(n, length, -1)
-            rows[:, 1:].view(cut.shape).copy_(cut)
+            rows[:, length - cut.shape[1] * cut.shape[2] :].view(cut.shape).copy_(cut)
             start += n * length
         return buffer
 
@@ -248,13 +259,19 @@ class Block(nn.Module):
             rest = packing.first(x)
             packing_of_rest = packing._replace(groups=tuple((n, 1) for n, _ in packing.groups))
         if kept is None:
-            rest = rest + self.attn(self.norm1(x), packing, classes)
-            return rest + self.mlp(self.norm2(rest))
+            rest = rest + self.attention_branch(x, packing, classes)
+            return rest + self.mlp_branch(rest)
         mixed, single = kept
-        branch = self.attn(self.norm1(take(x, packing, mixed)), mixed.packing, classes)
+        branch = self.attention_branch(take(x, packing, mixed), mixed.packing, classes)
         rest = add_to_kept(rest, branch, packing_of_rest, mixed)
-        branch = self.mlp(self.norm2(take(rest, packing_of_rest, single)))
+        branch = self.mlp_branch(take(rest, packing_of_rest, single))
         return add_to_kept(rest, branch, packing_of_rest, single)
+
+    def attention_branch(self, x: Tensor, packing: Packing, classes: bool) -> Tensor:
+        return self.attn(self.norm1(x), packing, classes)
+
+    def mlp_branch(self, x: Tensor) -> Tensor:
+        return self.mlp(self.norm2(x))
 
 
 class DropPath(nn.Module):
