@@ -229,14 +229,18 @@ class DINOLoss(nn.Module):
         return self.teacher_temp_schedule[min(max(int(epoch), 0), len(self.teacher_temp_schedule) - 1)]
 
     @torch.no_grad()
-    def update_center(self, teacher_mean: Tensor) -> None:
-        """Move the centre towards the mean over ranks of `teacher_mean` [K], this process's mean of raw logits."""
+    def update_center(self, teacher_mean: Tensor, prototypes: slice | None = None) -> None:
+        """Move the centre towards the mean over ranks of `teacher_mean` [K], this process's mean of raw logits.
+
+        With `prototypes` the mean is of these alone, and of all ranks already: nothing is communicated.
+        """
         mean = teacher_mean.to(self.center.dtype)
-        if dist.is_available() and dist.is_initialized():
+        if prototypes is None and dist.is_available() and dist.is_initialized():
             mean = mean.clone()
             dist.all_reduce(mean)
             mean = mean / dist.get_world_size()
-        self.center.copy_(self.center * self.center_momentum + mean[None] * (1 - self.center_momentum))
+        own = self.center[:, prototypes or slice(None)]
+        own.copy_(own * self.center_momentum + mean[None] * (1 - self.center_momentum))
 
     def _by_crop(self, name: str, logits: Tensor, crops: int) -> Tensor:
         """[crops * B, K] -> [crops, B, K], a view."""

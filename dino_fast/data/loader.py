@@ -150,7 +150,7 @@ class TrainLoader:
                 say(f"skipped an unreadable image ({len(self.bad)} so far): {reason}")
         if batch.failure:
             raise UserError(batch.failure)
-        if len(self.bad) > self.max_bad * len(self.source):
+        if len(self.bad) > self.max_bad * len(self.source) / self.world:  # each process sees its share of the images
             raise UserError(
                 f"{len(self.bad)} of {len(self.source)} images cannot be read, more than the {self.max_bad:.1%} "
                 f"accepted. The last: {next(reversed(self.bad.values()))}. 'dino-fast data check' lists them all"

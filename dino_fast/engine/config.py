@@ -113,6 +113,11 @@ class Config:
     resume: bool = option(False, "continue the run in --out exactly where its last checkpoint is")
     seed: int = option(0, "every random draw is a function of it")
     device: str = option("auto", "where to train", ("auto", "cpu", "cuda"))
+    shard: str = option(
+        "none",
+        "over the processes that torchrun or srun started: gradients and moments (grads), or the weights too (full)",
+        ("none", "grads", "full"),
+    )
     precision: str = option("auto", "fp32 on a CPU, bf16 on a GPU that has it", ("auto", "fp32", "bf16", "fp16"))
     keep_freed_memory: bool = option(True, "let the C allocator keep freed memory: no new page faults in every step")
 
@@ -120,7 +125,7 @@ class Config:
 # Fields that do not change what the rest of a run computes: a resumed run may be given others.
 FREE_ON_RESUME = (
     *("data", "workers", "augment_on", "max_bad", "max_steps", "knn_every", "knn_k", "knn_temperature", "knn_images"),
-    *("save_every", "keep", "out", "resume", "device", "keep_freed_memory"),
+    *("save_every", "keep", "out", "resume", "device", "shard", "keep_freed_memory"),
 )
 # Where and whether to continue is the command's affair and not written into config.yaml.
 _OF_THE_COMMAND = ("out", "resume")

@@ -2,51 +2,48 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
-import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 
 from dino_fast.backends import cuda_missing, native_missing
-from dino_fast.data import Batch, Source, Subset, TrainLoader, eval_batches, open_source, split, train_loader
+from dino_fast.data import Batch, Source, Subset, TrainLoader, open_source, split, train_loader
 from dino_fast.data.on_gpu import nvjpeg_missing
 from dino_fast.engine import checkpoint
+from dino_fast.engine import ranks as many
 from dino_fast.engine.config import Config, check_same, multi_crop, stored_config, to_dict, validate
+from dino_fast.engine.evaluate import measure_knn, whole_backbone
 from dino_fast.engine.monitor import Health, Progress, memory
+from dino_fast.engine.ranks import ALONE, Ranks
 from dino_fast.engine.run import Run, open_run
 from dino_fast.engine.schedules import Rates, Schedules
-from dino_fast.engine.step import Learner, NonFiniteLoss, build_learner, learner_state, restore_learner, train_step
+from dino_fast.engine.step import (
+    Learner,
+    NonFiniteLoss,
+    build_learner,
+    learner_state,
+    restore_learner,
+    train_step,
+)
+from dino_fast.engine.stop import Interrupted, Stop, signals_held
 from dino_fast.errors import UserError
 
-T = TypeVar("T")
 # Saving takes at most this share of the time, however short the epochs are.
 SAVE_SHARE = 0.1
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM ended the run after it was saved; `code` is the exit status that shells expect."""
-
-    def __init__(self, number: int, message: str) -> None:
-        super().__init__(message)
-        self.code = 128 + number
 
 
 def train(config: Config) -> Path:
     """Train as configured; returns the run directory. Raises UserError, and Interrupted after Ctrl-C or SIGTERM."""
     validate(config)
-    device = choose_device(config.device)
-    precision = choose_precision(config.precision, device)
+    kind = choose_device(config.device)
+    precision = choose_precision(config.precision, kind)
     stored = stored_config(config)
     if stored is not None:
         check_same(stored, config)
@@ -54,15 +51,18 @@ def train(config: Config) -> Path:
         from dino_fast import _C
 
         _C.keep_freed_memory()
-    data = open_data(config)
-    loader = make_loader(config, data.train, device)
-    learner = build_learner(config, data.train.channels, device, precision)
-    with open_run(Path(config.out) if config.out else None, to_dict(config), config.resume) as run, Stop() as stop:
-        job = Job(config, data, loader, run, learner, stop)
-        if resume(job):
-            loop(job)
-        finish(job)
-        return run.path
+    with many.joined(kind.type) as ranks:
+        device = torch.device(kind.type, ranks.local) if kind.type == "cuda" else kind
+        data = open_data(config)
+        loader = make_loader(config, data.train, device, ranks)
+        learner = build_learner(config, data.train.channels, device, precision, ranks)
+        out = Path(config.out) if config.out else None
+        with open_run(out, to_dict(config), config.resume, ranks) as run, Stop() as stop:
+            job = Job(config, data, loader, run, learner, stop)
+            if resume(job):
+                loop(job)
+            finish(job)
+            return run.path
 
 
 # ---- the loop ----
@@ -71,20 +71,21 @@ def train(config: Config) -> Path:
 def loop(job: Job) -> None:
     """From the job's step to its end: the whole of a run but its beginning and its end."""
     introduce(job)
-    before = knn(job) if job.step == 0 else {}  # of the untrained weights, on the first line
+    before = measured_knn(job) if job.step == 0 else {}  # of the untrained weights, on the first line
     with job.progress:
         for batch, clock in timed(job):
             rates = job.schedules.at(job.step)
             metrics = guarded_step(job, batch, rates)  # forward, loss, backward, clip, AdamW, teacher, centre
             job.step += 1
             metrics |= clock()
-            measured = knn(job) if job.knn_is_due() else {}
+            measured = measured_knn(job) if job.knn_is_due() else {}
             record(job, batch, rates, metrics | before | measured)
             before = {}
-            if job.save_is_due(measured) or job.stop.number is not None:
+            number = job.signal()
+            if job.save_is_due(measured) or number:
                 save(job, measured)
-            if job.stop.number is not None:
-                raise Interrupted(job.stop.number, f"interrupted at step {job.step} and saved. {how_to_resume(job)}")
+            if number:
+                raise Interrupted(number, f"interrupted at step {job.step} and saved. {how_to_resume(job)}")
 
 
 @dataclass
@@ -107,15 +108,35 @@ class Job:
         config, device = self.config, str(self.learner.device)
         self.schedules = Schedules(config, self.loader.batches_per_epoch)
         self.end = min(self.schedules.steps, config.max_steps or self.schedules.steps)
-        self.progress = Progress(self.end, device=device)
+        self.ranks = self.learner.ranks
+        self.agreed = [0, 1, 0]  # of all processes: the signal, whether the clock allows a save, lost data
+        self.progress = Progress(self.end, device=device, enabled=self.ranks.first)
         patience = max(200, self.schedules.freeze_steps + self.schedules.warmup_steps)
         self.health = Health(config.out_dim, patience=patience, workers=self.loader.workers, device=device)
-        self.loader.on_bad = self.say
+        self.loader.on_bad = self.say if self.ranks.first else self.tell
 
     def say(self, text: str) -> None:
-        """To the console and to log.txt."""
-        self.progress.message(text)
-        self.run.note(text)
+        """To the console and to log.txt, from the first process."""
+        if self.ranks.first:
+            self.progress.message(text)
+            self.run.note(text)
+
+    def tell(self, text: str) -> None:
+        """What another process has to say: to log.txt."""
+        self.run.note(f"process {self.ranks.rank}: {text}")
+
+    def agree(self, failed: bool) -> None:
+        """Before a step: what all processes will do after it."""
+        if self.ranks.world > 1:
+            self.agreed = self.ranks.agree(self.stop.number or 0, self.ranks.first and self._waited(), failed)
+
+    def signal(self) -> int:
+        """The signal that ends the run, or 0."""
+        return self.agreed[0] if self.ranks.world > 1 else self.stop.number or 0
+
+    def _waited(self) -> bool:
+        """Whether the last save is long enough ago for another one not to become a burden."""
+        return (time.monotonic() - self.saved_at) * SAVE_SHARE >= self.save_seconds
 
     def _every(self, epochs: float) -> bool:
         return epochs > 0 and self.step % max(1, round(epochs * self.loader.batches_per_epoch)) == 0
@@ -129,8 +150,7 @@ class Job:
         """At the end, at a new best, and every so many epochs, where saving does not become a burden."""
         if self.step == self.end or measured.get("knn", -1.0) > self.best:
             return True
-        waited = time.monotonic() - self.saved_at
-        return self._every(self.config.save_every) and waited * SAVE_SHARE >= self.save_seconds
+        return self._every(self.config.save_every) and bool(self.agreed[1] if self.ranks.world > 1 else self._waited())
 
 
 def guarded_step(job: Job, batch: Batch, rates: Rates) -> dict[str, float]:
@@ -140,9 +160,11 @@ def guarded_step(job: Job, batch: Batch, rates: Rates) -> dict[str, float]:
     except NonFiniteLoss as error:
         from safetensors.torch import save_file
 
-        path = job.run.path / f"nonfinite-step-{job.step:08d}.safetensors"
+        of_rank = f"-process-{job.ranks.rank}" if job.ranks.rank else ""
+        path = job.run.path / f"nonfinite-step-{job.step:08d}{of_rank}.safetensors"
         inputs = {"global_crops": batch.global_crops, "local_crops": batch.local_crops, "index": batch.index}
-        weights = {f"student/{name}": value for name, value in job.learner.student.state_dict().items()}
+        whole = many.gathered(job.learner.student.state_dict(), keep=True)
+        weights = {f"student/{name}": value for name, value in whole.items()}
         save_file({name: value.detach().cpu().contiguous() for name, value in (inputs | weights).items()}, path)
         raise UserError(
             f"the loss of step {job.step} is {error}. The step's crops, the images' numbers and the student's weights "
@@ -190,13 +212,20 @@ def timed(job: Job) -> Iterator[tuple[Batch, Any]]:
 
 def next_or_save(job: Job, batches: Iterator[Batch]) -> Batch | None:
     """The next batch. Where the data fail for good (a lost disk, a dead worker), the run is saved before it stops."""
+    failure: UserError | None = None
+    batch = None
     try:
-        return next(batches, None)
+        batch = next(batches, None)
     except UserError as error:
-        if job.step <= max(job.saved, 0):
-            raise
-        save(job, {})
-        raise UserError(f"{error}. Saved at step {job.step}. {how_to_resume(job)}") from error
+        failure = error
+    job.agree(failed=failure is not None)
+    if failure is None and not job.agreed[2]:
+        return batch
+    reason = failure or UserError("another process found no data; its message says why")
+    if job.step <= max(job.saved, 0):
+        raise reason
+    save(job, {})
+    raise UserError(f"{reason}. Saved at step {job.step}. {how_to_resume(job)}") from failure
 
 
 def batches_from_here(job: Job) -> Iterator[Batch]:
@@ -210,6 +239,17 @@ def batches_from_here(job: Job) -> Iterator[Batch]:
     if first is not None:
         yield first
         yield from batches
+
+
+def measured_knn(job: Job) -> dict[str, float]:
+    """The teacher's and the student's k-NN accuracies, where there are labels; said, too."""
+    if job.data.bank is None or job.data.test is None:
+        return {}
+    channels = job.data.train.channels
+    found, text = measure_knn(job.learner, channels, job.data.bank, job.data.test, job.stop.watch)
+    if found:
+        job.say(f"step {job.step}: {text}")
+    return found
 
 
 # ---- data ----
@@ -253,7 +293,7 @@ def sample(source: Source, count: int) -> Source:
     return Subset(source, np.sort(np.random.default_rng(0).permutation(len(source))[:count]))
 
 
-def make_loader(config: Config, source: Source, device: torch.device) -> TrainLoader:
+def make_loader(config: Config, source: Source, device: torch.device, ranks: Ranks = ALONE) -> TrainLoader:
     colour = source.channels == 3 and len(config.mean) == 3
     crops = multi_crop(config)
     if not colour:
@@ -263,7 +303,9 @@ def make_loader(config: Config, source: Source, device: torch.device) -> TrainLo
         crops,
         batch_size=config.batch_size,
         seed=config.seed,
-        workers=choose_workers(config.workers, device),
+        workers=choose_workers(config.workers, device, ranks.local_world),
+        rank=ranks.rank,
+        world=ranks.world,
         epochs=config.epochs,
         max_bad=config.max_bad,
         pin_memory=device.type == "cuda",
@@ -294,14 +336,14 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else name.replace("auto", "cpu"))
 
 
-def choose_workers(count: int | None, device: torch.device) -> int:
-    """On a CPU none: training and loading share the cores.
+def choose_workers(count: int | None, device: torch.device, processes: int = 1) -> int:
+    """On a CPU none: training and loading share the cores. On a GPU one for each of this process's share of them.
 
     On two cores the demo ran at 1030 images/s without workers, 990 with one, 870 with two.
     """
     if count is not None:
         return count
-    return 0 if device.type == "cpu" else min(10, os.cpu_count() or 1)
+    return 0 if device.type == "cpu" else max(1, min(10, (os.cpu_count() or 1) // processes))
 
 
 def choose_precision(name: str, device: torch.device) -> str:
@@ -312,36 +354,6 @@ def choose_precision(name: str, device: torch.device) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-# ---- evaluation ----
-
-
-def knn(job: Job) -> dict[str, float]:
-    """k-NN accuracy on held-out images: `knn` of the teacher, `knn_student`; empty without labels or after a signal."""
-    data, config, learner = job.data, job.config, job.learner
-    if data.bank is None or data.test is None:
-        return {}
-    from dino_fast.eval.knn import extract_features, knn_accuracy
-
-    found: dict[str, float] = {}
-    for name, model in (("knn", learner.teacher), ("knn_student", learner.student)):
-        parts = []
-        for source in (data.bank, data.test):
-            batches = eval_batches(source, config.global_size, config.mean, config.std)
-            try:
-                parts.append(extract_features(model.backbone, job.stop.watch(batches)))
-            except Halted:
-                return {}
-        (bank, bank_labels), (queries, labels) = ((x[y >= 0], y[y >= 0]) for x, y in parts)
-        k = min(config.knn_k, len(bank))
-        top1, _ = knn_accuracy(bank, bank_labels, queries, labels, k=k, temperature=config.knn_temperature)
-        found[name] = float(top1)
-    job.say(
-        f"step {job.step}: k-NN (k={k}, temperature {config.knn_temperature:g}, {len(queries)} held-out images): "
-        f"teacher {found['knn']:.1%}, student {found['knn_student']:.1%}"
-    )
-    return found
-
-
 # ---- beginning, checkpoints, end ----
 
 
@@ -350,11 +362,12 @@ def introduce(job: Job) -> None:
     count = sum(p.numel() for p in learner.student.backbone.parameters())
     head = sum(p.numel() for p in learner.student.head.parameters())
     precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[learner.autocast]
+    processes = f", {job.ranks.world} processes (shard {config.shard})" if job.ranks.world > 1 else ""
     job.say(
         f"{config.arch}/{config.patch_size} ({count / 1e6:.2f} M weights, head {head / 1e6:.2f} M, "
         f"K = {config.out_dim}), {len(job.data.train)} images of {config.data}, "
         f"{job.loader.batches_per_epoch} steps an epoch, {config.epochs} epochs, "
-        f"{learner.device} {precision}, in {job.run.path}"
+        f"{learner.device} {precision}{processes}, in {job.run.path}"
     )
     for note in (*job.schedules.notes(), job.data.why):
         if note:
@@ -367,7 +380,7 @@ def resume(job: Job) -> bool:
         return True
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        loaded = checkpoint.load(job.run.checkpoints)
+        loaded = many.told(job.ranks, checkpoint.load(job.run.checkpoints) if job.ranks.first else None)
     for warning in caught:
         job.say(f"note: {warning.message}")
     if loaded is None:
@@ -386,7 +399,7 @@ def resume(job: Job) -> bool:
         job.say(f"the run in {job.run.path} is finished: {job.step} steps of {job.end}")
         return False
     job.run.cut_back(job.step - 1)
-    job.progress = Progress(job.end, start=job.step, device=str(job.learner.device))
+    job.progress = Progress(job.end, start=job.step, device=str(job.learner.device), enabled=job.ranks.first)
     job.say(f"continuing at step {job.step} of {job.end}")
     return True
 
@@ -403,10 +416,15 @@ def save(job: Job, measured: dict[str, float]) -> None:
         "num_heads": getattr(job.learner.teacher.backbone, "num_heads", None),
         "best": job.best,
     }
+    job.saved = job.step
+    if job.ranks.world > 1:
+        state = many.gathered(state, keep=job.ranks.first)
+        if not job.ranks.first:
+            return
     checkpoint.save(job.run.checkpoints, job.step, state, keep=job.config.keep)
     if is_best:
         checkpoint.mark_best(job.run.checkpoints, job.step)
-    job.saved, job.saved_at = job.step, time.monotonic()
+    job.saved_at = time.monotonic()
     job.save_seconds = job.saved_at - began
 
 
@@ -415,8 +433,11 @@ def finish(job: Job) -> None:
     from dino_fast.models.checkpoints import export_backbone
 
     path = job.run.path
+    backbone = whole_backbone(job.learner, job.learner.teacher, job.data.train.channels)
+    if not job.ranks.first:
+        return
     export_backbone(
-        job.learner.teacher.backbone,
+        backbone,
         job.run.export / "teacher.safetensors",
         mean=list(job.config.mean),
         std=list(job.config.std),
@@ -434,49 +455,3 @@ def finish(job: Job) -> None:
 
 def how_to_resume(job: Job) -> str:
     return f"Continue with: dino-fast train --resume --out {job.run.path}"
-
-
-# ---- signals ----
-
-
-class Halted(Exception):
-    """A signal came during an evaluation."""
-
-
-class Stop:
-    """Ctrl-C and SIGTERM set `number`, which the loop reads between steps; a second one acts at once."""
-
-    def __init__(self) -> None:
-        self.number: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Stop:
-        if threading.current_thread() is threading.main_thread():  # the only one that may
-            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        self.__exit__()
-
-    def watch(self, items: Iterable[T]) -> Iterator[T]:
-        """The items; Halted once a signal came."""
-        for item in items:
-            if self.number is not None:
-                raise Halted
-            yield item
-
-
-@contextlib.contextmanager
-def signals_held() -> Iterator[None]:
-    """Delivers signals at the end; processes that are started in between never get them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)

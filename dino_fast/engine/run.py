@@ -21,6 +21,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
+from dino_fast.engine.ranks import ALONE, Ranks
 from dino_fast.errors import UserError, unwritable
 
 # What makes a directory a run: any of these. A folder with other things in it may be used.
@@ -41,13 +42,18 @@ _TAGS = {
 _UNPLOTTED = {"step"}
 
 
-def open_run(out: Path | None, config: dict[str, Any], resume: bool) -> Run:
+def open_run(out: Path | None, config: dict[str, Any], resume: bool, ranks: Ranks = ALONE) -> Run:
     """Make or reopen a run directory and write `config` (plain values) to its config.yaml.
 
     `out` None makes `runs/<date-time>` below the working directory. With `resume` the run in `out` is continued, or
     begun where there is none. Raises `UserError` for an `out` that holds a run (without `resume`), is a file, or cannot
-    be written to; nothing is changed then.
+    be written to; nothing is changed then. Of several processes the first makes it, and alone writes to it.
     """
+    path = ranks.from_first(lambda: _make_run(out, config, resume))
+    return Run(path, writes=ranks.first)
+
+
+def _make_run(out: Path | None, config: dict[str, Any], resume: bool) -> Path:
     if out is None:
         if resume:
             raise UserError("--resume needs the run's directory: add --out DIR" + _newest_run())
@@ -65,15 +71,18 @@ def open_run(out: Path | None, config: dict[str, Any], resume: bool) -> Run:
     with _writable(path):
         for folder in (path, path / "checkpoints", path / "export"):
             folder.mkdir(parents=True, exist_ok=True)
-        run = Run(path)
-        run._write_config(config)
-    return run
+        Run(path)._write_config(config)
+    return path
 
 
 class Run:
-    """An open run directory. `path`, `checkpoints` and `export` are its folders. Close it, or use it in a `with`."""
+    """An open run directory. `path`, `checkpoints` and `export` are its folders. Close it, or use it in a `with`.
 
-    def __init__(self, path: Path) -> None:
+    Where not `writes`, metrics go nowhere; messages are still noted.
+    """
+
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        self.writes = writes
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.export = path / "export"
@@ -87,6 +96,8 @@ class Run:
         Values are numbers (also one-element tensors), strings, booleans or None; `step` is required. inf and NaN become
         null, since JSON has neither. The line is handed to the system at once: a killed process loses nothing.
         """
+        if not self.writes:
+            return
         row = {name: _plain(value) for name, value in metrics.items()}
         if type(row.get("step")) is not int:
             raise ValueError(f"metrics need an integer `step`, got {metrics.get('step')!r}")
@@ -99,6 +110,8 @@ class Run:
 
     def cut_back(self, step: int) -> None:
         """Drop every metrics line beyond `step` and a torn last one, so that a resumed run has each step once."""
+        if not self.writes:
+            return
         self._close_metrics()
         path = self.path / "metrics.jsonl"
         if path.exists():

@@ -11,9 +11,11 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from dino_fast.engine import ranks as many
 from dino_fast.engine.config import Config
 from dino_fast.engine.monitor import feature_spread
 from dino_fast.engine.optimizers import Optimizer, build_optimizer
+from dino_fast.engine.ranks import ALONE, Ranks
 from dino_fast.engine.schedules import Rates
 from dino_fast.errors import UserError
 from dino_fast.loss import DINOLoss
@@ -26,6 +28,7 @@ from dino_fast.models import (
     set_drop_path_seed,
 )
 from dino_fast.ops.dino_loss import dino_loss
+from dino_fast.ops.linear_dino_loss_ranks import linear_dino_loss_ranks
 from dino_fast.optim import ema_update
 
 # The narrow models that `init: xavier` is for start at ln K and stay there with the published deviation of 0.02.
@@ -55,9 +58,26 @@ class Learner:
     loss: DINOLoss  # holds the centre
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
+    ranks: Ranks = ALONE
+    # Calls a function of the student for a forward pass with gradients: DistributedDataParallel must know of it.
+    through: Callable[..., Any] = many.directly
+
+    @property
+    def cut(self) -> bool:
+        """Whether each process holds some of the prototypes."""
+        return hasattr(cast(WeightNormLinear, self.teacher.head.last_layer).weight_v, "to_local")
+
+    @property
+    def prototypes(self) -> slice:
+        """Those whose rows this process holds; all where the last layer is not cut."""
+        K = self.config.out_dim
+        if not self.cut:
+            return slice(0, K)
+        rows = -(-K // self.ranks.world)
+        return slice(min(K, self.ranks.rank * rows), min(K, self.ranks.rank * rows + rows))
 
 
-def build_learner(config: Config, channels: int, device: torch.device, precision: str) -> Learner:
+def build_learner(config: Config, channels: int, device: torch.device, precision: str, ranks: Ranks = ALONE) -> Learner:
     """Student, teacher, loss and optimizer of a new run, a function of the configuration and its seed alone."""
     torch.manual_seed(config.seed)
     student = build_model(config, channels, config.drop_path_rate).to(device)
@@ -74,24 +94,41 @@ def build_learner(config: Config, channels: int, device: torch.device, precision
         config.student_temp,
         config.center_momentum,
     ).to(device)
+    autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    if ranks.world > 1:
+        spread(config, student, teacher, device, autocast)
     groups = parameter_groups(student, teacher)
     optimizer = build_optimizer(config.optimizer, groups, config.lr, config.weight_decay, config.clip_grad)
-    autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     scaler = torch.amp.GradScaler(device.type, enabled=autocast is torch.float16)
-    return Learner(config, device, autocast, student, teacher, loss, optimizer, scaler)
+    return Learner(config, device, autocast, student, teacher, loss, optimizer, scaler, ranks)
+
+
+def spread(
+    config: Config, student: MultiCropWrapper, teacher: MultiCropWrapper, device: torch.device, dtype: Any
+) -> None:
+    """Over the processes, as `config.shard` says. Replicas are made where the first step knows what is frozen."""
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in student.modules()):
+        if device.type != "cuda":
+            raise UserError("batch norm over several processes needs GPUs (PyTorch's SyncBatchNorm); use one process")
+        for network in (student, teacher):
+            network.backbone, network.head = map(
+                nn.SyncBatchNorm.convert_sync_batchnorm, (network.backbone, network.head)
+            )
+    if config.shard == "none":
+        return
+    if config.optimizer != "adamw":
+        raise UserError(f"--optimizer {config.optimizer} wants whole weights; use --shard none with it, or adamw")
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    many.shard(student, mesh, keep=config.shard == "grads", dtype=dtype)
+    # Gathered anew for every forward pass: nothing else tells FSDP that the moving average has changed it.
+    many.shard(teacher, mesh, keep=False, dtype=dtype)
 
 
 def build_model(config: Config, channels: int, drop_path_rate: float) -> MultiCropWrapper:
     """Backbone and head as configured."""
-    sizes = {"embed_dim": config.embed_dim, "depth": config.depth, "num_heads": config.heads}
-    backbone = build_backbone(
-        config.arch,
-        patch_size=config.patch_size,
-        img_size=config.global_size,
-        in_chans=channels,
-        drop_path_rate=drop_path_rate,
-        **{name: size for name, size in sizes.items() if size is not None},
-    )
+    backbone = configured_backbone(config, channels, drop_path_rate)
     head = DINOHead(
         backbone.embed_dim,
         config.out_dim,
@@ -106,6 +143,19 @@ def build_model(config: Config, channels: int, drop_path_rate: float) -> MultiCr
             raise UserError(f"--init xavier is for vit_* architectures; use --init published with --arch {config.arch}")
         xavier(backbone, head)
     return MultiCropWrapper(backbone, head)
+
+
+def configured_backbone(config: Config, channels: int, drop_path_rate: float) -> Any:
+    """The backbone: ours, or one of timm or torchvision."""
+    sizes = {"embed_dim": config.embed_dim, "depth": config.depth, "num_heads": config.heads}
+    return build_backbone(
+        config.arch,
+        patch_size=config.patch_size,
+        img_size=config.global_size,
+        in_chans=channels,
+        drop_path_rate=drop_path_rate,
+        **{name: size for name, size in sizes.items() if size is not None},
+    )
 
 
 def xavier(backbone: VisionTransformer, head: nn.Module) -> None:
@@ -140,44 +190,77 @@ def train_step(run: Learner, batch: Crops, rates: Rates, step: int) -> dict[str,
     if step == 0 and run.config.center_init == "first_batch" and run.config.centering:
         _start_center(run, parts)
     loss, entropy = torch.zeros((), device=run.device), torch.zeros((), device=run.device)
-    mean = torch.zeros(run.config.out_dim, device=run.device)
+    mean = torch.zeros(run.config.head_bottleneck_dim, device=run.device)  # of what the teacher's last layer is given
     features = []
+    teacher_head = cast(DINOHead, run.teacher.head)
     for i, (large, small) in enumerate(parts):
+        last = i == len(parts) - 1
         set_drop_path_seed(run.student, run.config.seed, step * len(parts) + i)
-        with _autocast(run):
+        with _autocast(run), many.reduce_gradients(run.student, run.through, last):
             with torch.no_grad():
                 tokens = run.teacher.backbone(large)  # [2 B, C]
-                targets = run.teacher.head(tokens)  # [2 B, K]
-            logits = run.student([large, small] if len(small) else [large])  # [V B, K]
-        result = dino_loss(
-            logits.unflatten(0, (run.loss.ncrops, -1)),
-            targets.unflatten(0, (2, -1)),
-            run.loss.center[0],
-            student_temp=run.config.student_temp,
-            teacher_temp=rates.teacher_temp,
-            inplace=True,  # nothing else reads the student's logits
-        )
-        loss += result.loss.detach() / len(parts)
-        entropy += result.teacher_entropy / len(parts)
-        mean += result.teacher_mean / len(parts)
+                targets = teacher_head.bottleneck(tokens)  # [2 B, D]
+            rows = run.through(_rows, run, [large, small] if len(small) else [large])  # [V B, D]
+            part, part_entropy = _loss(run, rows, targets, rates.teacher_temp)
+        loss += part.detach() / len(parts)
+        entropy += part_entropy / len(parts)
+        mean += targets.float().mean(dim=0) / len(parts)
         features.append(tokens[: len(tokens) // 2])  # of the first global crops
-        if i == len(parts) - 1:  # on their way before the last backward pass: nothing waits for that one
-            spread = [feature_spread(torch.cat(features))] if run.config.batch_size > 1 else []
-            numbers = read_later(torch.stack([loss, entropy, *spread]))
-        run.scaler.scale(result.loss / len(parts)).backward()
+        if last:  # on their way before the last backward pass: nothing waits for that one
+            of_all = run.ranks.start_mean(mean)
+            spread = [feature_spread(torch.cat(features))] if sum(map(len, features)) > 1 else []
+            numbers = read_later(run.ranks.start_mean(torch.stack([loss, entropy, *spread]))())
+        run.scaler.scale(part / len(parts)).backward()
     value, entropy_value, *spreads = numbers()
     if not math.isfinite(value):
         run.optimizer.zero_grad()
         raise NonFiniteLoss(value)
+    of_prototypes = teacher_head.last_layer.of_mean(of_all())  # before the teacher moves
     if run.config.teacher == "previous-step":
         ema_update(run.teacher.parameters(), run.student.parameters(), 0.0)
     run.scaler.step(run.optimizer, momentum=rates.momentum)
     run.scaler.update()
     run.optimizer.zero_grad()
     if run.config.centering:
-        run.loss.update_center(mean)
+        run.loss.update_center(of_prototypes, run.prototypes)
     metrics = {"loss": value, "teacher_entropy": entropy_value, "kl": value - entropy_value}
     return metrics | ({"feature_spread": spreads[0]} if spreads else {})
+
+
+def _rows(run: Learner, crops: list[Tensor]) -> Tensor:
+    """What the student's last layer is given."""
+    return cast(DINOHead, run.student.head).bottleneck(run.student.features(crops))
+
+
+def _loss(run: Learner, rows: Tensor, targets: Tensor, teacher_temp: float) -> tuple[Tensor, Tensor]:
+    """The loss and the targets' mean entropy, of this process's images; of all where the prototypes are cut, with the
+    gradients of the former by `rows` either way."""
+    student, teacher = (cast(WeightNormLinear, network.head.last_layer) for network in (run.student, run.teacher))
+    temps: dict[str, Any] = {"student_temp": run.config.student_temp, "teacher_temp": teacher_temp}
+    if run.cut:
+        if rows.requires_grad:  # the others' share of the mean is theirs, and the gradients will be averaged
+            rows.register_hook(lambda gradient: gradient * run.ranks.world)
+        return linear_dino_loss_ranks(
+            rows.unflatten(0, (run.loss.ncrops, -1)),
+            many.local(student.weight_v),
+            targets.unflatten(0, (2, -1)),
+            many.local(teacher.weight_v),
+            run.loss.center[0, run.prototypes],
+            student_gain=many.local(student.weight_g)[:, 0],
+            teacher_gain=many.local(teacher.weight_g)[:, 0],
+            **temps,
+        )
+    with torch.no_grad():
+        target_logits = teacher(targets)  # [2 B, K]
+    logits = student(rows)  # [V B, K]
+    result = dino_loss(
+        logits.unflatten(0, (run.loss.ncrops, -1)),
+        target_logits.unflatten(0, (2, -1)),
+        run.loss.center[0],
+        inplace=True,  # nothing else reads the student's logits
+        **temps,
+    )
+    return result.loss, result.teacher_entropy
 
 
 def read_later(values: Tensor) -> Callable[[], list[float]]:
@@ -196,11 +279,13 @@ def read_later(values: Tensor) -> Callable[[], list[float]]:
 
 
 def learner_state(run: Learner) -> dict[str, Any]:
-    """What a checkpoint holds of a learner."""
+    """What a checkpoint holds of a learner; where it is spread over processes, this one's part (`many.gathered`)."""
     return {
         "student": run.student.state_dict(),
         "teacher": run.teacher.state_dict(),
-        "dino_loss": run.loss.state_dict(),
+        "dino_loss": {"center": run.ranks.rows(run.loss.center[0, run.prototypes])[None]}
+        if run.cut
+        else run.loss.state_dict(),
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
         "torch_rng": torch.get_rng_state(),
@@ -208,18 +293,27 @@ def learner_state(run: Learner) -> dict[str, Any]:
 
 
 def restore_learner(run: Learner, state: dict[str, Any], source: str) -> None:
-    """The inverse of `learner_state`. Raises UserError where the checkpoint is of another model."""
+    """The inverse of `learner_state`, from whole tensors. Raises UserError for a checkpoint of another model."""
     for name, module in (("student", run.student), ("teacher", run.teacher), ("dino_loss", run.loss)):
         try:
-            module.load_state_dict(state[name])
-        except (RuntimeError, KeyError) as error:
+            module.load_state_dict(_placed(state[name], module.state_dict()))
+        except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(
                 f"the checkpoint in {source} is of another model than this configuration describes ({error}). "
                 "Resume with the settings of that run (leave them out), or start a new run with another --out"
             ) from error
-    run.optimizer.load_state_dict(state["optimizer"])
+    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+    moments = {
+        index: _placed(entries, {name: parameters[index] for name, x in entries.items() if x.ndim})
+        for index, entries in state["optimizer"]["state"].items()
+    }
+    run.optimizer.load_state_dict({**state["optimizer"], "state": moments})
     run.scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(state["torch_rng"])
+
+
+def _placed(tensors: dict[str, Tensor], like: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: many.placed(x, like[name]) if name in like else x for name, x in tensors.items()}
 
 
 def _parts(batch: Crops, count: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
@@ -238,16 +332,21 @@ def _set_rates(run: Learner, rates: Rates) -> None:
     decayed["weight_decay"] = rates.weight_decay
     # While frozen, no gradient of the prototypes is computed; the teacher's follow them all the same.
     last = cast(WeightNormLinear, run.student.head.last_layer)
+    changed = last.weight_v.requires_grad == rates.frozen
     last.weight_v.requires_grad_(not rates.frozen)
     last.weight_g.requires_grad_(not rates.frozen and not run.config.norm_last_layer)
+    if run.ranks.world > 1 and run.config.shard == "none" and (changed or run.through is many.directly):
+        run.through = many.replicate(run.student)
 
 
 @torch.no_grad()
 def _start_center(run: Learner, parts: list[tuple[Tensor, Tensor]]) -> None:
     """The centre becomes the mean of the teacher's logits over the batch."""
+    head = cast(DINOHead, run.teacher.head)
     with _autocast(run):
-        means = [run.teacher([large]).float().mean(dim=0) for large, _ in parts]
-    run.loss.center.copy_(torch.stack(means).mean(dim=0)[None])
+        means = [head.bottleneck(run.teacher.backbone(large)).float().mean(dim=0) for large, _ in parts]
+    mean = run.ranks.start_mean(torch.stack(means).mean(dim=0))()
+    run.loss.center[:, run.prototypes] = head.last_layer.of_mean(mean)
 
 
 def _autocast(run: Learner) -> contextlib.AbstractContextManager[Any]:

@@ -71,5 +71,13 @@ class WeightNormLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
 
+    def of_mean(self, mean: Tensor) -> Tensor:
+        """The mean of the logits `[out]` of rows whose mean is `mean` `[in]`, without making the matrix.
+
+        Where the parameters are cut over processes, of this process's prototypes.
+        """
+        v, g = (x.to_local() if hasattr(x, "to_local") else x for x in (self.weight_v, self.weight_g))
+        return torch.mv(v.float(), mean.float()) * (g[:, 0] / torch.linalg.vector_norm(v, dim=1))
+
     def extra_repr(self) -> str:
         return f"in_features={self.weight_v.shape[1]}, out_features={self.weight_v.shape[0]}"

@@ -321,8 +321,8 @@ _operator.register_autograd(_backward, setup_context=_setup_context)
 
 # --- backends, fastest first ----------------------------------------------------------------------------------------
 # Forward: (row statistics [2, T + V, B], products d [T, V, B], differences w E(v) - sum_u A(u, v) E(u) [V, B, D] or
-# None, teacher mean). Weight gradient: (dW, dg), from a factor for each student row [V, B], and one for each teacher
-# row beside it [T, V, B].
+# None, teacher mean); without pair weights the reads E [T + V, B, D] themselves instead of the differences. Weight
+# gradient: (dW, dg), from a factor for each student row [V, B], and one for each teacher row beside it [T, V, B].
 
 
 def _native_rejects(*tensors: Tensor) -> str | None:
@@ -375,6 +375,8 @@ def _reference_forward(student, student_weight, student_gain, teacher, teacher_w
     targets, predictions = (x / total[..., None] for x, total in zip(e, sums, strict=True))
     pairs = torch.einsum("ubk,vbk->uvb", targets, (logits[1] - maxima[1][..., None]) / student_temp)
     statistics = torch.stack([torch.cat(maxima), torch.cat(sums)])
+    if pair_weights is None:
+        return statistics, pairs, torch.cat([targets, predictions]) @ weight, raw.mean(dim=(0, 1))
     A = pair_weights.to(dtype)
     difference = A.sum(0)[:, None, None] * predictions - torch.einsum("uv,ubk->vbk", A, targets)
     return statistics, pairs, difference @ weight if differentiable else None, raw.mean(dim=(0, 1))
@@ -428,8 +430,8 @@ def _triton_forward(student, student_weight, student_gain, teacher, teacher_weig
         rows[0], student_layer, rows[1], teacher_layer, center.to(torch.float32).contiguous(), student_temp,
         teacher_temp, wanted=differentiable,
     )  # fmt: skip
-    if not differentiable:
-        return statistics, pairs, None, teacher_layer.logits
+    if not differentiable or pair_weights is None:
+        return statistics, pairs, read, teacher_layer.logits
     A, wide = pair_weights.double(), read.double()
     difference = A.sum(0)[:, None, None] * wide[T:] - torch.einsum("uv,ubd->vbd", A, wide[:T])
     return statistics, pairs, difference, teacher_layer.logits

@@ -27,12 +27,12 @@ PIECE = 128  # columns of a product of few rows
 def forward(student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center, pair_weights,
             student_temp, teacher_temp, differentiable):  # fmt: skip
     """Row statistics [2, T + V, B], pair products [T, V, B], read differences [V, B, D] (or None) and mean teacher
-    logits [K]: see the operator."""
+    logits [K]: see the operator. Without pair weights the reads [T + V, B, D] instead of their differences."""
     T, V, K = len(teacher), len(student), len(student_weight)
     tiles = _Tiles(student, teacher, center, student_temp, teacher_temp, K)
     chunks = [_Chunk(images, *_stacked(teacher[:, images], student[:, images])) for images in tiles.chunks]
     layers = tiles.layers((teacher_weight, teacher_gain), (student_weight, student_gain))
-    one_tile = tiles.columns == K
+    one_tile = tiles.columns == K and pair_weights is not None
     for chunk in chunks:
         chunk.start(T, V, reads=differentiable and not one_tile)
     teacher_mean_row = teacher.detach().to(torch.float32).mean(dim=(0, 1))
@@ -132,11 +132,13 @@ class _Chunk:
         sums, weights = self.sums.view(-1, n), pair_weights.double()
         return weights.sum(0)[:, None] / sums[T:], weights[..., None] / sums[:T, None]
 
-    def result(self, pair_weights: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def result(self, pair_weights: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Row statistics [2, T + V, images], pair products [T, V, images], read differences [V, images, D]."""
         T, _, n = self.pairs.shape
         sums = self.sums.view(-1, n)
-        if self.read is not None:
+        if self.read is not None and pair_weights is None:
+            self.difference = self.read.view(-1, n, self.read.shape[1]) / sums[..., None]
+        elif self.read is not None and pair_weights is not None:
             of_student, of_teacher = self.shares(pair_weights)
             teacher, student = self.read.view(-1, n, self.read.shape[1]).double().split([T, len(sums) - T])
             self.difference = student.mul_(of_student[..., None])
