@@ -18,6 +18,7 @@
 #include "cpu/linear_dino_loss.h"
 #include "cpu/multi_crop.h"
 #include "cpu/multi_tensor.h"
+#include "cpu/packed_attention.h"
 #ifdef DINO_FAST_HAS_CUDA
 #include "cuda/multi_crop.h"
 #include "cuda/multi_tensor.h"
@@ -259,6 +260,27 @@ void linear_dino_loss_project(int64_t gradient, int64_t weight, int64_t gain, in
    threads);
 }
 
+// (qkv, strides of token, part and head, ends, sequences, tokens, heads, width, dtype)
+using SequencesTuple =
+    std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
+dino_fast::Sequences as_sequences(const SequencesTuple& t) {
+  return {address<void>(std::get<0>(t)), std::get<1>(t), std::get<2>(t), std::get<3>(t),
+          address<int32_t>(std::get<4>(t)), std::get<5>(t), std::get<6>(t), std::get<7>(t), std::get<8>(t),
+          static_cast<dino_fast::Float>(std::get<9>(t))};
+}
+
+void packed_attention_forward(const SequencesTuple& sequences, int64_t out, int64_t logsumexp, int threads) {
+  py::gil_scoped_release unlocked;
+  DINO_FAST_DISPATCH(packed_attention_forward)
+  (as_sequences(sequences), address<void>(out), address<float>(logsumexp), threads);
+}
+
+void packed_attention_backward(const SequencesTuple& sequences, int64_t of_output, int64_t gradient, int threads) {
+  py::gil_scoped_release unlocked;
+  DINO_FAST_DISPATCH(packed_attention_backward)
+  (as_sequences(sequences), address<void>(of_output), address<void>(gradient), threads);
+}
+
 void multi_crop(int64_t n, const py::buffer& table, const py::buffer& numbers, int channels, bool bfloat16,
                 bool may_go_down_first, int64_t mean, int64_t std, int threads) {
   const std::vector<dino_fast::CropTask> tasks = crop_tasks(n, table, numbers);
@@ -280,6 +302,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("dino_loss_forward", &dino_loss_forward);
   m.def("dino_loss_gradient", &dino_loss_gradient);
   m.def("multi_crop", &multi_crop);
+  m.def("packed_attention_forward", &packed_attention_forward);
+  m.def("packed_attention_backward", &packed_attention_backward);
   m.def("linear_dino_loss_attend", &linear_dino_loss_attend);
   m.def("linear_dino_loss_weigh", &linear_dino_loss_weigh);
   m.def("linear_dino_loss_normalize", &linear_dino_loss_normalize);

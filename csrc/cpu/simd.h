@@ -109,6 +109,30 @@ DINO_FAST_INLINE Vec sqrt(Vec a) { return _mm512_sqrt_ps(a.v); }
 DINO_FAST_INLINE Vec times_power_of_two(Vec a, Vec n) { return _mm512_scalef_ps(a.v, n.v); }
 DINO_FAST_INLINE float reduce_add(Vec a) { return _mm512_reduce_add_ps(a.v); }
 DINO_FAST_INLINE float reduce_max(Vec a) { return _mm512_reduce_max_ps(a.v); }
+// to [16, 16] = the transpose of from [16, 16], rows at strides: pairs, then fours of columns, then the quarters of vectors.
+DINO_FAST_INLINE void transpose_tile(const float* from, int64_t from_row, float* to, int64_t to_row) {
+  __m512 two[16], four[16];
+  for (int i = 0; i < 8; ++i) {
+    const __m512 even = _mm512_loadu_ps(from + 2 * i * from_row), odd = _mm512_loadu_ps(from + (2 * i + 1) * from_row);
+    two[2 * i] = _mm512_unpacklo_ps(even, odd);
+    two[2 * i + 1] = _mm512_unpackhi_ps(even, odd);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    for (int k = 0; k < 2; ++k) {
+      const __m512d low = _mm512_castps_pd(two[i + k]), high = _mm512_castps_pd(two[i + k + 2]);
+      four[i + 2 * k] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      four[i + 2 * k + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  }
+  for (int k = 0; k < 4; ++k) {
+    const __m512 top02 = _mm512_shuffle_f32x4(four[k], four[4 + k], 0x88), top13 = _mm512_shuffle_f32x4(four[k], four[4 + k], 0xdd);
+    const __m512 low02 = _mm512_shuffle_f32x4(four[8 + k], four[12 + k], 0x88), low13 = _mm512_shuffle_f32x4(four[8 + k], four[12 + k], 0xdd);
+    _mm512_storeu_ps(to + k * to_row, _mm512_shuffle_f32x4(top02, low02, 0x88));
+    _mm512_storeu_ps(to + (4 + k) * to_row, _mm512_shuffle_f32x4(top13, low13, 0x88));
+    _mm512_storeu_ps(to + (8 + k) * to_row, _mm512_shuffle_f32x4(top02, low02, 0xdd));
+    _mm512_storeu_ps(to + (12 + k) * to_row, _mm512_shuffle_f32x4(top13, low13, 0xdd));
+  }
+}
 
 #elif defined(DINO_FAST_ISA_avx2)
 
@@ -173,6 +197,26 @@ DINO_FAST_INLINE float reduce_max(Vec a) {
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
 
+DINO_FAST_INLINE void transpose_tile(const float* from, int64_t from_row, float* to, int64_t to_row) {
+  __m256 two[8], four[8];
+  for (int i = 0; i < 4; ++i) {
+    const __m256 even = _mm256_loadu_ps(from + 2 * i * from_row), odd = _mm256_loadu_ps(from + (2 * i + 1) * from_row);
+    two[2 * i] = _mm256_unpacklo_ps(even, odd);
+    two[2 * i + 1] = _mm256_unpackhi_ps(even, odd);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    for (int k = 0; k < 2; ++k) {
+      const __m256d low = _mm256_castps_pd(two[i + k]), high = _mm256_castps_pd(two[i + k + 2]);
+      four[i + 2 * k] = _mm256_castpd_ps(_mm256_unpacklo_pd(low, high));
+      four[i + 2 * k + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low, high));
+    }
+  }
+  for (int k = 0; k < 4; ++k) {
+    _mm256_storeu_ps(to + k * to_row, _mm256_permute2f128_ps(four[k], four[4 + k], 0x20));
+    _mm256_storeu_ps(to + (4 + k) * to_row, _mm256_permute2f128_ps(four[k], four[4 + k], 0x31));
+  }
+}
+
 #else  // portable
 
 struct Vec {
@@ -214,6 +258,11 @@ DINO_FAST_INLINE float reduce_max(Vec a) {
   float m = a.v[0];
   for (int i = 1; i < 8; ++i) m = a.v[i] > m ? a.v[i] : m;
   return m;
+}
+DINO_FAST_INLINE void transpose_tile(const float* from, int64_t from_row, float* to, int64_t to_row) {
+  for (int i = 0; i < 8; ++i) {
+    for (int j = 0; j < 8; ++j) to[j * to_row + i] = from[i * from_row + j];
+  }
 }
 
 #endif
