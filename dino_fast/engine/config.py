@@ -98,6 +98,8 @@ class Config:
     weight_decay_end: float = option(0.4, "at the end, along a cosine")
     momentum: float = option(0.996, "of the teacher, at the start; 1 at the end, along a cosine")
     clip_grad: float = option(3.0, "largest norm of each parameter's gradient; 0 does not clip")
+    on_nonfinite: str = option("stop", "at a loss that is inf or NaN: stop, or skip the step", ("stop", "skip"))
+    nonfinite_limit: int = option(10, "steps in a row from which --on-nonfinite skip stops, too")
     freeze_last_layer: float = option(1.0, "epochs in which the prototypes stay as they are")
 
     # evaluation and checkpoints
@@ -107,6 +109,7 @@ class Config:
     knn_images: int = option(10_000, "at most so many images on either side of the k-NN evaluation")
     save_every: float = option(1.0, "epochs between checkpoints")
     keep: int = option(3, "checkpoints that are kept, beside the best")
+    save_in_background: bool | None = option(None, "write checkpoints beside the training; default: on a GPU")
 
     # the run
     out: str | None = option(None, "run directory; by default a new runs/<date-time>")
@@ -125,7 +128,8 @@ class Config:
 # Fields that do not change what the rest of a run computes: a resumed run may be given others.
 FREE_ON_RESUME = (
     *("data", "workers", "augment_on", "max_bad", "max_steps", "knn_every", "knn_k", "knn_temperature", "knn_images"),
-    *("save_every", "keep", "out", "resume", "device", "shard", "keep_freed_memory"),
+    *("save_every", "keep", "save_in_background", "on_nonfinite", "nonfinite_limit"),
+    *("out", "resume", "device", "shard", "keep_freed_memory"),
 )
 # Where and whether to continue is the command's affair and not written into config.yaml.
 _OF_THE_COMMAND = ("out", "resume")
@@ -363,7 +367,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         shown = " ".join(map(str, one.default)) if isinstance(one.default, tuple) else one.default
         default = "" if one.default is None or (hint is bool and not one.default) else f" (default: {shown})"
         keywords: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text + default}
-        if hint is bool:
+        if hint is bool or hint == bool | None:
             parser.add_argument(_flag(one.name), action=argparse.BooleanOptionalAction, **keywords)
             continue
         if typing.get_origin(hint) is tuple:
@@ -426,7 +430,7 @@ _RULES: tuple[_Rule, ...] = (
         "1 or more",
         lambda x: x >= 1,
         "patch_size global_size local_size embed_dim depth heads out_dim head_layers head_hidden_dim "
-        "head_bottleneck_dim batch_size accumulate epochs max_steps knn_k knn_images keep",
+        "head_bottleneck_dim batch_size accumulate epochs max_steps knn_k knn_images keep nonfinite_limit",
     ),
     (
         "0 or more",

@@ -23,6 +23,7 @@ from dino_fast.engine.evaluate import measure_knn, whole_backbone
 from dino_fast.engine.monitor import Health, Progress, memory
 from dino_fast.engine.ranks import ALONE, Ranks
 from dino_fast.engine.run import Run, open_run
+from dino_fast.engine.saving import Writer
 from dino_fast.engine.schedules import Rates, Schedules
 from dino_fast.engine.step import (
     Learner,
@@ -77,6 +78,7 @@ def loop(job: Job) -> None:
             rates = job.schedules.at(job.step)
             metrics = guarded_step(job, batch, rates)  # forward, loss, backward, clip, AdamW, teacher, centre
             job.step += 1
+            job.writer.poll()
             metrics |= clock()
             measured = measured_knn(job) if job.knn_is_due() else {}
             record(job, batch, rates, metrics | before | measured)
@@ -85,6 +87,7 @@ def loop(job: Job) -> None:
             if job.save_is_due(measured) or number:
                 save(job, measured)
             if number:
+                job.writer.wait()
                 raise Interrupted(number, f"interrupted at step {job.step} and saved. {how_to_resume(job)}")
 
 
@@ -102,7 +105,7 @@ class Job:
     best: float = -1.0  # the teacher's highest k-NN accuracy
     saved: int = -1  # step of the last checkpoint
     saved_at: float = field(default_factory=time.monotonic)
-    save_seconds: float = 0.0
+    skipped: int = 0  # steps in a row whose loss was not finite
 
     def __post_init__(self) -> None:
         config, device = self.config, str(self.learner.device)
@@ -110,6 +113,8 @@ class Job:
         self.end = min(self.schedules.steps, config.max_steps or self.schedules.steps)
         self.ranks = self.learner.ranks
         self.agreed = [0, 1, 0]  # of all processes: the signal, whether the clock allows a save, lost data
+        background = self.config.save_in_background
+        self.writer = Writer(self.learner.device.type == "cuda" if background is None else background)
         self.progress = Progress(self.end, device=device, enabled=self.ranks.first)
         patience = max(200, self.schedules.freeze_steps + self.schedules.warmup_steps)
         self.health = Health(config.out_dim, patience=patience, workers=self.loader.workers, device=device)
@@ -136,7 +141,7 @@ class Job:
 
     def _waited(self) -> bool:
         """Whether the last save is long enough ago for another one not to become a burden."""
-        return (time.monotonic() - self.saved_at) * SAVE_SHARE >= self.save_seconds
+        return (time.monotonic() - self.saved_at) * SAVE_SHARE >= self.writer.seconds
 
     def _every(self, epochs: float) -> bool:
         return epochs > 0 and self.step % max(1, round(epochs * self.loader.batches_per_epoch)) == 0
@@ -153,24 +158,43 @@ class Job:
         return self._every(self.config.save_every) and bool(self.agreed[1] if self.ranks.world > 1 else self._waited())
 
 
-def guarded_step(job: Job, batch: Batch, rates: Rates) -> dict[str, float]:
-    """`train_step`, which for a loss that is not finite stops the run and leaves the evidence."""
+def guarded_step(job: Job, batch: Batch, rates: Rates) -> dict[str, Any]:
+    """`train_step`; a loss that is not finite stops the run, or is passed over, and the evidence is left."""
     try:
-        return train_step(job.learner, batch, rates, job.step)
+        metrics: dict[str, Any] = train_step(job.learner, batch, rates, job.step)
+        job.skipped = 0
+        return metrics
     except NonFiniteLoss as error:
-        from safetensors.torch import save_file
-
-        of_rank = f"-process-{job.ranks.rank}" if job.ranks.rank else ""
-        path = job.run.path / f"nonfinite-step-{job.step:08d}{of_rank}.safetensors"
-        inputs = {"global_crops": batch.global_crops, "local_crops": batch.local_crops, "index": batch.index}
-        whole = many.gathered(job.learner.student.state_dict(), keep=True)
-        weights = {f"student/{name}": value for name, value in whole.items()}
-        save_file({name: value.detach().cpu().contiguous() for name, value in (inputs | weights).items()}, path)
-        raise UserError(
+        job.skipped += 1
+        limit = job.config.nonfinite_limit if job.config.on_nonfinite == "skip" else 1
+        path = evidence(job, batch) if job.skipped in (1, limit) else None
+        found = (
             f"the loss of step {job.step} is {error}. The step's crops, the images' numbers and the student's weights "
-            f"are in {path}; checkpoints are as they were. Try a lower --lr, a longer --warmup-epochs, or --precision "
-            "fp32, and look for odd images with 'dino-fast data check'"
-        ) from error
+            f"are in {path}"
+        )
+        advice = (
+            "Try a lower --lr, a longer --warmup-epochs, or --precision fp32, and look for odd images with 'dino-fast "
+            "data check'"
+        )
+        if job.skipped >= limit:
+            before = f"{job.skipped} losses in a row are not finite; " if limit > 1 else ""
+            raise UserError(f"{before}{found}; checkpoints are as they were. {advice}") from error
+        if path is not None:
+            job.say(f"{found}. The step is passed over; {limit} in a row stop the run. {advice}")
+        return {"loss": float("nan"), "skipped": True}
+
+
+def evidence(job: Job, batch: Batch) -> Path:
+    """Saves what led to a loss that is not finite: of several processes each its own crops."""
+    from safetensors.torch import save_file
+
+    of_rank = f"-process-{job.ranks.rank}" if job.ranks.rank else ""
+    path = job.run.path / f"nonfinite-step-{job.step:08d}{of_rank}.safetensors"
+    inputs = {"global_crops": batch.global_crops, "local_crops": batch.local_crops, "index": batch.index}
+    whole = many.gathered(job.learner.student.state_dict(), keep=True)
+    weights = {f"student/{name}": value for name, value in whole.items()}
+    save_file({name: value.detach().cpu().contiguous() for name, value in (inputs | weights).items()}, path)
+    return path
 
 
 def record(job: Job, batch: Batch, rates: Rates, metrics: dict[str, float]) -> None:
@@ -225,6 +249,7 @@ def next_or_save(job: Job, batches: Iterator[Batch]) -> Batch | None:
     if job.step <= max(job.saved, 0):
         raise reason
     save(job, {})
+    job.writer.wait()
     raise UserError(f"{reason}. Saved at step {job.step}. {how_to_resume(job)}") from failure
 
 
@@ -406,7 +431,6 @@ def resume(job: Job) -> bool:
 
 def save(job: Job, measured: dict[str, float]) -> None:
     """A checkpoint, and the best one where the k-NN accuracy is the highest so far."""
-    began = time.monotonic()
     is_best = measured.get("knn", -1.0) > job.best
     job.best = max(job.best, measured.get("knn", -1.0))
     state = {
@@ -416,22 +440,18 @@ def save(job: Job, measured: dict[str, float]) -> None:
         "num_heads": getattr(job.learner.teacher.backbone, "num_heads", None),
         "best": job.best,
     }
-    job.saved = job.step
-    if job.ranks.world > 1:
+    job.saved, job.saved_at = job.step, time.monotonic()
+    if job.ranks.world > 1 or job.writer.background:  # copies: the next step changes the weights
         state = many.gathered(state, keep=job.ranks.first)
-        if not job.ranks.first:
-            return
-    checkpoint.save(job.run.checkpoints, job.step, state, keep=job.config.keep)
-    if is_best:
-        checkpoint.mark_best(job.run.checkpoints, job.step)
-    job.saved_at = time.monotonic()
-    job.save_seconds = job.saved_at - began
+    if job.ranks.first:
+        job.writer.save(job.run.checkpoints, job.step, state, job.config.keep, is_best)
 
 
 def finish(job: Job) -> None:
     """Exports the teacher's backbone and says what there is and what to do with it."""
     from dino_fast.models.checkpoints import export_backbone
 
+    job.writer.wait()
     path = job.run.path
     backbone = whole_backbone(job.learner, job.learner.teacher, job.data.train.channels)
     if not job.ranks.first:

@@ -95,7 +95,7 @@ def _assert_equal(a: Any, b: Any, where: str = "") -> None:
     elif isinstance(a, dict):
         assert a.keys() == b.keys(), where
         for key in a:
-            if key not in ("workers",):
+            if key not in ("workers", "save_in_background"):
                 _assert_equal(a[key], b[key], f"{where}/{key}")
     else:
         assert a == b, where
@@ -332,3 +332,72 @@ def test_workers_by_device() -> None:
     assert loop.choose_workers(3, torch.device("cpu")) == 3
     assert loop.choose_workers(None, torch.device("cpu")) == 0
     assert 1 <= loop.choose_workers(None, torch.device("cuda")) <= 10
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_checkpoints_written_beside_the_training_are_the_same(
+    images: Path, tmp_path: Path, undisturbed: Path, background: bool
+) -> None:
+    train(_config(images, tmp_path / "run", save_in_background=background, save_every=1))
+    _assert_same_run(tmp_path / "run", undisturbed)
+
+
+def test_a_full_disk_beside_the_training_stops_with_a_sentence(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: object, block: memoryview) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "_write_block", full)
+    with pytest.raises(UserError, match="no space for the checkpoint"):
+        train(_config(images, tmp_path / "run", max_steps=3, save_in_background=True))
+
+
+def test_steps_that_are_not_finite_are_passed_over_up_to_a_limit(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, bad = loop.train_step, {3, 4, 9}
+
+    def sometimes(learner: Any, batch: Any, rates: Any, step: int) -> Any:
+        if step in bad:
+            batch.global_crops[0, 0, 0, 0, 0] = math.nan
+        return plain(learner, batch, rates, step)
+
+    monkeypatch.setattr(loop, "train_step", sometimes)
+    given: dict[str, Any] = {"on_nonfinite": "skip", "nonfinite_limit": 3, "max_steps": 12, "knn_every": 0}
+    train(_config(images, tmp_path / "run", **given))
+    rows = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows if row.get("skipped")] == sorted(bad)
+    assert [row["step"] for row in rows if row["loss"] is None] == sorted(bad)
+    assert sorted(path.name for path in (tmp_path / "run").glob("nonfinite*")) == [
+        f"nonfinite-step-{step:08d}.safetensors" for step in (3, 9)
+    ]
+    bad.update(range(5, 12))
+    with pytest.raises(UserError, match=r"3 losses in a row are not finite; the loss of step 5 is nan"):
+        train(_config(images, tmp_path / "other", **given))
+
+
+def test_a_hostile_pickle_in_a_run_is_never_opened(images: Path, tmp_path: Path) -> None:
+    import pickle
+
+    class Hostile:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "executed",))
+
+    out = tmp_path / "run"
+    train(_config(images, out, max_steps=2))
+    folder = next((out / "checkpoints").glob("step-*"))
+    for name in ("tensors.safetensors", "state.json"):
+        (folder / name).write_bytes(pickle.dumps(Hostile()))
+    (folder / ".metadata").write_bytes(pickle.dumps(Hostile()))
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert checkpoint.load(out / "checkpoints") is None
+    file = tmp_path / "weights.pth"
+    torch.save({"teacher": Hostile()}, file)
+    with pytest.raises(UserError, match="could run code"):
+        load_backbone(file)
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(f"data: !!python/object/apply:pathlib.Path.touch ['{tmp_path / 'executed'}']")
+    with pytest.raises(UserError, match="not valid YAML"):
+        build_config(file=settings)
+    assert not (tmp_path / "executed").exists()
