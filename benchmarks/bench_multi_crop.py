@@ -9,6 +9,11 @@ difference is below 6/255. `error` is that mean difference of pixels in 0..1, th
 An image of 300 x 240 in three channels is 0.2 MB in and 2.1 MB of float32 out (the floor); between lie 8 M
 multiply-adds to resize, 0.5 M values through each of four colour operations, and six passes of the blur.
 
+`gpu_rows` times the operation on a GPU: decoded photographs of 500 x 375 that lie there, to 2 x 224 + 8 x 96 crops,
+with events on the stream. Where each crop lies is worked out beforehand, as the loader's workers do. kornia is also
+timed as its users have it, a module for a whole batch, which draws numbers of its own and whose result is therefore not
+compared.
+
 Photographs: caltech101.tar in $DINO_FAST_TEST_DATA or ../shared/data; without it, drawn pictures of that size. Rounds
 are timed on a machine that may be shared: ratios are of calls in the same round.
 """
@@ -104,7 +109,7 @@ def with_kornia(kornia: ModuleType) -> OneCrop:
         x = kornia.color.rgb_to_grayscale(x).expand(-1, 3, -1, -1) if r.grey else x
         x = kornia.filters.gaussian_blur2d(x, (9, 9), (r.radius, r.radius), "replicate") if r.blur else x
         x = torch.where(x < 128 / 255, x, 1 - x) if r.solarize else x
-        return e.normalize(x, torch.tensor(r.mean), torch.tensor(r.std))[0]
+        return e.normalize(x, torch.tensor(r.mean, device=x.device), torch.tensor(r.std, device=x.device))[0]
 
     return one_crop
 
@@ -143,7 +148,7 @@ class Checked:
             """1 + the mean difference, for the harness to compare with 1."""
             means = []
             for got, wanted in zip(call(), self.reference, strict=True):
-                difference = ((got - wanted) * self.std).abs()
+                difference = ((got.cpu() - wanted) * self.std).abs()
                 near = (difference <= 2.001 / 255).double().mean().item()
                 if strict and (near < 0.999 or difference.mean() >= 0.5 / 255):
                     raise ValueError(f"{near:.4%} within 2/255, mean difference {difference.mean():.2e}")
@@ -177,11 +182,11 @@ def photographs(n: int) -> tuple[list[bytes], str]:
 def _comparison(
     shape: str,
     crops: MultiCrop,
-    sources: Sequence[Any],
     pixels: list[Tensor],
     contenders: Callable[..., list[Contender]],
+    device: str = "cpu",
 ) -> Comparison:
-    """`pixels` are the decoded images, `contenders(params, recipes, checked)` makes the calls over `sources`."""
+    """`pixels` are the decoded images, `contenders(params, recipes, checked)` makes the calls."""
     params = crops.sample(len(pixels), torch.Generator().manual_seed(0))
     sizes = [(image.shape[1], image.shape[2]) for image in pixels]
     recipes = [[Recipe(crops, params, size, i, v) for v in range(crops.n_crops)] for i, size in enumerate(sizes)]
@@ -196,7 +201,8 @@ def _comparison(
         floor_bytes=sum(image.nbytes for image in pixels) + output,
         output_bytes=output,
         contenders=contenders(params, recipes, checked),
-        seconds=25.0,
+        device=device,
+        seconds=15.0,
     )
 
 
@@ -225,7 +231,7 @@ def from_jpeg(n: int) -> Comparison:
         kornia.check = None if kornia.absent else checked(kornia.call)
         return [*rows, kornia]
 
-    return _comparison(f"{n} JPEG, {what}, to 2x224 + 8x96, 1 thread", crops, files, pixels, contenders)
+    return _comparison(f"{n} JPEG, {what}, to 2x224 + 8x96, 1 thread", crops, pixels, contenders)
 
 
 def small(n: int) -> Comparison:
@@ -247,7 +253,7 @@ def small(n: int) -> Comparison:
             Contender("torchvision v2 on tensors", v2, check=checked(v2)),
         ]
 
-    return _comparison(f"{n} of 32x32, {what}, to 2x32 + 8x16, 1 thread", crops, pixels, pixels, contenders)
+    return _comparison(f"{n} of 32x32, {what}, to 2x32 + 8x16, 1 thread", crops, pixels, contenders)
 
 
 def threads(n: int) -> Comparison:
@@ -285,7 +291,85 @@ def threads(n: int) -> Comparison:
             probe(1),
         ]
 
-    return _comparison(f"{n} decoded, {what}, to 2x224 + 8x96, 1 and 2 threads", crops, pixels, pixels, contenders)
+    return _comparison(f"{n} decoded, {what}, to 2x224 + 8x96, 1 and 2 threads", crops, pixels, contenders)
+
+
+def kornia_batched(kornia: ModuleType, crops: MultiCrop) -> Callable[[Tensor], Crops]:
+    """kornia's augmentation modules over a batch float32 [n, 3, H, W] in 0..1, one view after the other."""
+    a = kornia.augmentation
+    mean, std = torch.tensor(crops.mean), torch.tensor(crops.std)
+
+    def view(size: int, scale: tuple[float, float], blur_p: float, solarize_p: float) -> Any:
+        return a.AugmentationSequential(
+            a.RandomResizedCrop((size, size), scale=scale, ratio=crops.ratio, resample="bicubic"),
+            a.RandomHorizontalFlip(p=crops.flip_p),
+            a.ColorJiggle(*crops.jitter, p=crops.jitter_p),
+            a.RandomGrayscale(p=crops.grey_p),
+            a.RandomGaussianBlur((9, 9), crops.blur_radius, p=blur_p),
+            a.RandomSolarize(0.0, 0.0, p=solarize_p),
+            a.Normalize(mean, std),
+            same_on_batch=False,
+        )
+
+    size, small = crops.global_size, crops.local_size
+    first, second, local = (
+        view(side, scale, p, s)  # type: ignore[arg-type]
+        for side, scale, p, s in zip(
+            (size, size, small),
+            (crops.global_scale, crops.global_scale, crops.local_scale),
+            crops.blur_p,
+            crops.solarize_p,
+            strict=True,
+        )
+    )
+
+    def call(batch: Tensor) -> Crops:
+        views = torch.stack([first(batch), second(batch)])
+        return views, torch.stack([local(batch) for _ in range(crops.n_local)])
+
+    return call
+
+
+def on_gpu(n: int, device: str = "cuda") -> Comparison:
+    files, what = photographs(min(n, 64))
+    shown = [np.array(pillow_image(data).resize((500, 375))) for data in files]
+    pixels = [torch.from_numpy(shown[i % len(shown)]).permute(2, 0, 1).contiguous() for i in range(n)]
+    crops = MultiCrop()
+    placed = [image.to(device) for image in pixels]
+
+    def contenders(params: CropParams, recipes: list[list[Recipe]], checked: Checked) -> list[Contender]:
+        cuts = crops.cuts(params, [(375, 500)] * n)
+
+        def ours() -> Crops:
+            return crops.cut(placed, cuts)
+
+        v2 = crop_by_crop(torchvision_v2, lambda: placed, recipes)
+        one = peer("kornia, crop by crop", "kornia", lambda k: crop_by_crop(with_kornia(k), lambda: placed, recipes))
+        one.check = None if one.absent else checked(one.call)
+
+        def batched(kornia: ModuleType) -> Callable[[], Crops]:
+            call = kornia_batched(kornia, crops)
+            return lambda: call(torch.stack(placed).float().div_(255))
+
+        own = peer("kornia, batched, numbers of its own", "kornia", batched)
+        own.check = lambda: [torch.ones(()), torch.ones(())]
+        return [
+            Contender("dino-fast", ours, ours=True, check=checked(ours, strict=True)),
+            Contender("torchvision v2, crop by crop", v2, baseline=True, check=checked(v2)),
+            one,
+            own,
+        ]
+
+    return _comparison(f"{n} of 500x375, {what}, to 2x224 + 8x96", crops, pixels, contenders, device)
+
+
+def gpu_rows(n: int = 128, *, quick: bool = False, device: str = "cuda") -> list[Row]:
+    """The operation on decoded images on a GPU; the notes have images a second."""
+    rows = run_all([on_gpu(n, device)], quick=quick)
+    for row in rows:
+        if row.ms and row.role != "floor":
+            row.note = f"{1e3 * n / row.ms:,.0f} images/s"
+    return rows
 
 
 def comparisons(quick: bool = False) -> Iterator[Comparison]:

@@ -304,6 +304,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("multi_crop", &multi_crop);
   m.def("packed_attention_forward", &packed_attention_forward);
   m.def("packed_attention_backward", &packed_attention_backward);
+  m.def("multi_crop_planes", [](int64_t from, int64_t to, int64_t pixels) {
+    py::gil_scoped_release unlocked;
+    DINO_FAST_DISPATCH(multi_crop_planes)(address<uint8_t>(from), address<uint8_t>(to), pixels);
+  });
   m.def("linear_dino_loss_attend", &linear_dino_loss_attend);
   m.def("linear_dino_loss_weigh", &linear_dino_loss_weigh);
   m.def("linear_dino_loss_normalize", &linear_dino_loss_normalize);

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dino_fast.errors import UserError
-from dino_fast.ops.multi_crop import multi_crop
+from dino_fast.ops.multi_crop import multi_crop, multi_crop_into
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -217,10 +217,22 @@ class MultiCrop:
         )
 
     def cut(
-        self, images: Sequence[Tensor], cuts: Cuts, *, dtype: torch.dtype = torch.float32, backend: str = "auto"
+        self,
+        images: Sequence[Tensor],
+        cuts: Cuts,
+        *,
+        dtype: torch.dtype = torch.float32,
+        backend: str = "auto",
+        out: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The second half of `apply`: uint8 images, on a CPU or a GPU, and their `cuts`, on the CPU."""
+        """The second half of `apply`: uint8 images, on a CPU or a GPU, and their `cuts`, on the CPU.
+
+        `out` are tensors to write to, of the shapes that are returned and the dtype that is wanted.
+        """
         mean, std = self.statistics(images[0].shape[0])
+        if out is not None:
+            multi_crop_into(out, list(images), *cuts, mean.flatten(), std.flatten(), backend)
+            return out
         return multi_crop(
             list(images),
             *cuts,

@@ -214,6 +214,16 @@ void one_crop(const CropTask& task, const CropOutput& output) {
 
 }  // namespace
 
+void multi_crop_planes(const uint8_t* __restrict from, uint8_t* __restrict to, int64_t pixels) {
+  uint8_t* __restrict g = to + pixels;
+  uint8_t* __restrict b = g + pixels;
+  for (int64_t i = 0; i < pixels; ++i) {
+    to[i] = from[3 * i];
+    g[i] = from[3 * i + 1];
+    b[i] = from[3 * i + 2];
+  }
+}
+
 void multi_crop(const CropTask* tasks, int64_t n, const CropOutput& output, int threads) {
   parallel_for(n, threads, [&](int64_t i) { one_crop(tasks[i], output); });
 }

@@ -30,5 +30,7 @@ struct CropOutput {
 }  // namespace dino_fast
 
 DINO_FAST_DECLARE(
+  // [pixels, 3], as decoders write it, to planes [3, pixels].
+  void multi_crop_planes(const uint8_t* from, uint8_t* to, int64_t pixels);
   void multi_crop(const ::dino_fast::CropTask* tasks, int64_t n, const ::dino_fast::CropOutput& output, int threads);
 )

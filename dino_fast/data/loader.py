@@ -12,20 +12,23 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from dino_fast.augment import IMAGENET_MEAN, IMAGENET_STD, MultiCrop, Size, pair, statistics
+from dino_fast.augment import GLOBALS, IMAGENET_MEAN, IMAGENET_STD, MultiCrop, Size, pair, statistics
 from dino_fast.data.decode import ImageError, Jpeg
 from dino_fast.data.on_gpu import Packed, cut_ahead, pack
+from dino_fast.data.slots import Slot, Slots, WorkersSlots
 from dino_fast.data.sources import Source
 from dino_fast.errors import UserError
 from dino_fast.ops.multi_crop import from_pillow, to_pillow
 
 logger = logging.getLogger(__name__)
 _REPLACEMENTS = 32  # images tried in place of an unreadable one; all failing means that the source is gone
+_PREFETCH = 4  # batches that a worker may be ahead
 _ORDER, _CROPS, _REPLACE = range(3)  # what a random draw is for, so that no two uses share a seed
 
 
@@ -41,6 +44,7 @@ class Batch:
     bad: list[tuple[int, str]] = field(default_factory=list)  # (index, reason) of images that could not be read
     failure: str = ""  # set when not even replacements could be read
     packed: Packed | None = None  # the images, between a worker and the GPU that makes the crops
+    slot: Slot | None = None  # of a worker's memory that the crops are in
 
     def pin_memory(self) -> Batch:
         """For the loader: a copy from which a GPU can fetch by itself."""
@@ -123,23 +127,28 @@ class TrainLoader:
 
         if self.workers:
             self.source.prepare()
+        slots = Slots(self.workers, _PREFETCH + 3)  # what a worker may be ahead, and a step and its successor
         loader: DataLoader[Batch] = DataLoader(
-            _Crops(self.source, self.crops, self.seed, self.gpu is not None, self.encoded),  # type: ignore[arg-type]
+            _Crops(self.source, self.crops, self.seed, self.gpu is not None, self.encoded, slots.free),  # type: ignore[arg-type]
             batch_size=None,  # one request is one batch, so what a worker makes does not depend on how many there are
             sampler=_Order(self),
             num_workers=self.workers,
             worker_init_fn=_one_thread,
             multiprocessing_context="fork" if self.workers else None,  # shares the source's memory; workers use no GPU
-            prefetch_factor=4 if self.workers else None,
+            prefetch_factor=_PREFETCH if self.workers else None,
             pin_memory=self.pin_memory,
         )
-        batches = self._noted(_started(loader))
+        batches = self._received(_started(loader), slots)
         yield from batches if self.gpu is None else cut_ahead(batches, self.source, self.crops, self.gpu)
 
-    def _noted(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+    def _received(self, batches: Iterator[Batch], slots: Slots) -> Iterator[Batch]:
         while (batch := _next(batches)) is not None:
             self._note(batch)
+            if batch.slot is not None:
+                slots.lend(batch.slot, batch.global_crops)
             yield batch
+            del batch
+            slots.collect()
 
     def _note(self, batch: Batch) -> None:
         """Reports the unreadable images of a batch, and gives up past the stated share."""
@@ -202,8 +211,9 @@ class _Order:
 class _Crops:
     """What runs in a worker: reads the images of one request and cuts their crops, or packs them for a GPU."""
 
-    def __init__(self, source: Source, crops: MultiCrop, seed: int, packed: bool, encoded: bool) -> None:
+    def __init__(self, source: Source, crops: MultiCrop, seed: int, packed: bool, encoded: bool, free: Tensor) -> None:
         self.source, self.crops, self.seed, self.packed = source, crops, seed, packed
+        self.free, self.slots = free, cast("WorkersSlots | None", None)
         self.get: Callable[[int], Tensor | Jpeg] = source.jpeg_or_pixels if encoded else source.read
 
     def __getitem__(self, request: tuple[int, int, list[int]]) -> Batch:
@@ -219,12 +229,24 @@ class _Crops:
             return Batch(nothing, nothing, torch.empty(0, dtype=torch.int64), epoch, number, bad, failure)
         params = self.crops.sample_each([mix(self.seed, _CROPS, epoch, index) for index in wanted])
         index = torch.tensor([index for _, index in read])
-        if not self.packed:
-            return Batch(*self.crops.apply(images, params), index, epoch, number, bad)  # type: ignore[arg-type]
         sizes = [(i.height, i.width) if isinstance(i, Jpeg) else (i.shape[1], i.shape[2]) for i in images]
-        packed = pack(images, self.crops.cuts(params, sizes), self.source.channels)
-        nothing = torch.empty(0)
-        return Batch(nothing, nothing, index, epoch, number, bad, packed=packed)
+        cuts = self.crops.cuts(params, sizes)
+        if self.packed:
+            nothing, packed = torch.empty(0), pack(images, cuts, self.source.channels)
+            return Batch(nothing, nothing, index, epoch, number, bad, packed=packed)
+        pixels = [image for image in images if isinstance(image, Tensor)]  # all of them, where nothing is packed
+        slot, room = self._room(len(images))
+        return Batch(*self.crops.cut(pixels, cuts, out=room), index, epoch, number, bad, slot=slot)
+
+    def _room(self, n: int) -> tuple[Slot | None, tuple[Tensor, Tensor] | None]:
+        """Where a worker puts the crops of n images."""
+        worker = torch.utils.data.get_worker_info()
+        if worker is None:
+            return None, None
+        self.slots = self.slots or WorkersSlots(self.free, worker.id)
+        sizes = ((GLOBALS, pair(self.crops.global_size)), (self.crops.n_local, pair(self.crops.local_size)))
+        taken = self.slots.take([(views, n, self.source.channels, *size) for views, size in sizes])
+        return (None, None) if taken is None else (taken[0], (taken[1][0], taken[1][1]))
 
     def _read(self, index: int, epoch: int, bad: list[tuple[int, str]]) -> tuple[Tensor | Jpeg | None, int]:
         """The image and its index, or those of a stand-in that is a function of (seed, epoch, index)."""

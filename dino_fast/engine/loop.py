@@ -263,6 +263,7 @@ def batches_from_here(job: Job) -> Iterator[Batch]:
         first = next(batches, None)
     if first is not None:
         yield first
+        del first  # its memory is used again
         yield from batches
 
 

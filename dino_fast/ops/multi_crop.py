@@ -54,11 +54,27 @@ def multi_crop(
     dtype float32 or bfloat16. Raises ValueError for another dtype or device, shapes that disagree and boxes outside
     their image. On a GPU all work is queued on the current stream and nothing is waited for.
     """
-    _check(images, boxes, switches, order, factors, radius, mean, std, dtype)
     crops = _empty(images, boxes, n_global, global_size, local_size, dtype)
+    multi_crop_into(crops, images, boxes, switches, order, factors, radius, mean, std, backend)
+    return crops
+
+
+def multi_crop_into(
+    crops: tuple[Tensor, Tensor],
+    images: list[Tensor],
+    boxes: Tensor,
+    switches: Tensor,
+    order: Tensor,
+    factors: Tensor,
+    radius: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    backend: str = "auto",
+) -> None:
+    """`multi_crop`, its results written to `crops`: contiguous, of the shapes that it returns."""
+    _check(images, boxes, switches, order, factors, radius, mean, std, crops[0].dtype)
     run = _RUN[choose("multi_crop", *images, backend=backend)]
     run(images, boxes, switches, order, factors, radius, mean, std, *crops)
-    return crops
 
 
 @multi_crop.register_fake
@@ -111,6 +127,18 @@ def _check(images, boxes, switches, order, factors, radius, mean, std, dtype) ->
         raise ValueError("multi_crop: a box is empty or reaches outside its image")
 
 
+def planar(image: Tensor) -> Tensor:
+    """The image, contiguous. Decoders write pixel by pixel, of which PyTorch's strided copy makes planes slowly."""
+    channels, height, width = image.shape
+    if image.is_contiguous() or image.is_cuda or channels != 3 or image.stride() != (1, 3 * width, 3):
+        return image.contiguous()
+    from dino_fast import _C
+
+    planes = torch.empty((3, height, width), dtype=torch.uint8)
+    _C.multi_crop_planes(image.data_ptr(), planes.data_ptr(), height * width)
+    return planes
+
+
 class Tasks(NamedTuple):
     """What the compiled backends take; `keep` are the tensors that the addresses are of."""
 
@@ -120,7 +148,7 @@ class Tasks(NamedTuple):
 
 def tasks(images, boxes, switches, order, factors, radius, mean, std, global_crops, local_crops) -> Tasks:  # type: ignore[no-untyped-def]
     """Tables of V n crops, see csrc/bindings.cpp."""
-    images = [image.contiguous() for image in images]
+    images = [planar(image) for image in images]
     mean, std = mean.float().contiguous(), std.float().contiguous()
     (n, V), (C, T) = boxes.shape[:2], (images[0].shape[0], len(global_crops))
     source = np.array([(image.data_ptr(), image.shape[1], image.shape[2]) for image in images], dtype=np.int64)

@@ -58,7 +58,7 @@ def test_a_batch_travels_as_bytes(mixed: Source) -> None:
     crops = MultiCrop()
     wanted = list(range(len(mixed)))
     for encoded in (False, True):
-        batch = _Crops(mixed, crops, 0, True, encoded)[0, 0, wanted]
+        batch = _Crops(mixed, crops, 0, True, encoded, torch.empty(0))[0, 0, wanted]
         kinds = {mixed.name(i).rsplit("/", 1)[1]: row[3] for i, row in enumerate(batch.packed.shapes.tolist())}
         files = {name for name, size in kinds.items() if size}
         ordinary = {f"{i}.jpg" for i in range(6)} | {"grey.jpg"}

@@ -23,7 +23,7 @@ from dino_fast import _C, info
 from dino_fast.augment import MultiCrop
 from dino_fast.backends import BackendError
 from dino_fast.data.decode import decode
-from dino_fast.ops.multi_crop import from_pillow, to_pillow
+from dino_fast.ops.multi_crop import from_pillow, planar, to_pillow
 
 SMALL = {"global_size": 48, "local_size": (20, 37), "n_local": 3, "mean": (0.5,), "std": (0.25,)}
 OFF = {"flip_p": 0.0, "jitter_p": 0.0, "grey_p": 0.0, "blur_p": (0.0, 0.0, 0.0), "solarize_p": (0.0, 0.0, 0.0)}
@@ -226,6 +226,15 @@ def test_any_number_of_threads_and_a_strided_image_give_the_same_bits():
 
 def _send(queue, images, params):
     queue.put(MultiCrop(**SMALL).apply(images, params)[0].numpy())
+
+
+@pytest.mark.parametrize("pixels", [(1, 1), (5, 7), (37, 64), (61, 83)])
+def test_pixels_side_by_side_become_planes(pixels, isa):
+    image = pictures(3, pixels)[0]
+    interleaved = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    made = planar(interleaved)
+    assert made.is_contiguous() and torch.equal(made, image) and planar(image) is image
+    assert torch.equal(planar(interleaved[:, :, 1:]), image[:, :, 1:])
 
 
 def test_survives_a_fork():
