@@ -23,6 +23,8 @@ from dino_fast.ops.multi_crop import multi_crop, multi_crop_into
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# Probability of a blur: first global crop, second, local ones. The successors' code has the published ones' complement.
+PUBLISHED_BLUR, INVERTED_BLUR = (1.0, 0.1, 0.5), (0.0, 0.9, 0.5)
 GLOBALS = 2  # the teacher's views
 TRIES = 10  # boxes drawn until one fits into the image, as torchvision's RandomResizedCrop
 DRAWS = 4 * TRIES + 14  # uniform numbers a crop
@@ -101,7 +103,7 @@ class MultiCrop:
     jitter_p: float = 0.8
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
     grey_p: float = 0.2
-    blur_p: tuple[float, float, float] = (1.0, 0.1, 0.5)
+    blur_p: tuple[float, float, float] = PUBLISHED_BLUR
     blur_radius: tuple[float, float] = (0.1, 2.0)
     solarize_p: tuple[float, float, float] = (0.0, 0.2, 0.0)
     mean: tuple[float, ...] = IMAGENET_MEAN

@@ -69,6 +69,37 @@ def test_resume_continues_exactly() -> None:
         assert len(rest) == 6 - cut and all(same(a, b) for a, b in zip(whole[cut:], rest, strict=True))
 
 
+@pytest.mark.parametrize("gpu", [None, torch.device("cpu")])
+def test_a_resume_replays_nothing(gpu: torch.device | None) -> None:
+    """From a place two thousand epochs on, the first batch costs as many reads as a batch has images, and one order."""
+
+    class Counting(ArraySource):
+        reads = 0
+
+        def read(self, index: int) -> torch.Tensor:
+            self.reads += 1
+            return super().read(index)
+
+    source = Counting(images(20))
+    whole = load(source=source, start=(2000, 0), epochs=2001)
+    source.reads = 0
+    batches = iter(train_loader(source, CROPS, batch_size=6, seed=3, start=(2000, 2), gpu=gpu))
+    assert same(next(batches), whole[2])
+    assert source.reads == 6 if gpu is None else source.reads == 12  # a batch ahead
+
+
+def test_the_order_is_drawn_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+
+    def note(n: int, seed: int, epoch: int) -> torch.Tensor:
+        drawn.append(epoch)
+        return epoch_order(n, seed, epoch)
+
+    monkeypatch.setattr("dino_fast.data.loader.epoch_order", note)
+    load(start=(7, 1), epochs=9)
+    assert drawn == [7, 8]
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_share_one_global_batch(world: int) -> None:
     parts = [load(rank=rank, world=world) for rank in range(world)]
