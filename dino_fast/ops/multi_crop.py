@@ -284,9 +284,10 @@ def _native_rejects(*images: Tensor) -> str | None:
 
 _RUN = {"cuda": _cuda, "native": _native, "reference": lambda *arguments: multi_crop_reference(*arguments)}
 
+# Each device has its own; the CPU's first, so that forked workers need not ask for a GPU, which they cannot.
 register(
     "multi_crop",
-    Backend("cuda", cuda_missing, _cuda_rejects),
     Backend("native", native_missing, _native_rejects),
+    Backend("cuda", cuda_missing, _cuda_rejects),
     Backend("reference"),
 )

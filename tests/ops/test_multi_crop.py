@@ -192,7 +192,7 @@ def test_choice_of_backend(monkeypatch):
     monkeypatch.setenv("DINO_FAST_BACKEND", "multi_crop=reference")
     crops.apply(images, params)
     assert len(called) == 2
-    with pytest.raises(BackendError, match="native, reference"):
+    with pytest.raises(BackendError, match="native, cuda, reference"):
         crops.apply(images, params, backend="triton")
 
 
