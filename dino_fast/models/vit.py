@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dino_fast.errors import UserError
 from dino_fast.models.packing import Kept, Packing, add_to_kept, attend, attend_first, joined, kept_count, pack, take
+from dino_fast.ops.mlp import mlp
 
 
 class VisionTransformer(nn.Module):
@@ -235,7 +236,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 
 
 class Block(nn.Module):

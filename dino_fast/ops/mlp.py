@@ -1,0 +1,86 @@
+"""The two layers of a block and the GELU between them, some rows at a time.
+
+    h = x W1^T + b1,   a = gelu(h) = h Phi(h),   y = a W2^T + b2
+
+    dh = (dy W2) gelu'(h),   dx = dh W1,   dW1 = dh^T x,   dW2 = dy^T a,   biases: sums over rows
+
+Everything works row by row, so a few rows are taken through all of it while they are in the cache: of what is four
+times as wide as x only h is kept for the backward, which makes a again (1 operation for the 8 * C of a product). With
+17,000 rows of width 192 the products alone run a fifth faster than on whole matrices, on two cores.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROWS = 4096
+
+
+def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+    """gelu(x weight1^T + bias1) weight2^T + bias2 for x [rows, C], weight1 [H, C] and weight2 [D, H], float32 or
+    float64 on a CPU; elsewhere, in other dtypes and in compiled code, PyTorch's layers one after the other."""
+    whole = x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or x.dtype != weight1.dtype
+    if whole or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
+    tensors = (x, weight1, bias1, weight2, bias2)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return _Mlp.apply(*tensors)
+    return _forward(*tensors, None)
+
+
+def _forward(
+    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, kept: Tensor | None
+) -> Tensor:
+    """The output [rows, D]; h goes into `kept` [rows, H] where there is one."""
+    width, rows = weight1.shape[0], min(ROWS, len(x))
+    out = x.new_empty(len(x), weight2.shape[0])
+    buffer = x.new_empty(rows, width)
+    scratch = x.new_empty(rows, width) if kept is None else None
+    for first in range(0, len(x), ROWS):
+        part = x[first : first + ROWS]
+        h = (scratch if kept is None else kept[first:])[: len(part)]  # type: ignore[index]
+        a = buffer[: len(part)]
+        torch.addmm(bias1, part, weight1.t(), out=h)
+        torch.ops.aten.gelu.out(h, out=a)
+        torch.addmm(bias2, a, weight2.t(), out=out[first : first + ROWS])
+    return out
+
+
+class _Mlp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+        h = x.new_empty(len(x), weight1.shape[0])
+        out = _forward(x, weight1, bias1, weight2, bias2, h)
+        ctx.save_for_backward(x, weight1, weight2, h)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight1, weight2, h = ctx.saved_tensors
+        wants_x, *wants = ctx.needs_input_grad
+        grad = grad.contiguous()
+        by_x = torch.empty_like(x) if wants_x else None
+        by_weight1, by_weight2 = torch.zeros_like(weight1), torch.zeros_like(weight2)
+        by_bias1 = x.new_zeros(len(weight1))
+        rows = min(ROWS, len(x))
+        of_a, of_h = x.new_empty(rows, h.shape[1]), x.new_empty(rows, h.shape[1])
+        for first in range(0, len(x), ROWS):
+            part, upstream, inner = (t[first : first + ROWS] for t in (x, grad, h))
+            a, da = of_a[: len(part)], of_h[: len(part)]
+            if wants[2]:
+                torch.ops.aten.gelu.out(inner, out=a)
+                by_weight2.addmm_(upstream.t(), a)
+            torch.mm(upstream, weight2, out=da)
+            torch.ops.aten.gelu_backward.grad_input(da, inner, grad_input=a)
+            by_bias1 += a.sum(0)
+            if wants[0]:
+                by_weight1.addmm_(a.t(), part)
+            if by_x is not None:
+                torch.mm(a, weight1, out=by_x[first : first + ROWS])
+        gradients = (by_weight1, by_bias1, by_weight2, grad.sum(0))
+        return by_x, *(value if wanted else None for value, wanted in zip(gradients, wants, strict=True))
