@@ -122,6 +122,19 @@ class Config:
         ("none", "grads", "full"),
     )
     precision: str = option("auto", "fp32 on a CPU, bf16 on a GPU that has it", ("auto", "fp32", "bf16", "fp16"))
+    tf32: bool = option(False, "on a GPU, round the inputs of float32 matrix products to TF32")
+    compile: bool = option(False, "compile the blocks with torch.compile: slower to start, faster afterwards on a GPU")
+    checkpoint_activations: str = option(
+        "none",
+        "keep less of each block and compute it again: all but products and attention, or everything",
+        ("none", "selective", "full"),
+    )
+    last_layer: str = option(
+        "auto",
+        "prototypes and loss: without logits (fused), logits of a few images at a time (parts) or of all (logits); "
+        "auto: fused on a GPU, parts on a CPU",
+        ("auto", "fused", "parts", "logits"),
+    )
     keep_freed_memory: bool = option(True, "let the C allocator keep freed memory: no new page faults in every step")
 
 
@@ -130,6 +143,7 @@ FREE_ON_RESUME = (
     *("data", "workers", "augment_on", "max_bad", "max_steps", "knn_every", "knn_k", "knn_temperature", "knn_images"),
     *("save_every", "keep", "save_in_background", "on_nonfinite", "nonfinite_limit"),
     *("out", "resume", "device", "shard", "keep_freed_memory"),
+    *("tf32", "compile", "checkpoint_activations", "last_layer"),
 )
 # Where and whether to continue is the command's affair and not written into config.yaml.
 _OF_THE_COMMAND = ("out", "resume")

@@ -11,8 +11,10 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from dino_fast.engine import compute
 from dino_fast.engine import ranks as many
 from dino_fast.engine.config import Config
+from dino_fast.engine.last_layer import loss_of_rows
 from dino_fast.engine.monitor import feature_spread
 from dino_fast.engine.optimizers import Optimizer, build_optimizer
 from dino_fast.engine.ranks import ALONE, Ranks
@@ -27,9 +29,8 @@ from dino_fast.models import (
     build_backbone,
     set_drop_path_seed,
 )
-from dino_fast.ops.dino_loss import dino_loss
 from dino_fast.ops.linear_dino_loss_ranks import linear_dino_loss_ranks
-from dino_fast.optim import ema_update
+from dino_fast.optim import AdamWEMA, ema_update
 
 # The narrow models that `init: xavier` is for start at ln K and stay there with the published deviation of 0.02.
 XAVIER_POSITION_STD = 0.3
@@ -61,6 +62,12 @@ class Learner:
     ranks: Ranks = ALONE
     # Calls a function of the student for a forward pass with gradients: DistributedDataParallel must know of it.
     through: Callable[..., Any] = many.directly
+    copies: tuple[MultiCropWrapper, MultiCropWrapper] | None = None  # student and teacher in bfloat16
+
+    @property
+    def computing(self) -> tuple[MultiCropWrapper, MultiCropWrapper]:
+        """The student and the teacher of the forward pass: themselves, or their bfloat16 copies."""
+        return self.copies or (self.student, self.teacher)
 
     @property
     def cut(self) -> bool:
@@ -97,10 +104,21 @@ def build_learner(config: Config, channels: int, device: torch.device, precision
     autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     if ranks.world > 1:
         spread(config, student, teacher, device, autocast)
-    groups = parameter_groups(student, teacher)
+    groups, copies = parameter_groups(student, teacher), None
+    if compute.keeps_half_copies(config, precision, student, ranks.world):
+        copies, autocast = (compute.half_copy(student), compute.half_copy(teacher)), None
+        for group, of_copies in zip(groups, parameter_groups(*copies), strict=True):
+            group |= {"bf16_params": of_copies["params"], "bf16_teacher": of_copies["teacher_params"]}
+    computing = copies or (student, teacher)
+    if config.compile:
+        for network in computing:
+            compute.compile_blocks(network)
+    compute.checkpoint_blocks(computing[0].backbone, config.checkpoint_activations)
+    if device.type == "cuda":
+        compute.use_tf32(config.tf32)
     optimizer = build_optimizer(config.optimizer, groups, config.lr, config.weight_decay, config.clip_grad)
     scaler = torch.amp.GradScaler(device.type, enabled=autocast is torch.float16)
-    return Learner(config, device, autocast, student, teacher, loss, optimizer, scaler, ranks)
+    return Learner(config, device, autocast, student, teacher, loss, optimizer, scaler, ranks, copies=copies)
 
 
 def spread(
@@ -192,13 +210,14 @@ def train_step(run: Learner, batch: Crops, rates: Rates, step: int) -> dict[str,
     loss, entropy = torch.zeros((), device=run.device), torch.zeros((), device=run.device)
     mean = torch.zeros(run.config.head_bottleneck_dim, device=run.device)  # of what the teacher's last layer is given
     features = []
-    teacher_head = cast(DINOHead, run.teacher.head)
+    student, teacher = run.computing
+    teacher_head = cast(DINOHead, teacher.head)
     for i, (large, small) in enumerate(parts):
         last = i == len(parts) - 1
-        set_drop_path_seed(run.student, run.config.seed, step * len(parts) + i)
+        set_drop_path_seed(student, run.config.seed, step * len(parts) + i)
         with _autocast(run), many.reduce_gradients(run.student, run.through, last):
             with torch.no_grad():
-                tokens = run.teacher.backbone(large)  # [2 B, C]
+                tokens = teacher.backbone(large)  # [2 B, C]
                 targets = teacher_head.bottleneck(tokens)  # [2 B, D]
             rows = run.through(_rows, run, [large, small] if len(small) else [large])  # [V B, D]
             part, part_entropy = _loss(run, rows, targets, rates.teacher_temp)
@@ -229,13 +248,14 @@ def train_step(run: Learner, batch: Crops, rates: Rates, step: int) -> dict[str,
 
 def _rows(run: Learner, crops: list[Tensor]) -> Tensor:
     """What the student's last layer is given."""
-    return cast(DINOHead, run.student.head).bottleneck(run.student.features(crops))
+    student, _ = run.computing
+    return cast(DINOHead, student.head).bottleneck(student.features(crops))
 
 
 def _loss(run: Learner, rows: Tensor, targets: Tensor, teacher_temp: float) -> tuple[Tensor, Tensor]:
     """The loss and the targets' mean entropy, of this process's images; of all where the prototypes are cut, with the
     gradients of the former by `rows` either way."""
-    student, teacher = (cast(WeightNormLinear, network.head.last_layer) for network in (run.student, run.teacher))
+    student, teacher = (cast(WeightNormLinear, network.head.last_layer) for network in run.computing)
     temps: dict[str, Any] = {"student_temp": run.config.student_temp, "teacher_temp": teacher_temp}
     if run.cut:
         if rows.requires_grad:  # the others' share of the mean is theirs, and the gradients will be averaged
@@ -250,17 +270,15 @@ def _loss(run: Learner, rows: Tensor, targets: Tensor, teacher_temp: float) -> t
             teacher_gain=many.local(teacher.weight_g)[:, 0],
             **temps,
         )
-    with torch.no_grad():
-        target_logits = teacher(targets)  # [2 B, K]
-    logits = student(rows)  # [V B, K]
-    result = dino_loss(
-        logits.unflatten(0, (run.loss.ncrops, -1)),
-        target_logits.unflatten(0, (2, -1)),
+    return loss_of_rows(
+        rows.unflatten(0, (run.loss.ncrops, -1)),
+        student,
+        targets.unflatten(0, (2, -1)),
+        teacher,
         run.loss.center[0],
-        inplace=True,  # nothing else reads the student's logits
+        way=run.config.last_layer,
         **temps,
     )
-    return result.loss, result.teacher_entropy
 
 
 def read_later(values: Tensor) -> Callable[[], list[float]]:
@@ -307,6 +325,8 @@ def restore_learner(run: Learner, state: dict[str, Any], source: str) -> None:
         index: _placed(entries, {name: parameters[index] for name, x in entries.items() if x.ndim})
         for index, entries in state["optimizer"]["state"].items()
     }
+    if isinstance(run.optimizer, AdamWEMA):
+        run.optimizer.refresh_copies()
     run.optimizer.load_state_dict({**state["optimizer"], "state": moments})
     run.scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(state["torch_rng"])
@@ -335,6 +355,10 @@ def _set_rates(run: Learner, rates: Rates) -> None:
     changed = last.weight_v.requires_grad == rates.frozen
     last.weight_v.requires_grad_(not rates.frozen)
     last.weight_g.requires_grad_(not rates.frozen and not run.config.norm_last_layer)
+    if run.copies is not None:
+        copied = cast(WeightNormLinear, run.copies[0].head.last_layer)
+        copied.weight_v.requires_grad_(last.weight_v.requires_grad)
+        copied.weight_g.requires_grad_(last.weight_g.requires_grad)
     if run.ranks.world > 1 and run.config.shard == "none" and (changed or run.through is many.directly):
         run.through = many.replicate(run.student)
 

@@ -55,6 +55,7 @@ class VisionTransformer(nn.Module):
         rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, qkv_bias, rate) for rate in rates)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.call_block: Callable[..., Tensor] = _call  # or through `torch.utils.checkpoint`
         # The order of the draws is the published one: equal seeds give equal weights. The convolution of the patches
         # keeps torch's default.
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -71,9 +72,9 @@ class VisionTransformer(nn.Module):
         tokens, packing = self._tokens(images)
         branches = self._kept(packing, images, kept)
         for block, pair in zip(self.blocks[:-1], branches, strict=False):
-            tokens = block(tokens, packing, pair)
+            tokens = self.call_block(block, tokens, packing, pair)
         # Nothing but the class token is used after the last block, so the rest of it is made for that token alone.
-        return self.norm(self.blocks[-1](tokens, packing, branches[-1], True))
+        return self.norm(self.call_block(self.blocks[-1], tokens, packing, branches[-1], True))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` -> all normalised tokens `[B, 1 + N, embed_dim]`, the class token first."""
@@ -181,6 +182,10 @@ class VisionTransformer(nn.Module):
                 "build it with in_chans equal to the images' channels"
             )
         return grid_of(x.shape[-2], x.shape[-1], self.patch_size)
+
+
+def _call(block: nn.Module, *inputs: Any) -> Tensor:
+    return cast(Tensor, block(*inputs))
 
 
 class PatchEmbed(nn.Module):

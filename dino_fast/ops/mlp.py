@@ -32,9 +32,7 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
     return _forward(*tensors, None)
 
 
-def _forward(
-    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, kept: Tensor | None
-) -> Tensor:
+def _forward(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, kept: Tensor | None) -> Tensor:
     """The output [rows, D]; h goes into `kept` [rows, H] where there is one."""
     width, rows = weight1.shape[0], min(ROWS, len(x))
     out = x.new_empty(len(x), weight2.shape[0])

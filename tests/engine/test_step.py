@@ -141,7 +141,7 @@ class HostReads(TorchDispatchMode):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_one_host_read_a_step(accumulate: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = _config(accumulate=accumulate, center_init="first_batch")
+    config = _config(accumulate=accumulate, center_init="first_batch", last_layer="logits")
     learner, rates, batch = _learner(config), Schedules(config, PER_EPOCH).at(1), _batch(0, config)
     later: list[Tensor] = []
     read = step_module.read_later
