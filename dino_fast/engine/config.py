@@ -68,6 +68,8 @@ class Config:
     head_bottleneck_dim: int = option(256, "width of the head's output, of which the prototypes are compared")
     head_bn: bool = option(False, "batch norm in the head")
     norm_last_layer: bool = option(True, "keep the prototypes at length 1")
+    init_from: str | None = option(None, "weights to start from: a run, a file, hub:NAME or timm:NAME, as for eval")
+    init_head: bool = option(True, "take the heads and the centre too, where --init-from has them")
     init: str = option("published", "weights at the start; xavier suits narrow models", ("published", "xavier"))
 
     # loss and teacher

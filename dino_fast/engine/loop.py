@@ -6,7 +6,7 @@ import os
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +56,10 @@ def train(config: Config) -> Path:
         device = torch.device(kind.type, ranks.local) if kind.type == "cuda" else kind
         data = open_data(config)
         loader = make_loader(config, data.train, device, ranks)
-        learner = build_learner(config, data.train.channels, device, precision, ranks)
         out = Path(config.out) if config.out else None
+        continued = config.resume and out is not None and any((out / "checkpoints").glob("step-*"))
+        begun = replace(config, init_from=None) if continued else config  # a checkpoint replaces what it began from
+        learner = build_learner(begun, data.train.channels, device, precision, ranks)
         with open_run(out, to_dict(config), config.resume, ranks) as run, Stop() as stop:
             job = Job(config, data, loader, run, learner, stop)
             if resume(job):
@@ -410,6 +412,11 @@ def resume(job: Job) -> bool:
     for warning in caught:
         job.say(f"note: {warning.message}")
     if loaded is None:
+        if job.learner.config != job.config:
+            raise UserError(
+                f"no checkpoint of {job.run.path} is whole, and it began from {job.config.init_from}; start a new run "
+                "with another --out"
+            )
         job.run.cut_back(-1)
         job.say(f"{job.run.path} has no whole checkpoint yet: starting over")
         return True

@@ -19,6 +19,7 @@ from dino_fast.engine.monitor import feature_spread
 from dino_fast.engine.optimizers import Optimizer, build_optimizer
 from dino_fast.engine.ranks import ALONE, Ranks
 from dino_fast.engine.schedules import Rates
+from dino_fast.engine.start import start_from
 from dino_fast.errors import UserError
 from dino_fast.loss import DINOLoss
 from dino_fast.models import (
@@ -101,6 +102,8 @@ def build_learner(config: Config, channels: int, device: torch.device, precision
         config.student_temp,
         config.center_momentum,
     ).to(device)
+    if config.init_from is not None:
+        start_from(config.init_from, student, teacher, loss, config.init_head)
     autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     if ranks.world > 1:
         spread(config, student, teacher, device, autocast)

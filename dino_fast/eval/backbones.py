@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dino_fast.augment import IMAGENET_MEAN, IMAGENET_STD
-from dino_fast.errors import UserError, nearest
+from dino_fast.errors import UserError
 from dino_fast.models import VisionTransformer
 
 Feature = Callable[[Tensor], Tensor]
@@ -69,10 +69,11 @@ def open_backbone(checkpoint: str | Path, which: str = "teacher", device: str | 
     Raises UserError where it is not a vision transformer as DINO names it, or a key does not fit.
     """
     from dino_fast.models.checkpoints import describe, load_backbone
+    from dino_fast.models.networks import timm_backbone
 
     where = pick_device(device)
     if str(checkpoint).startswith("timm:"):
-        backbone, facts = _from_timm(str(checkpoint).removeprefix("timm:"))
+        backbone, facts = timm_backbone(str(checkpoint).removeprefix("timm:"))
     else:
         facts = describe(checkpoint, which=which)
         backbone = load_backbone(checkpoint, which=which)
@@ -121,28 +122,3 @@ def class_attention(backbone: nn.Module, images: Tensor) -> Tensor:
     q, k, _ = qkv.reshape(len(images), -1, *qkv.shape[-3:]).permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, 1 + N, d]
     scores = (q[:, :, :1].float() @ k.float().transpose(-2, -1)).squeeze(2) * q.shape[-1] ** -0.5  # [B, H, 1 + N]
     return scores.softmax(dim=-1)[:, :, 1 + getattr(backbone, "registers", 0) :]
-
-
-def _from_timm(name: str) -> tuple[VisionTransformer, dict[str, Any]]:
-    try:
-        import timm
-    except ImportError as error:
-        raise UserError(f"timm:{name} needs the package timm: pip install timm") from error
-    from dino_fast.models.checkpoints import backbone_from
-
-    if name.split(".")[0] not in timm.list_models():
-        raise UserError(f"timm has no model '{name}'{nearest(name, timm.list_models('vit_*', pretrained=True))}")
-    try:
-        model: Any = timm.create_model(name, pretrained=True, num_classes=0)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise UserError(
-            f"timm cannot provide the weights of '{name}' ({str(error).splitlines()[0]}). Download them where there is "
-            "a network and give the file"
-        ) from error
-    if not hasattr(model, "blocks") or not hasattr(model, "patch_embed") or not hasattr(model.blocks[0].attn, "qkv"):
-        raise UserError(f"timm's '{name}' is not a plain vision transformer, for example vit_small_patch16_224.dino")
-    size = tuple(model.patch_embed.img_size)
-    sizes = {"img_size": size, "num_heads": model.blocks[0].attn.num_heads}
-    backbone = backbone_from(model.state_dict(), sizes, f"timm:{name}")
-    config = model.pretrained_cfg
-    return backbone, {key: config[key] for key in ("mean", "std") if key in config}

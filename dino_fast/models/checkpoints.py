@@ -24,7 +24,8 @@ from dino_fast.models import ARCHITECTURES, DINOv2, VisionTransformer, dinov2
 from dino_fast.models.names import published
 from dino_fast.models.released import download, folder_of_another_library, is_hub_name
 
-_CLASSIFIER = ("head.weight", "head.bias")  # of timm's supervised models: no part of a backbone
+# Of supervised models, timm's and torchvision's: no part of a backbone.
+_CLASSIFIER = ("head.weight", "head.bias", "fc.weight", "fc.bias")
 _SHOWN = 6  # lines of each kind in a message
 # Shapes and image statistics that go with the weights; the rest of a configuration is of no use here.
 _FACTS = ("arch", "patch_size", "num_heads", "img_size", "global_size", "in_chans", "mean", "std")
@@ -37,12 +38,12 @@ def read_state(path: str | Path, which: str = "teacher") -> dict[str, Tensor]:
     torch.save laid out as the original's (`which` picks student or teacher) or holding one network alone. Raises
     UserError for what cannot be read or would have to run code.
     """
-    return _read(Path(path), which)[0]
+    return read(Path(path), which)[0]
 
 
 def describe(path: str | Path, which: str = "teacher") -> dict[str, Any]:
     """What the file says of its network: any of `arch`, `patch_size`, `num_heads`, `img_size`, `mean`, `std`, ..."""
-    return _read(Path(path), which)[1]
+    return read(Path(path), which)[1]
 
 
 def backbone_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -79,7 +80,7 @@ def load_backbone(
     What is given must agree with the file. Heads are not visible in the shapes: they come from the file's description,
     from `arch`, or are taken 64 wide. Raises UserError where the weights are not a vision transformer's.
     """
-    whole, facts = _read(Path(path), which)
+    whole, facts = read(Path(path), which)
     return backbone_from(whole, facts, path, arch, patch_size, num_heads)
 
 
@@ -93,11 +94,11 @@ def backbone_from(
 ) -> VisionTransformer:
     """`load_backbone` of weights that are read already; `path` is what messages call them, `facts` as in `describe`."""
     state = backbone_state(whole)
-    options = _sizes(state, facts, path)
+    options = sizes_of(state, facts, path)
     if patch_size is not None and patch_size != options["patch_size"]:
         raise UserError(f"{path} has patches of {options['patch_size']} pixels, {patch_size} were asked for")
     if arch is not None:
-        known = _architectures()
+        known = architectures()
         if arch not in known:
             raise UserError(f"unknown architecture '{arch}'{nearest(arch, known)}")
         asked = known[arch][:2]
@@ -109,7 +110,7 @@ def backbone_from(
             )
     options["num_heads"] = num_heads or _heads(options, facts, path)
     backbone: VisionTransformer
-    extras = _extras(state)
+    extras = extras_of(state)
     backbone = DINOv2(**options, **extras) if extras else VisionTransformer(**options)
     load_weights(backbone, state, path)
     return backbone
@@ -153,8 +154,9 @@ def export_backbone(backbone: nn.Module, path: str | Path, **facts: Any) -> Path
 # ---- files ----
 
 
-def _read(path: Path, which: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if which not in ("teacher", "student"):
+def read(path: Path, which: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """`read_state` and `describe` in one; `which` may also be "dino_loss": the centre of a full checkpoint."""
+    if which not in ("teacher", "student", "dino_loss"):
         raise UserError(f"which is '{which}'; it is 'teacher' or 'student'")
     if is_hub_name(path):
         path = download(str(path).removeprefix("hub:"))
@@ -164,7 +166,7 @@ def _read(path: Path, which: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         )
     other = folder_of_another_library(path) if path.is_dir() else None
     if other is not None:
-        state, facts = _read(other[0], which)
+        state, facts = read(other[0], which)
         return state, {**facts, **other[1]}
     if path.is_dir():
         state, facts = _read_folder(path, which)
@@ -284,7 +286,10 @@ def _numpy_scalars() -> list[Any]:
 def _plain_name(name: str) -> str:
     """Without what DistributedDataParallel and torch.compile put into names; DINOv2's head is called as DINO's."""
     name = name.replace("_orig_mod.", "").removeprefix("module.")
-    return f"head.{name.removeprefix('dino_head.')}" if name.startswith("dino_head.") else name
+    name = f"head.{name.removeprefix('dino_head.')}" if name.startswith("dino_head.") else name
+    # How torch's newer weight norm calls the two.
+    name = name.replace("last_layer.parametrizations.weight.original0", "last_layer.weight_g")
+    return name.replace("last_layer.parametrizations.weight.original1", "last_layer.weight_v")
 
 
 def _facts(config: Any) -> dict[str, Any]:
@@ -301,7 +306,7 @@ def _facts(config: Any) -> dict[str, Any]:
     return found
 
 
-def _sizes(state: dict[str, Tensor], facts: dict[str, Any], path: str | Path) -> dict[str, Any]:
+def sizes_of(state: dict[str, Tensor], facts: dict[str, Any], path: str | Path) -> dict[str, Any]:
     """The constructor's arguments that shapes tell."""
     try:
         embed_dim, in_chans, patch, _ = state["patch_embed.proj.weight"].shape
@@ -326,7 +331,7 @@ def _sizes(state: dict[str, Tensor], facts: dict[str, Any], path: str | Path) ->
     }
 
 
-def _extras(state: dict[str, Tensor]) -> dict[str, Any]:
+def extras_of(state: dict[str, Tensor]) -> dict[str, Any]:
     """What a DINOv2 backbone has beside DINO's; empty where the weights are DINO's."""
     registers, scaled = state.get("register_tokens"), "blocks.0.ls1.gamma" in state
     gated, masked = "blocks.0.mlp.w12.weight" in state, "mask_token" in state
@@ -350,7 +355,7 @@ def _img_size(tokens: int, patch: int, facts: dict[str, Any], path: str | Path) 
 
 def _heads(options: dict[str, Any], facts: dict[str, Any], path: str | Path) -> int:
     dim = options["embed_dim"]
-    known = _architectures().get(facts.get("arch", ""))
+    known = architectures().get(facts.get("arch", ""))
     heads = facts.get("num_heads") or (known[2] if known and known[0] == dim else 0)
     if heads or dim % 64 == 0:
         return int(heads) or dim // 64
@@ -364,7 +369,7 @@ def _named(sizes: tuple[int, int]) -> str:
     return "".join(f"; it is a {name}" for name, known in ARCHITECTURES.items() if known[:2] == sizes)
 
 
-def _architectures() -> dict[str, tuple[int, int, int]]:
+def architectures() -> dict[str, tuple[int, int, int]]:
     """Name -> embed_dim, depth, num_heads, of DINO and DINOv2."""
     released = {name: sizes[:3] for name, sizes in dinov2.SIZES.items()}
     return {**ARCHITECTURES, **released, **{f"{name}_reg": sizes for name, sizes in released.items()}}
