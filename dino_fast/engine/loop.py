@@ -467,6 +467,7 @@ def finish(job: Job) -> None:
     export_backbone(
         backbone,
         job.run.export / "teacher.safetensors",
+        arch=job.config.arch,
         mean=list(job.config.mean),
         std=list(job.config.std),
     )

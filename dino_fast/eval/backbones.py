@@ -63,10 +63,13 @@ def pick_device(device: str | None) -> torch.device:
     return picked
 
 
-def open_backbone(checkpoint: str | Path, which: str = "teacher", device: str | None = None) -> Frozen:
+def open_backbone(
+    checkpoint: str | Path, which: str = "teacher", device: str | None = None, tokens: bool = True
+) -> Frozen:
     """Opens a run, a checkpoint, a weights file or folder, `hub:NAME` of torch.hub, or `timm:NAME` that timm downloads.
 
-    Raises UserError where it is not a vision transformer as DINO names it, or a key does not fit.
+    Raises UserError where it is not a vision transformer as DINO names it, or a key does not fit. An evaluation that
+    needs no `tokens` takes convolutional networks too, a ResNet-50 of the original's or a run's.
     """
     from dino_fast.models.checkpoints import describe, load_backbone
     from dino_fast.models.networks import timm_backbone
@@ -77,6 +80,11 @@ def open_backbone(checkpoint: str | Path, which: str = "teacher", device: str | 
     else:
         facts = describe(checkpoint, which=which)
         backbone = load_backbone(checkpoint, which=which)
+    if tokens and not isinstance(backbone, VisionTransformer):
+        raise UserError(
+            f"{checkpoint} is a {type(backbone).__name__}, which has no tokens and no attention; it can be judged with "
+            "'dino-fast eval' knn, linear and retrieval"
+        )
     backbone.eval().requires_grad_(False).to(where)
     mean, std = (tuple(facts.get(name, default)) for name, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)))
     return Frozen(backbone, mean, std, str(checkpoint), which, where)
@@ -85,6 +93,10 @@ def open_backbone(checkpoint: str | Path, which: str = "teacher", device: str | 
 def tokens_feature(backbone: VisionTransformer, blocks: int = 1, patch_mean: bool = False) -> tuple[Feature, str]:
     """(images -> the normalised class tokens of the last `blocks` blocks side by side `[B, blocks * dim]`, with
     `patch_mean` also the mean of the last block's patch tokens `[B, (blocks + 1) * dim]`; what to call it)."""
+    if not isinstance(backbone, VisionTransformer):
+        if patch_mean:
+            raise UserError("--patch-mean needs patch tokens, which a convolutional network has not")
+        return backbone, f"pooled features [{backbone.embed_dim}]"
     depth = len(backbone.blocks)
     if not 1 <= blocks <= depth:
         raise UserError(

@@ -120,7 +120,7 @@ def evaluate(
     `top1` and `top5` (fractions), `k` and `temperature` of the best pair, `results` with all of them, `bank` and
     `queries` (numbers of images), `left_out`, `feature`, `which`, `image_size`, `checkpoint`.
     """
-    from dino_fast.eval.backbones import open_backbone
+    from dino_fast.eval.backbones import open_backbone, tokens_feature
     from dino_fast.eval.features import labelled_features
     from dino_fast.eval.labelled import left_out, open_labelled
 
@@ -129,11 +129,11 @@ def evaluate(
     sources = dict(zip(("bank", "queries"), open_labelled(data, test)[:2], strict=True))
     if max(ks) > len(sources["bank"]):  # said before an hour of features
         raise UserError(f"k is {max(ks)} and the bank has {len(sources['bank'])} images; give a smaller --k")
-    frozen = open_backbone(checkpoint, which, device)
+    frozen = open_backbone(checkpoint, which, device, tokens=False)
     size = frozen.size(image_size)
-    kind = f"class token [{frozen.backbone.embed_dim}]"
+    feature, kind = tokens_feature(frozen.backbone)
     found = {
-        name: labelled_features(frozen, source, size, frozen.backbone, kind, batch_size, features)
+        name: labelled_features(frozen, source, size, feature, kind, batch_size, features)
         for name, source in sources.items()
     }
     (bank, bank_labels), (queries, query_labels) = found.values()

@@ -136,9 +136,11 @@ def evaluate(
     if crops not in ("centre", "random"):
         raise UserError(f"crops is '{crops}'; it is 'centre' or 'random'")
     train, held, classes = open_labelled(data, test)
-    frozen = open_backbone(checkpoint, which, device)
+    frozen = open_backbone(checkpoint, which, device, tokens=False)
     size = frozen.size(image_size)
-    feature, kind = tokens_feature(frozen.backbone, min(blocks, len(frozen.backbone.blocks)), patch_mean)
+    feature, kind = tokens_feature(
+        frozen.backbone, min(blocks, len(getattr(frozen.backbone, "blocks", [0]))), patch_mean
+    )
 
     def of(source: Any) -> tuple[Tensor, Tensor]:
         x, y = labelled_features(frozen, source, size, feature, kind, 128, features)

@@ -121,7 +121,7 @@ def evaluate(
         names, read, questions = _by_file(data, test, Path(ground_truth))
     if not all(0 < scale <= 4 for scale in scales) or not scales:
         raise UserError(f"scales are {list(scales)}; give one or more above 0 and up to 4")
-    frozen = open_backbone(checkpoint, which, device)
+    frozen = open_backbone(checkpoint, which, device, tokens=False)
     channels = frozen.backbone.in_chans
 
     def feature(where: str, index: int, box: tuple[float, ...] | None = None) -> Tensor:

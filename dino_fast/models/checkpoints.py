@@ -14,13 +14,13 @@ import pickle
 import uuid
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from dino_fast.errors import UserError, nearest, unwritable
-from dino_fast.models import ARCHITECTURES, DINOv2, VisionTransformer, dinov2
+from dino_fast.models import ARCHITECTURES, DINOv2, VisionTransformer, build_backbone, dinov2
 from dino_fast.models.names import published
 from dino_fast.models.released import download, folder_of_another_library, is_hub_name
 
@@ -49,7 +49,7 @@ def describe(path: str | Path, which: str = "teacher") -> dict[str, Any]:
 def backbone_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The backbone's weights under their plain names (`cls_token`, ...)."""
     inside = {name.removeprefix("backbone."): t for name, t in state.items() if name.startswith("backbone.")}
-    return published(inside or {name: t for name, t in state.items() if name not in _CLASSIFIER})
+    return published(inside or {name: t for name, t in state.items() if name not in _CLASSIFIER} or state)
 
 
 def load_weights(module: nn.Module, state: dict[str, Tensor], source: str | Path = "the given weights") -> None:
@@ -78,7 +78,9 @@ def load_backbone(
     """The backbone in `path` (see `read_state`), built to the shapes of its weights.
 
     What is given must agree with the file. Heads are not visible in the shapes: they come from the file's description,
-    from `arch`, or are taken 64 wide. Raises UserError where the weights are not a vision transformer's.
+    from `arch`, or are taken 64 wide. A ResNet-50's weights, and those of a run with `timm/NAME` or
+    `torchvision/NAME`, give that library's model instead, with `embed_dim`, `img_size` and `in_chans` set. Raises
+    UserError for weights that are none of these.
     """
     whole, facts = read(Path(path), which)
     return backbone_from(whole, facts, path, arch, patch_size, num_heads)
@@ -94,6 +96,9 @@ def backbone_from(
 ) -> VisionTransformer:
     """`load_backbone` of weights that are read already; `path` is what messages call them, `facts` as in `describe`."""
     state = backbone_state(whole)
+    other = arch if arch is not None and "/" in arch else _of_a_library(state, facts)
+    if other is not None:
+        return cast(VisionTransformer, _library_backbone(other, state, facts, path))
     options = sizes_of(state, facts, path)
     if patch_size is not None and patch_size != options["patch_size"]:
         raise UserError(f"{path} has patches of {options['patch_size']} pixels, {patch_size} were asked for")
@@ -254,8 +259,8 @@ def _read_pickle(path: Path, which: str) -> tuple[dict[str, Tensor], dict[str, A
         if which not in content:
             raise UserError(f"{path} holds no {which}; it has {', '.join(map(str, content))}")
         state = content[which]
-    elif isinstance(content.get("state_dict"), dict):
-        state = content["state_dict"]
+    elif isinstance(content.get("state_dict") or content.get("model"), dict):
+        state = content.get("state_dict") or content["model"]
     wrong = (
         [str(n) for n, t in state.items() if not isinstance(t, Tensor)] if isinstance(state, dict) else ["all of it"]
     )
@@ -367,6 +372,31 @@ def _heads(options: dict[str, Any], facts: dict[str, Any], path: str | Path) -> 
 
 def _named(sizes: tuple[int, int]) -> str:
     return "".join(f"; it is a {name}" for name, known in ARCHITECTURES.items() if known[:2] == sizes)
+
+
+def _of_a_library(state: dict[str, Tensor], facts: dict[str, Any]) -> str | None:
+    """The architecture of weights that are another library's model, as their description or their names say."""
+    if "/" in str(facts.get("arch", "")):
+        return str(facts["arch"])
+    last = state.get("layer4.2.conv3.weight")  # of three bottlenecks: ResNet-50, unless the third stage is longer
+    if last is not None and "layer3.6.conv1.weight" not in state and last.shape[0] == 2048:
+        return "torchvision/resnet50"
+    return None
+
+
+def _library_backbone(arch: str, state: dict[str, Tensor], facts: dict[str, Any], path: str | Path) -> nn.Module:
+    size = facts.get("img_size") or facts.get("global_size") or 224
+    sides = (size, size) if isinstance(size, int) else (size[0], size[1])
+    channels = 3
+    backbone = build_backbone(arch, img_size=sides[0])
+    for name, tensor in backbone.state_dict().items():  # only images' channels make a convolution's second size differ
+        given = state.get(name)
+        if tensor.ndim == 4 and given is not None and given.ndim == 4 and given.shape[1] != tensor.shape[1] == 3:
+            channels = given.shape[1]
+            backbone = build_backbone(arch, in_chans=channels, img_size=sides[0])
+    load_weights(backbone, state, path)
+    backbone.img_size, backbone.in_chans, backbone.patch_size = sides, channels, 1
+    return cast(nn.Module, backbone)
 
 
 def architectures() -> dict[str, tuple[int, int, int]]:
