@@ -472,13 +472,14 @@ def finish(job: Job) -> None:
         std=list(job.config.std),
     )
     best = f" (best k-NN {job.best:.1%} in checkpoints/best)" if job.best >= 0 else ""
+    look = "knn" if labelled(job.data.train) else "attention"  # what needs labels is no use without
     job.say(
         f"finished at step {job.step}{best}. Written to {path}:\n"
         "  export/teacher.safetensors   the trained backbone\n"
         "  checkpoints/                 to continue from, or to evaluate\n"
         "  metrics.jsonl, events.out.*  every step's numbers, for you and for TensorBoard\n"
         "  config.yaml                  the settings, to repeat it\n"
-        f"Try next: dino-fast eval knn --checkpoint {path} --data {job.config.data}"
+        f"Try next: dino-fast eval {look} --checkpoint {path} --data {job.config.data}"
     )
 
 

@@ -293,7 +293,8 @@ def test_images_without_labels_train_and_say_so(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(_config(images / "dark", tmp_path / "run", max_steps=2, channels=1, local_crops=0))
-    assert "the images have no labels" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "the images have no labels" in said and "Try next: dino-fast eval attention" in said
     assert all("knn" not in row for row in read_metrics(tmp_path / "run"))
 
 
