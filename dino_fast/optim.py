@@ -96,6 +96,7 @@ class AdamWEMA(torch.optim.Optimizer):
             raise ValueError(f"clip_grad must be 0 (no clipping) or the largest norm allowed; got {clip_grad}")
         self.clip_grad, self.clip_mode = clip_grad, clip_mode
         self._last: Last | None = None
+        self._norms: list[Tensor] = []
         groups = _as_groups(params)
         companions = (("teacher_params", teacher_params), ("bf16_params", bf16_params), ("bf16_teacher", bf16_teacher))
         for name, tensors in companions:
@@ -125,7 +126,13 @@ class AdamWEMA(torch.optim.Optimizer):
             raise
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "clip_grad": self.clip_grad, "clip_mode": self.clip_mode, "_last": None}
+        return {
+            **super().__getstate__(),
+            "clip_grad": self.clip_grad,
+            "clip_mode": self.clip_mode,
+            "_last": None,
+            "_norms": [],
+        }
 
     def __repr__(self) -> str:
         shown = ("lr", "betas", "eps", "weight_decay")
@@ -155,13 +162,22 @@ class AdamWEMA(torch.optim.Optimizer):
         _check_momentum(self.param_groups, momentum)
         moving, resting = self._batches(momentum is not None)
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        multipliers = multipliers_of([rows.grads for rows in moving], grad_scale, self.clip_grad, self.clip_mode)
+        gradients = [rows.grads for rows in moving]
+        multipliers, self._norms = multipliers_of(gradients, grad_scale, self.clip_grad, self.clip_mode)
         keep = 1.0 if momentum is None else momentum
         for rows, multiplier in zip(moving, multipliers, strict=True):
             rows.step(multiplier, None if found_inf is None else found_inf.to(rows.device, non_blocking=True), keep)
         for rows in resting:
             rows.follow(keep)
         return loss
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The 2-norm of all gradients of the last step, before they were clipped, a scalar on the device; None where
+        nothing is clipped, since no norms are made then."""
+        if not self._norms:
+            return None
+        return torch.linalg.vector_norm(torch.cat([norms.to(self._norms[0].device) for norms in self._norms]))
 
     def write_hyperparameters(self, momentum: float | None = None) -> None:
         """Before each replay of a CUDA graph that holds `step(momentum=...)`: bring the groups' present learning rates

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from dino_fast.engine.config import add_arguments, from_arguments
-
-__all__ = ["add_arguments", "run"]
+from dino_fast.engine import config as settings
 
 # Turns for which an OpenMP thread spins between operations before it sleeps. libgomp's own 300,000 suit a machine of
 # one's own; two demo runs at once on two cores then wait for each other's spinning. Images/s, alone and each of two:
@@ -15,10 +13,20 @@ __all__ = ["add_arguments", "run"]
 SPIN = "4000"
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    settings.add_arguments(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print what the run would cost, and end")
+
+
 def run(args: argparse.Namespace) -> int:
-    config = from_arguments(args)
+    config = settings.from_arguments(args)
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN)  # read when torch is imported
+    if args.dry_run:
+        from dino_fast.engine.dry_run import report
+
+        print(report(config, dict(os.environ)))
+        return 0
     from dino_fast.engine.loop import train  # imports torch: a wrong setting has been told by now
 
     train(config)

@@ -118,6 +118,8 @@ class Config:
     # the run
     out: str | None = option(None, "run directory; by default a new runs/<date-time>")
     resume: bool = option(False, "continue the run in --out exactly where its last checkpoint is")
+    wandb: str | None = option(None, "also log to this project of Weights & Biases (pip install 'dino-fast[wandb]')")
+    profile: bool = option(False, "write a trace of five steps, trace.json, for chrome://tracing or ui.perfetto.dev")
     seed: int = option(0, "every random draw is a function of it")
     device: str = option("auto", "where to train", ("auto", "cpu", "cuda"))
     shard: str = option(
@@ -146,11 +148,11 @@ class Config:
 FREE_ON_RESUME = (
     *("data", "workers", "augment_on", "max_bad", "max_steps", "knn_every", "knn_k", "knn_temperature", "knn_images"),
     *("save_every", "keep", "save_in_background", "on_nonfinite", "nonfinite_limit"),
-    *("out", "resume", "device", "shard", "keep_freed_memory"),
+    *("out", "resume", "device", "shard", "keep_freed_memory", "wandb", "profile"),
     *("tf32", "compile", "checkpoint_activations", "last_layer"),
 )
 # Where and whether to continue is the command's affair and not written into config.yaml.
-_OF_THE_COMMAND = ("out", "resume")
+_OF_THE_COMMAND = ("out", "resume", "profile")
 
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
@@ -264,7 +266,7 @@ def load_config(path: str | Path) -> Config:
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """What config.yaml holds: every field but `out` and `resume`, which belong to the command."""
+    """What config.yaml holds: every field but `out`, `resume` and `profile`, which belong to the command."""
     return {name: value for name, value in dataclasses.asdict(config).items() if name not in _OF_THE_COMMAND}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from dino_fast.data.on_gpu import nvjpeg_missing
 from dino_fast.engine import checkpoint
 from dino_fast.engine import ranks as many
 from dino_fast.engine.config import Config, check_same, multi_crop, stored_config, to_dict, validate
+from dino_fast.engine.cost import flops_per_image, peak_flops, sizes_of
 from dino_fast.engine.evaluate import measure_knn, whole_backbone
 from dino_fast.engine.monitor import Health, Progress, memory
+from dino_fast.engine.profile import profiled
 from dino_fast.engine.ranks import ALONE, Ranks
 from dino_fast.engine.run import Run, open_run
 from dino_fast.engine.saving import Writer
@@ -61,6 +63,8 @@ def train(config: Config) -> Path:
         begun = replace(config, init_from=None) if continued else config  # a checkpoint replaces what it began from
         learner = build_learner(begun, data.train.channels, device, precision, ranks)
         with open_run(out, to_dict(config), config.resume, ranks) as run, Stop() as stop:
+            if config.wandb:
+                run.follow(config.wandb, to_dict(config))
             job = Job(config, data, loader, run, learner, stop)
             if resume(job):
                 loop(job)
@@ -75,11 +79,12 @@ def loop(job: Job) -> None:
     """From the job's step to its end: the whole of a run but its beginning and its end."""
     introduce(job)
     before = measured_knn(job) if job.step == 0 else {}  # of the untrained weights, on the first line
-    with job.progress:
+    with job.progress, profiled(job.config.profile, job.run.path, job.ranks.rank, job.say) as ended:
         for batch, clock in timed(job):
             rates = job.schedules.at(job.step)
             metrics = guarded_step(job, batch, rates)  # forward, loss, backward, clip, AdamW, teacher, centre
             job.step += 1
+            ended()
             job.writer.poll()
             metrics |= clock()
             measured = measured_knn(job) if job.knn_is_due() else {}
@@ -115,6 +120,14 @@ class Job:
         self.end = min(self.schedules.steps, config.max_steps or self.schedules.steps)
         self.ranks = self.learner.ranks
         self.agreed = [0, 1, 0]  # of all processes: the signal, whether the clock allows a save, lost data
+        self.unwritten: Callable[[], None] | None = None
+        channels = self.data.train.channels
+        sizes = sizes_of(self.config, channels)
+        self.tokens = sizes.tokens if sizes else 0  # of an image
+        self.flops = flops_per_image(self.config, channels)
+        precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.learner.autocast]
+        peak = peak_flops(self.learner.device, precision)
+        self.peak = None if peak is None else peak * self.ranks.world
         background = self.config.save_in_background
         self.writer = Writer(self.learner.device.type == "cuda" if background is None else background)
         self.progress = Progress(self.end, device=device, enabled=self.ranks.first)
@@ -131,6 +144,12 @@ class Job:
     def tell(self, text: str) -> None:
         """What another process has to say: to log.txt."""
         self.run.note(f"process {self.ranks.rank}: {text}")
+
+    def flush(self) -> None:
+        """Writes the line of metrics that waits for its numbers."""
+        write, self.unwritten = self.unwritten, None
+        if write is not None:
+            write()
 
     def agree(self, failed: bool) -> None:
         """Before a step: what all processes will do after it."""
@@ -210,9 +229,24 @@ def record(job: Job, batch: Batch, rates: Rates, metrics: dict[str, float]) -> N
         "momentum": rates.momentum,
         "teacher_temp": rates.teacher_temp,
         "memory": memory(str(job.learner.device)),
+        "tokens_per_second": metrics["images_per_second"] * job.tokens if job.tokens else None,
+        "tflops": metrics["images_per_second"] * job.flops / 1e12 if job.flops else None,
+        "mfu": metrics["images_per_second"] * job.flops / job.peak if job.flops and job.peak else None,
     }
-    job.run.log(row)
-    job.progress.update(row | {"step": job.step})
+    row = {name: value for name, value in row.items() if value is not None}
+    norm, step = job.learner.grad_norm, job.step
+
+    def write() -> None:
+        if norm is not None and "skipped" not in row:
+            row["grad_norm"] = norm()[0]
+        job.run.log(row)
+        job.progress.update(row | {"step": step})
+
+    # A GPU has not ended the step yet, and would stand still while its gradients' norm is waited for.
+    job.flush()
+    job.unwritten = write
+    if job.learner.device.type == "cpu":
+        job.flush()
     if job.loader.workers == 0 and job.learner.device.type == "cpu":
         row = row | {"data_wait": None}  # the same cores make the crops: more workers would not speed it up
     for advice in job.health.check(row):
@@ -439,6 +473,7 @@ def resume(job: Job) -> bool:
 
 def save(job: Job, measured: dict[str, float]) -> None:
     """A checkpoint, and the best one where the k-NN accuracy is the highest so far."""
+    job.flush()
     is_best = measured.get("knn", -1.0) > job.best
     job.best = max(job.best, measured.get("knn", -1.0))
     state = {
@@ -459,6 +494,7 @@ def finish(job: Job) -> None:
     """Exports the teacher's backbone and says what there is and what to do with it."""
     from dino_fast.models.checkpoints import export_backbone
 
+    job.flush()
     job.writer.wait()
     path = job.run.path
     backbone = whole_backbone(job.learner, job.learner.teacher, job.data.train.channels)

@@ -259,7 +259,14 @@ class Progress:
         formats = [
             ("loss", "loss", "{:.4f}"),
             ("teacher_entropy", "entropy", "{:.3f}"),
+            ("kl", "KL", "{:.3f}"),
+            ("grad_norm", "grad", "{:.3g}"),
+            ("lr", "lr", "{:.2e}"),
+            ("momentum", "momentum", "{:.4f}"),
             ("images_per_second", "img/s", "{:.0f}"),
+            ("tokens_per_second", "tokens/s", "{:.0f}"),
+            ("tflops", "TFLOP/s", "{:.3g}"),
+            ("mfu", "MFU", "{:.1%}"),
             ("data_wait", "data wait", "{:.0%}"),
             ("knn", "k-NN", "{:.1%}"),
         ]

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import uuid
+import zlib
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -36,6 +37,9 @@ _TAGS = {
     "images_per_second": "speed/images_per_second",
     "data_wait": "speed/data_wait",
     "memory": "speed/memory",
+    "tokens_per_second": "speed/tokens_per_second",
+    "tflops": "speed/tflops",
+    "mfu": "speed/mfu",
     "knn": "eval/knn_teacher",
     "knn_student": "eval/knn_student",
 }
@@ -88,6 +92,7 @@ class Run:
         self.export = path / "export"
         self._metrics: IO[str] | None = None
         self._board: Any = None
+        self._wandb: Any = None
         self._purge: int | None = None
 
     def log(self, metrics: dict[str, Any]) -> None:
@@ -107,6 +112,27 @@ class Run:
             self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
             self._metrics.flush()
         self._plot(row)
+        if self._wandb is not None:
+            self._wandb.log(
+                {_TAGS.get(name, f"train/{name}"): x for name, x in row.items() if name != "step"}, step=row["step"]
+            )
+
+    def follow(self, project: str, config: dict[str, Any]) -> None:
+        """Log to Weights & Biases as well; a run that is continued goes on under the name of its directory.
+
+        Raises UserError where the package is not installed.
+        """
+        if not self.writes:
+            return
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("--wandb needs the package of that name: pip install 'dino-fast[wandb]'") from None
+        identity = f"{self.path.resolve().name}-{zlib.crc32(str(self.path.resolve()).encode()):08x}"
+        plain = {name: _yaml_value(value) for name, value in config.items()}
+        self._wandb = wandb.init(
+            project=project, name=self.path.name, id=identity, resume="allow", dir=str(self.path), config=plain
+        )
 
     def cut_back(self, step: int) -> None:
         """Drop every metrics line beyond `step` and a torn last one, so that a resumed run has each step once."""
@@ -128,6 +154,9 @@ class Run:
     def close(self) -> None:
         self._close_metrics()
         self._close_board()
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
 
     def __enter__(self) -> Run:
         return self

@@ -63,6 +63,7 @@ class Learner:
     ranks: Ranks = ALONE
     # Calls a function of the student for a forward pass with gradients: DistributedDataParallel must know of it.
     through: Callable[..., Any] = many.directly
+    grad_norm: Callable[[], list[float]] | None = None  # of the last step; waits for the end of its update
     copies: tuple[MultiCropWrapper, MultiCropWrapper] | None = None  # student and teacher in bfloat16
 
     @property
@@ -105,23 +106,30 @@ def build_learner(config: Config, channels: int, device: torch.device, precision
     if config.init_from is not None:
         start_from(config.init_from, student, teacher, loss, config.init_head)
     autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    if ranks.world > 1:
+    half = compute.keeps_half_copies(config, precision, student, ranks.world)
+    if not half:
+        prepare(config, student, teacher)
+    if ranks.world > 1:  # after `prepare`: what is gathered and sent stays outside of what is compiled
         spread(config, student, teacher, device, autocast)
     groups, copies = parameter_groups(student, teacher), None
-    if compute.keeps_half_copies(config, precision, student, ranks.world):
+    if half:
         copies, autocast = (compute.half_copy(student), compute.half_copy(teacher)), None
         for group, of_copies in zip(groups, parameter_groups(*copies), strict=True):
             group |= {"bf16_params": of_copies["params"], "bf16_teacher": of_copies["teacher_params"]}
-    computing = copies or (student, teacher)
-    if config.compile:
-        for network in computing:
-            compute.compile_blocks(network)
-    compute.checkpoint_blocks(computing[0].backbone, config.checkpoint_activations)
+        prepare(config, *copies)
     if device.type == "cuda":
         compute.use_tf32(config.tf32)
     optimizer = build_optimizer(config.optimizer, groups, config.lr, config.weight_decay, config.clip_grad)
     scaler = torch.amp.GradScaler(device.type, enabled=autocast is torch.float16)
     return Learner(config, device, autocast, student, teacher, loss, optimizer, scaler, ranks, copies=copies)
+
+
+def prepare(config: Config, student: MultiCropWrapper, teacher: MultiCropWrapper) -> None:
+    """What the networks of the forward pass keep of their blocks, and whether they are compiled."""
+    compute.checkpoint_blocks(student.backbone, config.checkpoint_activations)
+    if config.compile:
+        for network in (student, teacher):
+            compute.compile_blocks(network)
 
 
 def spread(
@@ -242,6 +250,8 @@ def train_step(run: Learner, batch: Crops, rates: Rates, step: int) -> dict[str,
         ema_update(run.teacher.parameters(), run.student.parameters(), 0.0)
     run.scaler.step(run.optimizer, momentum=rates.momentum)
     run.scaler.update()
+    norm = getattr(run.optimizer, "grad_norm", None)
+    run.grad_norm = None if norm is None else read_later(norm.reshape(1))
     run.optimizer.zero_grad()
     if run.config.centering:
         run.loss.update_center(of_prototypes, run.prototypes)

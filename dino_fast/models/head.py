@@ -77,7 +77,8 @@ class WeightNormLinear(nn.Module):
         Where the parameters are cut over processes, of this process's prototypes.
         """
         v, g = (x.to_local() if hasattr(x, "to_local") else x for x in (self.weight_v, self.weight_g))
-        return torch.mv(v.float(), mean.float()) * (g[:, 0] / torch.linalg.vector_norm(v, dim=1))
+        v, g = v.float(), g.float()
+        return torch.mv(v, mean.float()) * (g[:, 0] / torch.linalg.vector_norm(v, dim=1))
 
     def extra_repr(self) -> str:
         return f"in_features={self.weight_v.shape[1]}, out_features={self.weight_v.shape[0]}"

@@ -98,16 +98,18 @@ class Last:
 
 def multipliers_of(
     batches: list[list[Tensor]], grad_scale: Tensor | None, clip_grad: float, clip_mode: str
-) -> list[Tensor | None]:
-    """For each batch what its gradients are multiplied by, [n]: clip coefficient over gradient scale."""
+) -> tuple[list[Tensor | None], list[Tensor]]:
+    """For each batch what its gradients are multiplied by, [n]: clip coefficient over gradient scale; and where
+    anything is clipped the norms, [n], of the gradients without their scale."""
     inverse = [None if grad_scale is None else grad_scale.to(b[0].device).double().reciprocal() for b in batches]
     if clip_grad == 0.0:
         return [
             None if scale is None else scale.float().reshape(1).expand(len(batch))
             for batch, scale in zip(batches, inverse, strict=True)
-        ]
+        ], []
     norms = [_norms(batch) for batch in batches]
     norms = [n if scale is None else n * scale for n, scale in zip(norms, inverse, strict=True)]
+    found = norms
     if clip_mode == "global" and norms:
         home = norms[0].device
         total = torch.linalg.vector_norm(torch.cat([n.to(home) for n in norms]))
@@ -122,7 +124,7 @@ def multipliers_of(
         else:
             coefficient = coefficient.clamp(max=1.0)
         multipliers.append(coefficient.float() if scale is None else (coefficient * scale).float())
-    return multipliers
+    return multipliers, found
 
 
 def _norms(grads: list[Tensor]) -> Tensor:

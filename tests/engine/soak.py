@@ -60,7 +60,13 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 BREAKS = ("kill one", "kill all", "kill in save", "full disk", "truncated", "flipped", "SIGTERM")
 EXACT = ("student", "teacher", "dino_loss", "optimizer", "scaler", "torch_rng", "best")
-TIMED = ("images_per_second", "data_wait", "memory")  # of a line of metrics, what no two runs share
+TIMED = (
+    "images_per_second",
+    "tokens_per_second",
+    "tflops",
+    "data_wait",
+    "memory",
+)  # of a line of metrics, what no two runs share
 DISK = 3 << 20  # bytes of the small file system; a checkpoint has 0.2 MB
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from dino_fast.models.checkpoints import load_backbone
 STEPS = 90
 KEYS = {
     *("step", "epoch", "loss", "lr", "weight_decay", "momentum", "teacher_temp", "teacher_entropy", "kl"),
-    *("images_per_second", "data_wait", "feature_spread"),
+    *("images_per_second", "data_wait", "feature_spread", "grad_norm", "tokens_per_second", "tflops"),
 }
 MODEL: dict[str, Any] = {
     "arch": "vit_tiny", "embed_dim": 32, "depth": 2, "heads": 2, "patch_size": 4, "global_size": 16, "local_size": 8,
@@ -402,3 +403,23 @@ def test_a_hostile_pickle_in_a_run_is_never_opened(images: Path, tmp_path: Path)
     with pytest.raises(UserError, match="not valid YAML"):
         build_config(file=settings)
     assert not (tmp_path / "executed").exists()
+
+
+def test_a_trace_and_another_log_on_request(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[Any] = []
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **given: logged.append(given) or fake  # type: ignore[attr-defined,func-returns-value]
+    fake.log = lambda row, step: logged.append((step, row))  # type: ignore[attr-defined]
+    fake.finish = lambda: logged.append("finished")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    out = tmp_path / "run"
+    train(_config(images, out, max_steps=12, knn_every=0, wandb="photos", profile=True))
+    assert logged[0]["project"] == "photos" and logged[0]["config"]["embed_dim"] == 32
+    assert [entry[0] for entry in logged[1:-1]] == list(range(12)) and logged[-1] == "finished"
+    assert logged[1][1]["train/loss"] == read_metrics(out)[0]["loss"]
+    events = json.loads((out / "trace.json").read_text())["traceEvents"]
+    assert any("linear" in str(event.get("name")) for event in events)
+    assert "profile" not in (out / "config.yaml").read_text()
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="dino-fast\\[wandb\\]"):
+        train(_config(images, tmp_path / "other", wandb="photos"))
