@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from dino_fast.backends import native_missing
 from dino_fast.engine.config import Config, validate
 from dino_fast.engine.cost import flops_per_image, memory_parts, parameters, peak_flops, sizes_of, wire_bytes
 from dino_fast.engine.loop import choose_device, choose_precision, make_loader, open_data
@@ -30,6 +31,10 @@ def report(config: Config, environment: dict[str, str]) -> str:
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)
     world = place(environment)[1]
+    if config.keep_freed_memory and native_missing() is None:  # as in the run: it is timed below
+        from dino_fast import _C
+
+        _C.keep_freed_memory()
     data = open_data(config)
     loader = make_loader(config, data.train, device)
     if config.batch_size % world:
@@ -68,8 +73,11 @@ def expected_time(
 ) -> str:
     """From trial steps on noise here, a straight line through two numbers of images."""
     images = config.batch_size // world
-    tried = [images // 2, images] if device.type == "cuda" else [2, 4]
-    if images < 4 or flops is None or (device.type == "cpu" and 3 * sum(tried) * flops > CPU_BUDGET):
+    largest = images
+    if device.type == "cpu" and flops is not None:
+        largest = min(images, int(CPU_BUDGET / (4.5 * flops)))  # three steps of it and three of half of it
+    tried = [largest // 2, largest]
+    if largest < 4 or flops is None:
         return "not tried here: a trial step would take long itself"
     seconds = [trial(config, channels, device, precision, n) for n in tried]
     slope = max((seconds[1] - seconds[0]) / (tried[1] - tried[0]), seconds[1] / tried[1] / 10)

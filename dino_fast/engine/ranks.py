@@ -121,13 +121,22 @@ def joined(kind: str) -> Iterator[Ranks]:
         torch.cuda.set_device(local)
     if made:
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend, rank=rank, world_size=world, timeout=WAIT)
+        dist.init_process_group(backend, store=meeting_place(rank, world), rank=rank, world_size=world, timeout=WAIT)
     control = dist.new_group(backend="gloo", timeout=WAIT) if kind == "cuda" else dist.group.WORLD
     try:
         yield Ranks(rank, world, local, local_world, control)
     finally:
         if made:
             dist.destroy_process_group()
+
+
+def meeting_place(rank: int, world: int) -> dist.Store:
+    """Where processes find each other. torchrun keeps it over its restarts, in which the addresses of processes that
+    are gone would be found: each attempt has names of its own."""
+    from torch.distributed.rendezvous import rendezvous
+
+    store, _, _ = next(rendezvous("env://", rank, world, timeout=WAIT))
+    return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def place(environment: Mapping[str, str]) -> tuple[int, int, int, int]:

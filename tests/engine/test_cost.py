@@ -75,7 +75,7 @@ def test_a_dry_run_tells_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.
         r"GFLOP, 78 tokens \(student 44\)",
         "GB in each process",
         r"images/s, [\d.e-]+ TFLOP/s",
-        "from trial steps of 2 and 4 images",
+        "from trial steps of 16 and 32 images",
     ):
         assert re.search(part, text), (part, text)
     assert "on the wire" not in text

@@ -3,9 +3,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +168,23 @@ def test_a_checkpoint_of_two_processes_resumes_on_one_and_on_three(tmp_path: Pat
         assert step == 12
         assert_near(state, whole, name)
         assert (tmp_path / name / "export" / "teacher.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_torchrun_starts_the_processes_anew_when_one_is_lost(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = ["train", "--resume", "--out", str(out), "--max-steps", "150", "--shard", "full", "--knn-every", "0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "--max-restarts", "1", "-m", "dino_fast.cli", *words, "--save-every", "0.05"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not list((out / "checkpoints").glob("step-*")) and process.poll() is None:
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    workers = [pid for pid in children if "dino_fast.cli" in Path(f"/proc/{pid}/cmdline").read_text()]
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    (output,) = finish([process])
+    assert "continuing at step" in output
+    assert [row["step"] for row in read_metrics(out)] == list(range(150))
 
 
 def test_processes_refuse_a_directory_together(tmp_path: Path) -> None:
