@@ -31,16 +31,28 @@ class Backend:
     rejects: Callable[..., str | None] = lambda *tensors: None
 
 
+@dataclass(frozen=True)
+class Preference:
+    """Where which backend is fastest depends on the inputs: `first(*inputs)` names the one that `auto` tries before the
+    others, or None; `explain()` is the rule in words, for `dino-fast info`."""
+
+    first: Callable[..., str | None]
+    explain: Callable[[], str]
+
+
 OPERATIONS: dict[str, tuple[Backend, ...]] = {}
+PREFERENCES: dict[str, Preference] = {}
 
 
-def register(operation: str, *backends: Backend) -> None:
+def register(operation: str, *backends: Backend, preference: Preference | None = None) -> None:
     """Declare an operation's backends, fastest first; the last must run everywhere."""
     OPERATIONS[operation] = backends
+    if preference is not None:
+        PREFERENCES[operation] = preference
 
 
-def choose(operation: str, *tensors: Tensor, backend: str = "auto") -> str:
-    """The name of the backend that will run `operation` on these tensors."""
+def choose(operation: str, *tensors: Tensor | int, backend: str = "auto") -> str:
+    """The name of the backend that will run `operation` on these tensors (and sizes that its backends look at)."""
     candidates = OPERATIONS[operation]
     wanted, strict = _requested(operation, backend)
     if wanted is not None:
@@ -53,6 +65,9 @@ def choose(operation: str, *tensors: Tensor, backend: str = "auto") -> str:
         if strict:
             names = ", ".join(candidate.name for candidate in candidates)
             raise BackendError(f"{operation} has no backend '{wanted}'; it has: {names}, or auto")
+    if operation in PREFERENCES:
+        first = PREFERENCES[operation].first(*tensors)
+        candidates = tuple(sorted(candidates, key=lambda candidate: candidate.name != first))
     reasons = []
     for candidate in candidates:
         reason = candidate.missing() or candidate.rejects(*tensors)

@@ -65,7 +65,7 @@ def _explain(operation: str) -> dict[str, dict[str, Any]]:
     """For each kind of device, the backend that would run, and for every other why it would not."""
     import torch
 
-    from dino_fast.backends import OPERATIONS, BackendError, choose
+    from dino_fast.backends import OPERATIONS, PREFERENCES, BackendError, choose
 
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     result = {}
@@ -81,6 +81,8 @@ def _explain(operation: str) -> dict[str, dict[str, Any]]:
                 reason = backend.missing() or backend.rejects(tensor)
                 others[backend.name] = reason or error or f"'{chosen}' is faster, or was asked for"
         result[device] = {"chosen": chosen, "others": others}
+        if operation in PREFERENCES:
+            result[device]["rule"] = PREFERENCES[operation].explain()
     return result
 
 
@@ -105,6 +107,7 @@ def as_text(found: dict[str, Any]) -> str:
     for operation, devices in found["operations"].items():
         for device, choice in devices.items():
             lines.append(f"  {operation} on {device}: {choice['chosen'] or 'none can run'}")
+            lines += [f"    rule: {choice['rule']}"] if "rule" in choice else []
             lines += [f"    not {name}: {reason}" for name, reason in choice["others"].items()]
     return "\n".join(lines)
 

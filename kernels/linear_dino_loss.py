@@ -24,7 +24,6 @@ Each weight is read once for each block of images, from L2 where it fits there; 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -32,6 +31,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from dino_fast.kernels.autotune import pick
 
 # Programs of `_attend`: about one for each multiprocessor. More would only enlarge the workspace.
 TARGET_PROGRAMS = 132
@@ -277,7 +278,6 @@ WEIGH_TILES = {
     (4, 2, 256): (Tile(16, 32, 32, 8),),
     (4, 4, 256): (Tile(16, 32, 32, 8),),
 }
-_measured: dict[tuple, Tile] = {}  # what DINO_FAST_AUTOTUNE=1 has found, for this process
 
 
 class Layer:
@@ -438,16 +438,10 @@ def bytes_moved(tile: Tile, V: int, T: int, B: int, K: int, D: int, element_size
 
 
 def _tile(kernel: str, table: dict, student: Tensor, layers: tuple[Layer, Layer], T: int, launch: Callable) -> Tile:
-    """The first of the table's tiles; with DINO_FAST_AUTOTUNE=1 the fastest of them, measured once for each shape."""
     weights = torch.promote_types(layers[0].weight.dtype, layers[1].weight.dtype)
     candidates = tiles(table, student.dtype, weights, student.shape[2])
-    if os.environ.get("DINO_FAST_AUTOTUNE") != "1" or student.device.type != "cuda" or len(candidates) == 1:
-        return candidates[0]
     key = (kernel, student.device, student.dtype, weights, student.shape, T, len(layers[0].weight))
-    if key not in _measured:
-        times = {tile: triton.testing.do_bench(lambda tile=tile: launch(tile)) for tile in candidates}
-        _measured[key] = min(times, key=times.__getitem__)
-    return _measured[key]
+    return pick(key, candidates, student.device, launch)
 
 
 def _or(tensor: Tensor | None, spare: Tensor) -> Tensor:

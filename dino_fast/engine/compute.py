@@ -50,7 +50,7 @@ def checkpoint_blocks(backbone: nn.Module, mode: str) -> None:
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if mode == "selective":
         kept = [getattr(torch.ops.aten, name).default for name in (*KEPT, *KEPT_OF_CPUS)]
-        kept.append(torch.ops.dino_fast.packed_attention.default)
+        kept.append(torch.ops.dino_fast.packed_attention_forward.default)
         make = torch.utils.checkpoint.create_selective_checkpoint_contexts
         options["context_fn"] = functools.partial(make, kept)
     backbone.call_block = functools.partial(torch.utils.checkpoint.checkpoint, **options)

@@ -11,22 +11,25 @@ With q, k, v the three parts of row i of the packed projection [tokens, 3, H, d]
 (Vaswani et al. 2017, section 3.2.1; the backward from the output as in Dao et al. 2022, appendix B.)
 
 The native kernels read the buffer where it lies and keep nothing for the backward but it. PyTorch's attention, the next
-choice on a CPU, keeps the output and each row's log of the sum of exponentials; there all sequences of one length are
-one call: where they lie side by side on views of the buffer, elsewhere on rows gathered from it.
+choice on a CPU, takes all sequences of one length in one call: where they lie side by side on views of the buffer,
+elsewhere on rows gathered from it. On a GPU one Triton kernel each way takes all lengths, without looking at them from
+the host.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator
+import functools
+import importlib
+import os
+from collections.abc import Callable
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from dino_fast.backends import Backend, choose, native_missing, register
+from dino_fast.backends import Backend, Preference, choose, native_missing, register, triton_missing
 from dino_fast.ops import packed_attention_cpu
+from dino_fast.ops import packed_attention_lengths as grouped
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (*KERNEL_DTYPES, torch.float64)
@@ -61,7 +64,7 @@ def packed_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, backen
     if type(qkv) in _PLAIN and not torch.compiler.is_compiling():
         # The dispatcher's way to the same functions takes 0.2 ms, a third of what a batch of short crops does.
         return _Eager.apply(qkv, cu_seqlens, max_seqlen, backend)
-    return torch.ops.dino_fast.packed_attention(qkv, cu_seqlens, max_seqlen, backend)[0]
+    return torch.ops.dino_fast.packed_attention_forward(qkv, cu_seqlens, max_seqlen, backend)[0]
 
 
 def what_is_wrong(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> str | None:
@@ -90,39 +93,32 @@ def what_is_wrong(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> str | Non
 def packed_attention_reference(qkv: Tensor, cu_seqlens: Tensor) -> Tensor:
     """The definition in plain PyTorch, sequence by sequence, in float64 for float64 and float32 for all others."""
     ends = cu_seqlens.tolist()
-    outputs = [qkv.new_empty((0, *qkv.shape[2:]), dtype=_wide(qkv))]
+    outputs = [qkv.new_empty((0, *qkv.shape[2:]), dtype=grouped.wide(qkv))]
     for begin, end in pairwise(ends):
-        q, k, v = qkv[begin:end].to(_wide(qkv)).unbind(1)  # [L, H, d] each
+        q, k, v = qkv[begin:end].to(grouped.wide(qkv)).unbind(1)  # [L, H, d] each
         scores = torch.einsum("ihd,jhd->hij", q, k) * q.shape[-1] ** -0.5
         outputs.append(torch.einsum("hij,jhd->ihd", scores.softmax(-1), v))
     return torch.cat(outputs).to(qkv.dtype)
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 # --- the operator ---------------------------------------------------------------------------------------------------
-# For the backward alone: `logsumexp` [H, tokens], float32 (float64 for float64), of q . k / sqrt(d), natural logarithm.
+# For the backward alone: `statistics` [2, H, tokens], float32 (float64 for float64). Of a row, either the largest q . k
+# and the sum of e^((q . k - largest) / sqrt(d)), which is at least 1; or, where a backend has no other, the logarithm
+# of the sum of e^(q . k / sqrt(d)) and 0.
 
 
-def _run(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    chosen = choose("packed_attention", qkv, backend=backend)
+def _run(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str) -> tuple[Tensor, Tensor]:
+    chosen = choose("packed_attention", qkv, max_seqlen, backend=backend)
     _check_ends(qkv, cu_seqlens, max_seqlen)
     return FORWARD[chosen](qkv, cu_seqlens, max_seqlen)
 
 
-_operator = torch.library.custom_op("dino_fast::packed_attention", _run, mutates_args=())
+_operator = torch.library.custom_op("dino_fast::packed_attention_forward", _run, mutates_args=())
 
 
 @_operator.register_fake
-def _(qkv, cu_seqlens, max_seqlen, backend="auto"):
-    return _empty_outputs(qkv)
-
-
-def _empty_outputs(qkv: Tensor) -> tuple[Tensor, Tensor]:
-    tokens, _, H, d = qkv.shape
-    return qkv.new_empty((tokens, H, d)), qkv.new_empty((H, tokens), dtype=_wide(qkv))
+def _(qkv, cu_seqlens, max_seqlen, backend):
+    return grouped.empty_outputs(qkv)
 
 
 def _run_backward(
@@ -130,30 +126,30 @@ def _run_backward(
     qkv: Tensor,
     cu_seqlens: Tensor,
     out: Tensor,
-    logsumexp: Tensor,
+    statistics: Tensor,
     max_seqlen: int,
-    backend: str = "auto",
+    backend: str,
 ) -> Tensor:
-    """The gradient by qkv, [tokens, 3, H, d], from the output's and what the forward kept."""
-    chosen = choose("packed_attention", qkv, backend=backend)
-    return BACKWARD[chosen](grad, qkv, cu_seqlens, out, logsumexp, max_seqlen)
+    """The gradient by qkv, [tokens, 3, H, d], from the output's and what the forward of the same backend kept."""
+    chosen = choose("packed_attention", qkv, max_seqlen, backend=backend)
+    return BACKWARD[chosen](grad, qkv, cu_seqlens, out, statistics, max_seqlen)
 
 
 _backward_operator = torch.library.custom_op("dino_fast::packed_attention_backward", _run_backward, mutates_args=())
 
 
 @_backward_operator.register_fake
-def _(grad, qkv, cu_seqlens, out, logsumexp, max_seqlen, backend="auto"):
+def _(grad, qkv, cu_seqlens, out, statistics, max_seqlen, backend):
     return qkv.new_empty(qkv.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:
     qkv, cu_seqlens, max_seqlen, backend = inputs
-    out, logsumexp = output
-    ctx.mark_non_differentiable(logsumexp)
+    out, statistics = output
+    ctx.mark_non_differentiable(statistics)
     ctx.set_materialize_grads(False)
     ctx.max_seqlen, ctx.backend = max_seqlen, backend
-    ctx.save_for_backward(qkv, cu_seqlens, out, logsumexp)
+    ctx.save_for_backward(qkv, cu_seqlens, out, statistics)
 
 
 def _backward(ctx, grad, unused):
@@ -172,9 +168,9 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, qkv, cu_seqlens, max_seqlen, backend):
-        out, logsumexp = _run(qkv, cu_seqlens, max_seqlen, backend)
+        out, statistics = _run(qkv, cu_seqlens, max_seqlen, backend)
         ctx.max_seqlen, ctx.backend = max_seqlen, backend
-        ctx.save_for_backward(qkv, cu_seqlens, out, logsumexp)
+        ctx.save_for_backward(qkv, cu_seqlens, out, statistics)
         return out
 
     @staticmethod
@@ -205,137 +201,144 @@ def _check_ends(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
         )
 
 
-# --- one call per distinct length -----------------------------------------------------------------------------------
-
-
-class _Group(NamedTuple):
-    """The sequences of one length: n of L tokens, adjacent from `start`, or at `rows` [n * L] of the buffer."""
-
-    n: int
-    L: int
-    start: int
-    rows: Tensor | None
-
-    def read(self, x: Tensor) -> Tensor:
-        """[tokens, ...] -> [n, L, ...], a view where the sequences are adjacent."""
-        taken = x[self.start : self.start + self.n * self.L] if self.rows is None else x.index_select(0, self.rows)
-        return taken.unflatten(0, (self.n, self.L))
-
-    def write(self, x: Tensor, value: Tensor) -> None:
-        """Puts value [n, L, ...] where `read` would find it in x."""
-        if self.rows is None:
-            self.read(x).copy_(value)
-        else:
-            x.index_copy_(0, self.rows, value.flatten(0, 1).to(x.dtype))
-
-
-def by_length(cu_seqlens: Tensor) -> Iterator[_Group]:
-    """The sequences in groups of one length, empty ones left out."""
-    ends = cu_seqlens.tolist()
-    starts = defaultdict(list)
-    for begin, end in pairwise(ends):
-        if end > begin:
-            starts[end - begin].append(begin)
-    for L, begins in starts.items():
-        rows = None
-        if begins[-1] - begins[0] != (len(begins) - 1) * L:
-            first = torch.tensor(begins, device=cu_seqlens.device)
-            rows = (first[:, None] + torch.arange(L, device=cu_seqlens.device)).flatten()
-        yield _Group(len(begins), L, begins[0], rows)
-
-
-def _heads(group: _Group, qkv: Tensor) -> tuple[Tensor, ...]:
-    """q, k, v of a group, each [n, H, L, d]."""
-    return group.read(qkv).permute(2, 0, 3, 1, 4).unbind(0)
-
-
-def _contiguous_rows(x: Tensor) -> Tensor:
-    """x, copied where the elements of a row of d do not lie side by side: the kernels assume that they do."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _per_length(forward):
-    """Forward of an attention on q, k, v [n, H, L, d] -> (out, logsumexp [n, H, L]) for packed sequences."""
-
-    def run(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
-        out, logsumexp = _empty_outputs(qkv)
-        qkv = _contiguous_rows(qkv)
-        for group in by_length(cu_seqlens):
-            group_out, group_logsumexp = forward(*_heads(group, qkv))
-            group.write(out, group_out.transpose(1, 2))
-            group.write(logsumexp.T, group_logsumexp.transpose(1, 2))
-        return out, logsumexp
-
-    return run
-
-
-def _per_length_backward(backward):
-    """Backward of the same: (grad, q, k, v, out, logsumexp) -> gradients by q, k and v."""
-
-    def run(grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, out: Tensor, logsumexp: Tensor, max_seqlen: int) -> Tensor:
-        gradient = qkv.new_empty(qkv.shape)
-        grad, qkv = _contiguous_rows(grad), _contiguous_rows(qkv)
-        for group in by_length(cu_seqlens):
-            rows = [group.read(x).transpose(1, 2) for x in (grad, out, logsumexp.T)]  # [n, H, L, d], [n, H, L]
-            for part, value in enumerate(backward(rows[0], *_heads(group, qkv), *rows[1:])):
-                group.write(gradient[:, part], value.transpose(1, 2))
-        return gradient
-
-    return run
-
-
-def _math(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    wide = _wide(q)
-    scores = q.to(wide) @ k.to(wide).mT * q.shape[-1] ** -0.5  # [n, H, L, L]
-    return scores.softmax(-1) @ v.to(wide), scores.logsumexp(-1)
-
-
-def _math_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor) -> tuple[Tensor, ...]:
-    wide, scale = _wide(q), q.shape[-1] ** -0.5
-    grad, q, k, v = (x.to(wide) for x in (grad, q, k, v))
-    # Not from the logsumexp: at large scores its rounding alone is a larger error than the softmax's.
-    p = (q @ k.mT * scale).softmax(-1)  # [n, H, L, L]
-    dp = grad @ v.mT
-    # p . dp is grad . out, here with the output that was not rounded
-    ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
-    return ds @ k, ds.mT @ q, p.mT @ grad
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    # In short sequences it takes a row of nothing but NaN for a masked one, and gives zeros and a logsumexp of 0.
-    suspect = logsumexp == 0
-    if suspect.any():
-        exact, exact_logsumexp = _math(q, k, v)
-        out = torch.where(suspect[..., None], exact.to(out.dtype), out)
-        logsumexp = torch.where(suspect, exact_logsumexp, logsumexp)
-    return out, logsumexp
-
-
-def _sdpa_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor) -> tuple[Tensor, ...]:
-    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    return backward(grad, q, k, v, out, logsumexp, 0.0, False)
-
-
 # --- backends, fastest first ----------------------------------------------------------------------------------------
+# Which is fastest on a GPU depends on the length of the sequences; benchmarks/bench_packed_attention.py measures it.
+
+# By the name of a GPU: (longest sequence up to which a backend was fastest in 16 bits, its name), in order. No GPU has
+# measured it yet.
+MEASURED: dict[str, tuple[tuple[int, str], ...]] = {}
+# Until then: the kernel here is made for crops, of up to 518 pixels in patches of 14; past them PyTorch's, made for
+# long sequences. One that cannot run the inputs is passed over.
+UNMEASURED = ((1370, "triton"), (1 << 31, "varlen"))
 
 
-def _sdpa_rejects(qkv: Tensor | None = None, *others: Tensor) -> str | None:
-    if qkv is not None and qkv.device.type != "cpu":
-        return f"it calls PyTorch's attention for CPUs, qkv is on {qkv.device}"
+def _rule() -> tuple[tuple[tuple[int, str], ...], str]:
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return MEASURED.get(name, UNMEASURED), name
+
+
+def _fastest(qkv: Tensor, max_seqlen: int = 0) -> str | None:
+    if qkv.device.type != "cuda":
+        return None
+    return next(name for longest, name in _rule()[0] if max_seqlen <= longest)
+
+
+def _explain() -> str:
+    rule, gpu = _rule()
+    parts = [f"{name} up to {longest} tokens" if longest < 1 << 31 else f"then {name}" for longest, name in rule]
+    source = f"measured on {gpu}" if gpu in MEASURED else "a guess that no measurement stands behind yet"
+    return f"on a GPU, by the longest sequence: {', '.join(parts)} ({source})"
+
+
+def _triton_rejects(qkv: Tensor, max_seqlen: int = 0) -> str | None:
+    if qkv.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"it runs on CUDA (on the CPU under TRITON_INTERPRET=1), qkv is on {qkv.device}"
+    if qkv.dtype not in KERNEL_DTYPES:
+        return f"it takes float32, bfloat16 and float16, not {qkv.dtype}"
+    if qkv.shape[-1] > 128:
+        return f"it takes heads of at most 128 elements, not {qkv.shape[-1]}"
+    if qkv.ndim == 4 and qkv.shape[2] > 65535:
+        return f"it takes at most 65535 heads, not {qkv.shape[2]}"
+    return None
+
+
+def _native_rejects(qkv: Tensor, max_seqlen: int = 0) -> str | None:
+    return packed_attention_cpu.rejects(qkv)
+
+
+def _sdpa_rejects(qkv: Tensor, max_seqlen: int = 0) -> str | None:
+    if qkv.device.type == "cpu":
+        return None
+    from dino_fast.ops.packed_attention_cuda import sdpa_rejects
+
+    return sdpa_rejects(qkv)
+
+
+def _varlen_rejects(qkv: Tensor, max_seqlen: int = 0) -> str | None:
+    from dino_fast.ops.packed_attention_cuda import varlen_rejects
+
+    return varlen_rejects(qkv)
+
+
+@functools.cache
+def _xformers_missing() -> str | None:
+    try:
+        import xformers.ops  # noqa: F401
+    except ImportError as error:
+        return f"xformers does not import ({error}); it comes with `pip install dino-fast[xformers]`"
     return None
 
 
 register(
     "packed_attention",
-    Backend("native", native_missing, packed_attention_cpu.rejects),
+    Backend("triton", missing=triton_missing, rejects=_triton_rejects),
+    Backend("varlen", rejects=_varlen_rejects),
+    Backend("xformers", missing=_xformers_missing, rejects=_varlen_rejects),
+    Backend("native", native_missing, _native_rejects),
     Backend("sdpa", rejects=_sdpa_rejects),
     Backend("reference"),
+    preference=Preference(_fastest, _explain),
 )
 
-FORWARD = {"native": packed_attention_cpu.forward, "sdpa": _per_length(_sdpa), "reference": _per_length(_math)}
+
+def _triton_forward(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
+    from dino_fast.kernels import packed_attention as kernels
+
+    out, statistics = grouped.empty_outputs(qkv)
+    kernels.forward(grouped.contiguous_rows(qkv), cu_seqlens.contiguous(), max_seqlen, out, *statistics)
+    return out, statistics
+
+
+def _triton_backward(
+    grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, out: Tensor, statistics: Tensor, max_seqlen: int
+) -> Tensor:
+    from dino_fast.kernels import packed_attention as kernels
+
+    gradient, (grad, qkv) = qkv.new_empty(qkv.shape), (grouped.contiguous_rows(grad), grouped.contiguous_rows(qkv))
+    kernels.backward(grad, qkv, cu_seqlens.contiguous(), max_seqlen, out, *statistics, gradient)
+    return gradient
+
+
+def _sdpa_of(qkv: Tensor) -> tuple[Callable, Callable]:
+    if qkv.device.type == "cpu":
+        return grouped.sdpa, grouped.sdpa_backward
+    from dino_fast.ops.packed_attention_cuda import sdpa, sdpa_backward
+
+    return sdpa, sdpa_backward
+
+
+def _sdpa_forward(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
+    return grouped.per_length(_sdpa_of(qkv)[0])(qkv, cu_seqlens, max_seqlen)
+
+
+def _sdpa_gradient(
+    grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, out: Tensor, statistics: Tensor, max_seqlen: int
+) -> Tensor:
+    return grouped.per_length_backward(_sdpa_of(qkv)[1])(grad, qkv, cu_seqlens, out, statistics, max_seqlen)
+
+
+def _peer(name: str) -> Callable:
+    """A function of dino_fast.ops.packed_attention_cuda, imported when it is called."""
+
+    def call(*arguments):
+        return getattr(importlib.import_module("dino_fast.ops.packed_attention_cuda"), name)(*arguments)
+
+    return call
+
+
+FORWARD = {
+    "triton": _triton_forward,
+    "varlen": _peer("varlen"),
+    "xformers": _peer("xformers"),
+    "native": packed_attention_cpu.forward,
+    "sdpa": _sdpa_forward,
+    "reference": grouped.per_length(grouped.math),
+}
 BACKWARD = {
+    "triton": _triton_backward,
+    "varlen": _peer("varlen_backward"),
+    "xformers": _peer("xformers_backward"),
     "native": packed_attention_cpu.backward,
-    "sdpa": _per_length_backward(_sdpa_backward),
-    "reference": _per_length_backward(_math_backward),
+    "sdpa": _sdpa_gradient,
+    "reference": grouped.per_length_backward(grouped.math_backward),
 }

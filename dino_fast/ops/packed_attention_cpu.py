@@ -19,18 +19,19 @@ def rejects(*tensors: Tensor) -> str | None:
 
 
 def forward(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
-    """(out [tokens, H, d], logsumexp [H, tokens]): see the operator."""
+    """(out [tokens, H, d], statistics [2, H, tokens]): see the operator."""
     from dino_fast import _C
 
     qkv, ends = _contiguous_rows(qkv), cu_seqlens.contiguous()
     tokens, _, H, d = qkv.shape
-    out, logsumexp = qkv.new_empty((tokens, H, d)), qkv.new_empty((H, tokens), dtype=torch.float32)
+    out, statistics = qkv.new_empty((tokens, H, d)), qkv.new_empty((2, H, tokens), dtype=torch.float32)
+    statistics[1] = 0
     sequences = _description(qkv, ends)
-    _C.packed_attention_forward(sequences, out.data_ptr(), logsumexp.data_ptr(), torch.get_num_threads())
-    return out, logsumexp
+    _C.packed_attention_forward(sequences, out.data_ptr(), statistics.data_ptr(), torch.get_num_threads())
+    return out, statistics
 
 
-def backward(grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, out: Tensor, logsumexp: Tensor, max_seqlen: int) -> Tensor:
+def backward(grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, out: Tensor, statistics: Tensor, max_seqlen: int) -> Tensor:
     """The gradient by qkv [tokens, 3, H, d]; the softmax is taken anew, so that nothing of it is rounded in between."""
     from dino_fast import _C
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from dino_fast.attention import packed_attention
 from dino_fast.backends import BackendError
-from dino_fast.ops.packed_attention import by_length, packed_attention_reference
+from dino_fast.ops.packed_attention import packed_attention_reference
+from dino_fast.ops.packed_attention_lengths import by_length
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("native", "sdpa", "reference")
@@ -200,8 +201,8 @@ def test_one_call_for_each_length(monkeypatch):
 
     qkv, cu_seqlens, upstream = packed([5, 3] * 5)
     with Count():
-        out, logsumexp = operation.FORWARD["sdpa"](qkv, cu_seqlens, 5)
-        operation.BACKWARD["sdpa"](upstream, qkv, cu_seqlens, out, logsumexp, 5)
+        out, statistics = operation.FORWARD["sdpa"](qkv, cu_seqlens, 5)
+        operation.BACKWARD["sdpa"](upstream, qkv, cu_seqlens, out, statistics, 5)
     assert calls.count("_scaled_dot_product_flash_attention_for_cpu") == 2
     assert calls.count("_scaled_dot_product_flash_attention_for_cpu_backward") == 2
 
@@ -255,9 +256,11 @@ def test_autocast_takes_float32_as_pytorchs_attention_does():
 @pytest.mark.parametrize("lengths", [[5, 5], [5, 3, 5]], ids=["adjacent", "apart"])
 def test_opcheck(lengths, dtype):
     qkv, cu_seqlens, upstream = packed(lengths, dtype=dtype)
-    torch.library.opcheck(torch.ops.dino_fast.packed_attention, (qkv.clone().requires_grad_(), cu_seqlens, 5))
-    out, logsumexp = torch.ops.dino_fast.packed_attention(qkv, cu_seqlens, 5)
-    arguments = (upstream, qkv, cu_seqlens, out, logsumexp, 5)
+    torch.library.opcheck(
+        torch.ops.dino_fast.packed_attention_forward, (qkv.clone().requires_grad_(), cu_seqlens, 5, "auto")
+    )
+    out, statistics = torch.ops.dino_fast.packed_attention_forward(qkv, cu_seqlens, 5, "auto")
+    arguments = (upstream, qkv, cu_seqlens, out, statistics, 5, "auto")
     torch.library.opcheck(torch.ops.dino_fast.packed_attention_backward, arguments)
 
 
