@@ -35,18 +35,25 @@ QUICK = (((4, 10, 4096), torch.float32),)
 
 def comparisons(quick: bool = False) -> Iterator[Comparison]:
     cases = QUICK if quick else CASES
-    yield _comparison(*cases[0], inplace=True)
+    yield comparison(*cases[0], inplace=True)
     for case in cases:
-        yield _comparison(*case)
+        yield comparison(*case)
 
 
-def _comparison(sizes: tuple[int, int, int], dtype: torch.dtype, inplace: bool = False) -> Comparison:
+def comparison(
+    sizes: tuple[int, int, int],
+    dtype: torch.dtype,
+    inplace: bool = False,
+    device: str = "cpu",
+    compiler: Callable = torch.compile,
+) -> Comparison:
+    """Contenders at B, V, K; `compiler` makes those that are compiled."""
     B, V, K = sizes
     generator = torch.Generator().manual_seed(0)
     # cosines of a trained head spread over a few tenths
-    student = (0.3 * torch.randn(V, B, K, generator=generator)).to(dtype).requires_grad_()
-    teacher = (0.3 * torch.randn(2, B, K, generator=generator)).to(dtype)
-    center = 0.05 * torch.randn(K, generator=generator)
+    student = (0.3 * torch.randn(V, B, K, generator=generator)).to(device, dtype).requires_grad_()
+    teacher = (0.3 * torch.randn(2, B, K, generator=generator)).to(device, dtype)
+    center = (0.05 * torch.randn(K, generator=generator)).to(device)
     drawn = student.detach().clone()
 
     def write_logits() -> None:
@@ -59,7 +66,7 @@ def _comparison(sizes: tuple[int, int, int], dtype: torch.dtype, inplace: bool =
 
         return call
 
-    module = OriginalLoss(K, V, 0.04, 0.04, 0, 1)
+    module = OriginalLoss(K, V, 0.04, 0.04, 0, 1).to(device)
 
     def original(s: Tensor, t: Tensor, c: Tensor) -> Tensor:
         module.center = c[None]
@@ -75,7 +82,7 @@ def _comparison(sizes: tuple[int, int, int], dtype: torch.dtype, inplace: bool =
         return Contender(name, forward_backward(loss), prepare=write_logits, **options)
 
     def make_lightly(lightly: Any) -> Callable[[], tuple[Tensor, Tensor]]:
-        peer_loss = lightly.DINOLoss(output_dim=K, warmup_teacher_temp=0.04, teacher_temp=0.04)
+        peer_loss = lightly.DINOLoss(output_dim=K, warmup_teacher_temp=0.04, teacher_temp=0.04).to(device)
 
         def lightly_loss(s: Tensor, t: Tensor, c: Tensor) -> Tensor:
             getattr(peer_loss.center, "value", peer_loss.center).data = c.view(1, 1, K)
@@ -92,6 +99,7 @@ def _comparison(sizes: tuple[int, int, int], dtype: torch.dtype, inplace: bool =
         operation="dino_loss",
         shape=f"B{B} V{V} K{K}" + ", in place" * inplace,
         dtype=str(dtype).removeprefix("torch."),
+        device=device,
         reference=exact,
         floor_bytes=(2 * V + 2) * student.element_size() * B * K,
         output_bytes=student.nbytes,  # the gradient, which every contender must write
@@ -99,8 +107,8 @@ def _comparison(sizes: tuple[int, int, int], dtype: torch.dtype, inplace: bool =
             contender("dino-fast", ours, ours=True),
             contender("original, eager", original, baseline=True),
             contender("einsum, eager", einsum),
-            contender("original, torch.compile", torch.compile(original)),
-            contender("einsum, torch.compile", torch.compile(einsum)),
+            contender("original, torch.compile", compiler(original)),
+            contender("einsum, torch.compile", compiler(einsum)),
             peer("lightly", "lightly.loss", make_lightly, prepare=write_logits),
         ],
     )

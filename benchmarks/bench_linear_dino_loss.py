@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from dino_fast.loss import linear_dino_loss
+from dino_fast.loss import linear_dino_loss, linear_ibot_loss
 from dino_fast.ops.linear_dino_loss import linear_dino_loss_reference
 
 from .harness import Comparison, Contender, Row, run_all
@@ -120,10 +120,12 @@ def einsum(
 def comparisons(quick: bool = False) -> Iterator[Comparison]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     for (V, B, K), dtype in QUICK if quick else CUDA if device == "cuda" else CPU:
-        yield _comparison(V, B, K, dtype, device)
+        yield comparison(V, B, K, dtype, device)
 
 
-def _comparison(V: int, B: int, K: int, dtype: torch.dtype, device: str) -> Comparison:
+def comparison(
+    V: int, B: int, K: int, dtype: torch.dtype, device: str, compiler: Callable = torch.compile
+) -> Comparison:
     problem = Problem(V, B, K, dtype, device)
 
     def contender(name: str, loss: Loss, **options: bool) -> Contender:
@@ -141,10 +143,74 @@ def _comparison(V: int, B: int, K: int, dtype: torch.dtype, device: str) -> Comp
             contender("dino-fast", ours, ours=True),
             contender("original, eager", eager, baseline=True),
             contender("einsum, eager", einsum),
-            contender("original, torch.compile", torch.compile(eager)),
-            contender("einsum, torch.compile", torch.compile(einsum)),
+            contender("original, torch.compile", compiler(eager)),
+            contender("einsum, torch.compile", compiler(einsum)),
         ],
         seconds=30.0,
+    )
+
+
+def ibot_comparison(
+    rows: int, K: int, dtype: torch.dtype, device: str, compiler: Callable = torch.compile
+) -> Comparison:
+    """iBOT's patch loss: one target row a student row, a weight for each. Eager is the form of DINOv2's code."""
+    problem = Problem(1, rows, K, dtype, device)
+    row_weights = torch.rand(rows, generator=torch.Generator().manual_seed(1)).to(device) / rows
+    student, teacher = problem.student, problem.teacher[0]
+    weights = problem.student_weight, problem.teacher_weight
+
+    def called(loss: Callable[[], tuple[Tensor, Tensor]]) -> Callable[[], list[Tensor]]:
+        def call() -> list[Tensor]:
+            value, mean = loss()
+            return [value.detach(), mean, *torch.autograd.grad(value, (student, weights[0]))]
+
+        return call
+
+    def ours_of_rows() -> tuple[Tensor, Tensor]:
+        gains = {"student_gain": problem.gain, "teacher_gain": problem.gain}
+        tensors = (student[0], weights[0], teacher, weights[1], problem.center, row_weights)
+        return linear_ibot_loss(*tensors, **gains, **TEMPS)
+
+    def eager_of_rows(s: Tensor, w: Tensor, t: Tensor, wt: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+        predictions = logits(s[None], w, problem.gain).float() / TEMPS["student_temp"]
+        with torch.no_grad():
+            raw = logits(t[None], wt, problem.gain).float()
+            targets = torch.softmax((raw - center) / TEMPS["teacher_temp"], dim=-1)
+        losses = torch.sum(targets * torch.log_softmax(predictions, dim=-1), dim=-1)
+        return -(losses * row_weights).sum(), raw.mean(0)
+
+    def exact() -> list[Tensor]:
+        """float64, some rows at a time."""
+        wide = [x.detach().double() for x in (student, weights[0], teacher[None], weights[1])]
+        wide[0].requires_grad_()
+        wide[1].requires_grad_()
+        gains = {"student_gain": problem.gain, "teacher_gain": problem.gain}
+        loss, mean, pairs = wide[1].new_zeros(()), wide[1].new_zeros(K), wide[1].new_ones(1, 1)
+        for first in range(0, rows, 256):
+            some = slice(first, first + 256)
+            tensors = (wide[0][:, some], wide[1], wide[2][:, some], wide[3], problem.center, pairs, row_weights[some])
+            part, some_logits = linear_dino_loss_reference(*tensors, **gains, **TEMPS)
+            part.backward()
+            loss, mean = loss + part.detach(), mean + some_logits * (len(row_weights[some]) / rows)
+        return [loss, mean, wide[0].grad, wide[1].grad]
+
+    def contender(name: str, loss: Callable, **options: bool) -> Contender:
+        arguments = (student[0], weights[0], teacher, weights[1], problem.center)
+        return Contender(name, called(functools.partial(loss, *arguments)), **options)
+
+    return Comparison(
+        operation="linear_ibot_loss",
+        shape=f"N{rows} K{K} D{D}",
+        dtype=str(dtype).removeprefix("torch."),
+        device=device,
+        reference=exact,
+        floor_flops=8 * rows * K * D,
+        output_bytes=student.nbytes + weights[0].nbytes,
+        contenders=[
+            Contender("dino-fast", called(ours_of_rows), ours=True),
+            contender("eager", eager_of_rows, baseline=True),
+            contender("torch.compile", compiler(eager_of_rows)),
+        ],
     )
 
 

@@ -35,12 +35,12 @@ def vit_with_head(width: int = 384, depth: int = 12, K: int = 65536) -> list[tup
     return [(1, 1, D), (1, 197, D), (D, 3, 16, 16), (D,), *block * depth, (D,), (D,), *head]
 
 
-def modules(shapes: list[tuple[int, ...]]) -> tuple[nn.ParameterList, nn.ParameterList]:
+def modules(shapes: list[tuple[int, ...]], device: str = "cpu") -> tuple[nn.ParameterList, nn.ParameterList]:
     """Student with gradients, and another teacher; the same at every call."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn(scale: float) -> list[Tensor]:
-        return [torch.randn(s, generator=generator).mul_(scale) for s in shapes]
+        return [torch.randn(s, generator=generator).mul_(scale).to(device) for s in shapes]
 
     student = nn.ParameterList(drawn(0.02))
     teacher = nn.ParameterList(nn.Parameter(t, requires_grad=False) for t in drawn(0.02))
@@ -97,19 +97,19 @@ def ema_foreach(student: nn.ParameterList, teacher: nn.ParameterList) -> Step:
     return torch.no_grad()(lambda: torch._foreach_lerp_(teachers, params, 1 - MOMENTUM))
 
 
-def contender(name: str, make: Maker, shapes: list[tuple[int, ...]], **options: bool) -> Contender:
-    step = make(*modules(shapes))
+def contender(name: str, make: Maker, shapes: list[tuple[int, ...]], device: str = "cpu", **options: bool) -> Contender:
+    step = make(*modules(shapes, device))
 
     def check() -> list[Tensor]:
-        student, teacher = modules(shapes)
+        student, teacher = modules(shapes, device)
         make(student, teacher)()
         return [t.detach() for t in (*student, *teacher)]
 
     return Contender(name, step, check=check, **options)
 
 
-def in_float64(make: Maker, shapes: list[tuple[int, ...]]) -> list[Tensor]:
-    student, teacher = modules(shapes)
+def in_float64(make: Maker, shapes: list[tuple[int, ...]], device: str = "cpu") -> list[Tensor]:
+    student, teacher = modules(shapes, device)
     wide = nn.ParameterList(p.detach().double() for p in student)
     for p, q in zip(wide, student, strict=True):
         p.grad = q.grad.double()
