@@ -15,7 +15,7 @@ def add_common(parser: argparse.ArgumentParser, data: str, test: str | None = No
     parser.add_argument(
         "--checkpoint",
         required=True,
-        help="a run, one of its checkpoints, a .safetensors or .pth file with the original's names, or timm:NAME",
+        help="a run, one of its checkpoints, weights of DINO, DINOv2, timm or transformers, hub:NAME or timm:NAME",
     )
     parser.add_argument("--data", required=True, help=data)
     if test is not None:
