@@ -503,7 +503,7 @@ def finish(job: Job) -> None:
     export_backbone(
         backbone,
         job.run.export / "teacher.safetensors",
-        arch=job.config.arch,
+        **({"arch": job.config.arch} if "/" in job.config.arch else {}),  # the shapes tell it of the others
         mean=list(job.config.mean),
         std=list(job.config.std),
     )
