@@ -49,7 +49,7 @@ setup(
     cmdclass={"build_ext": CMakeBuild},
     packages=[
         "dino_fast",
-        *(f"dino_fast.{name}" for name in ("commands", "ops", "models", "data", "engine", "eval")),
+        *(f"dino_fast.{name}" for name in ("commands", "ops", "models", "data", "engine", "eval", "report")),
         "dino_fast.kernels",
         "dino_fast.benchmarks",
         "dino_fast.benchmarks.original",
@@ -60,5 +60,9 @@ setup(
         "dino_fast.benchmarks": "benchmarks",
         "dino_fast.benchmarks.original": "tests/original",
     },
-    package_data={"dino_fast": ["py.typed", "*.pyi"], "dino_fast.data": ["*.parquet", "*.md"]},
+    package_data={
+        "dino_fast": ["py.typed", "*.pyi"],
+        "dino_fast.data": ["*.parquet", "*.md"],
+        "dino_fast.report": ["*.css", "*.js"],
+    },
 )

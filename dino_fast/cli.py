@@ -25,6 +25,7 @@ COMMANDS = {
     ("eval", "retrieval"): ("dino_fast.commands.eval_retrieval", "search a database of images with queries"),
     ("eval", "copy"): ("dino_fast.commands.eval_copy", "find the originals of distorted copies"),
     ("runs",): ("dino_fast.commands.runs", "list and compare runs, with a plot of their curves"),
+    ("report",): ("dino_fast.commands.report", "write a page about a run: curves, attention, neighbours, settings"),
     ("export",): ("dino_fast.commands.export", "write a checkpoint's backbone under the names that timm knows"),
     ("data", "check"): ("dino_fast.commands.data_check", "read every image and list those that cannot be used"),
     ("data", "preview"): ("dino_fast.commands.data_preview", "draw the crops that training would see"),

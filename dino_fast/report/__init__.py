@@ -1,0 +1,7 @@
+"""One self-contained HTML page about a run."""
+
+from __future__ import annotations
+
+from dino_fast.report.page import Report
+
+__all__ = ["Report"]
