@@ -135,7 +135,9 @@ def linear_ibot_loss(
         student, teacher: [N, D], the masked patches as the last layers would get them, in the same order.
         row_weights: [N]. The loss is sum_n row_weights[n] * cross-entropy of row n: for the mean over images of the
             mean over each image's masked patches, 1 / (images * masked patches of the row's image).
-        The others as in `linear_dino_loss`; `center` is the patches' own.
+        center: [K], the patches' own.
+        student_weight, teacher_weight, student_temp, teacher_temp, student_gain, teacher_gain, backend: as in
+            `linear_dino_loss`.
 
     Returns:
         The loss and the mean [K] of the raw teacher logits, as `linear_dino_loss`.
