@@ -141,7 +141,28 @@ def messages(ranks: Ranks) -> Any:
     return ranks.agree(ranks.rank, -ranks.rank), ranks.rows(rows), mean, ranks.from_first(lambda: ranks.rank)
 
 
-TASKS: dict[str, Callable[[Ranks], Any]] = {"train": train, "loss": loss, "nonfinite": nonfinite, "messages": messages}
+def mixed(ranks: Ranks) -> Any:
+    """Losses in 16 bits, and the scaler's factor, which an overflow in any process halves in all."""
+    found = {}
+    for precision in ("fp16", "bf16"):
+        for shard, kept in (("none", "none"), ("full", "none"), ("full", "selective")):
+            config = build_config({**TINY, "shard": shard, "checkpoint_activations": kept})
+            learner = build_learner(config, 3, torch.device("cpu"), precision, ranks)
+            schedules = Schedules(config, PER_EPOCH)
+            steps = range(6)
+            crops = [batch(s, config, ranks.rank, ranks.world) for s in steps]
+            losses = [train_step(learner, crops[s], schedules.at(s), s)["loss"] for s in steps]
+            found[precision, shard, kept] = losses, learner.scaler.get_scale()
+    return found
+
+
+TASKS: dict[str, Callable[[Ranks], Any]] = {
+    "train": train,
+    "loss": loss,
+    "nonfinite": nonfinite,
+    "messages": messages,
+    "mixed": mixed,
+}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

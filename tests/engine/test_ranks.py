@@ -53,7 +53,7 @@ def finish(processes: list[subprocess.Popen[str]], code: int = 0) -> list[str]:
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What two processes find."""
     file = tmp_path_factory.mktemp("ranks") / "two.pt"
-    finish(start(2, "-m", "tests.engine.ranks_worker", "messages,loss,nonfinite,train", str(file)))
+    finish(start(2, "-m", "tests.engine.ranks_worker", "messages,loss,nonfinite,mixed,train", str(file)))
     return torch.load(file, weights_only=False)  # written above
 
 
@@ -120,6 +120,18 @@ def test_a_loss_that_is_not_finite_in_one_process_changes_nothing_in_any(two: di
         for part in ("student", "teacher", "dino_loss"):
             assert all(torch.equal(after[part][name], value) for name, value in before[part].items())
         assert not after["optimizer"]["state"]
+
+
+def test_sixteen_bits_over_two_processes_stay_near(two: dict[str, Any]) -> None:
+    for precision, scale in (
+        ("fp16", 2.0**15),
+        ("bf16", 1.0),
+    ):  # the first step overflows float16 and halves the factor
+        whole, _ = two["mixed"][precision, "none", "none"]
+        for kept in ("none", "selective"):
+            losses, found = two["mixed"][precision, "full", kept]
+            assert found == scale
+            assert losses == pytest.approx(whole, rel=0.005) and losses != whole
 
 
 def test_what_processes_tell_each_other(two: dict[str, Any]) -> None:
