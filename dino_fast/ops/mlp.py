@@ -4,9 +4,9 @@
 
     dh = (dy W2) gelu'(h),   dx = dh W1,   dW1 = dh^T x,   dW2 = dy^T a,   biases: sums over rows
 
-Everything works row by row, so a few rows are taken through all of it while they are in the cache: of what is four
-times as wide as x only h is kept for the backward, which makes a again (1 operation for the 8 * C of a product). With
-17,000 rows of width 192 the products alone run a fifth faster than on whole matrices, on two cores.
+Everything works row by row, so some rows are taken through all of it at a time: of what is four times as wide as x
+only h is kept for the backward, which makes a again (1 operation for the 8 * C of a product). At 17,000 rows of width
+192, on two cores, that takes as long as the layers one after the other, and 2 * 52 MB less.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ROWS = 4096
+ROWS = 4096  # 12 MB of h at a width of 192; with 512 the products are 7 % slower
 
 
 def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
