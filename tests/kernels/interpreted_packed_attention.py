@@ -96,9 +96,9 @@ def test_is_as_good_as_eager(lengths, d, dtype):
     )
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
-    lengths=st.lists(st.one_of(st.integers(0, 40), st.integers(60, 110)), min_size=1, max_size=3), H=st.integers(1, 2),
+    lengths=st.lists(st.one_of(st.integers(0, 40), st.integers(60, 75)), min_size=1, max_size=3), H=st.integers(1, 2),
     d=st.sampled_from([16, 32, 64, 80, 128]), dtype=st.sampled_from([torch.float32, torch.float16]),
     seed=st.integers(0, 9),
 )  # fmt: skip
@@ -121,11 +121,11 @@ def test_whole_sequences_in_float32(monkeypatch):
     """The way of 16 bits, without their rounding."""
     tile = kernels.Tile(32, 32, kernels.WHOLE)
     monkeypatch.setitem(kernels.FORWARD_TILES, (4, 32, "whole"), (tile,))
-    assert kernels.tiles(200, 32, 4)[0] == "whole"
-    assert_as_good_as_eager(*(packed([200, 33], H=1, seed=seed) for seed in range(2)))
+    assert kernels.tiles(100, 32, 4)[0] == "whole"
+    assert_as_good_as_eager(*(packed([100, 33], H=1, seed=seed) for seed in range(2)))
 
 
-@pytest.mark.parametrize("lengths", [[40, 7], [130, 7]])
+@pytest.mark.parametrize("lengths", [[40, 7], [80, 7]])
 def test_large_scores(lengths, monkeypatch):
     # numpy's products differ in the last bit between tiles of different sizes, which multiplies at large scores where
     # the backward makes them again; a GPU adds up each element of a product in the same order whatever the tile.
@@ -135,11 +135,11 @@ def test_large_scores(lengths, monkeypatch):
 
 def test_scores_of_ten_thousand():
     """One key of a row's is far above the others: its probability is 1 and the others' 0, without overflow."""
-    assert_as_good_as_eager(*(packed([40, 7, 100], scale=50.0, seed=seed) for seed in range(4)))
+    assert_as_good_as_eager(*(packed([40, 7, 66], H=1, scale=50.0, seed=seed) for seed in range(4)))
 
 
 def test_same_bits_twice():
-    first, second = run(*packed([40, 7, 130])), run(*packed([40, 7, 130]))
+    first, second = run(*packed([40, 7, 70])), run(*packed([40, 7, 70]))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
