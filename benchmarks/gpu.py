@@ -8,7 +8,7 @@ and a function that this checkout lacks with a note that says so. Parts run in p
     tests    the tests marked `gpu`
     kernels  losses, optimizer step, teacher's average and packed attention beside their baselines and peers
     crops    `gpu_rows` of bench_multi_crop.py
-    engine   `gpu_rows` of bench_step.py and bench_engine.py
+    engine   `gpu_rows` of bench_engine.py
     cifar    `cifar_rows` of bench_engine.py
 
 `--dry-run` goes through the same code on the CPU with tiny shapes, to test this file; its times mean nothing and are
@@ -39,7 +39,7 @@ LIMIT = 480.0  # seconds of a part
 RESERVE = 45.0  # left for the last comparison's checks and compilations
 FUNCTIONS = {
     "crops": (("bench_multi_crop", "gpu_rows"),),
-    "engine": (("bench_step", "gpu_rows"), ("bench_engine", "gpu_rows")),
+    "engine": (("bench_engine", "gpu_rows"),),
     "cifar": (("bench_engine", "cifar_rows"),),
 }
 PARTS = ("tests", "kernels", *FUNCTIONS)
