@@ -309,6 +309,7 @@ _FRAME = """<!DOCTYPE html><iframe src="page.html" style="width:{width}px;height
     width: page.documentElement.clientWidth, scroll: page.documentElement.scrollWidth, before, pointed,
     after: said.textContent, broken: images.filter((image) => !image.naturalWidth).length, images: images.length,
     plot: box.width,
+    smallest: Math.min(...[...page.querySelectorAll(".maps:not(.near) img")].map((i) => i.clientWidth)),
   }});
 }});</script>"""
 
@@ -344,6 +345,15 @@ def test_in_a_browser(run: Path, page: str, tmp_path: Path, width: int) -> None:
     rows = read_metrics(run)
     assert found["pointed"] == f"step 0: loss {rows[0]['loss']:.4g}"
     assert found["before"] == found["after"] == f"step {rows[-1]['step']}: loss {rows[-1]['loss']:.4g}"
+
+
+def test_maps_of_many_checkpoints_can_be_seen_on_a_phone(page: str, tmp_path: Path) -> None:
+    many, changed = re.subn(r'(class="maps" style="--columns:)\d+', r"\g<1>9", page)
+    assert changed == 1
+    (tmp_path / "page.html").write_text(many)
+    found, _ = _browse(tmp_path, 390)
+    assert found["smallest"] >= 84  # they scroll inside their section
+    assert found["scroll"] <= found["width"]
 
 
 def test_the_browser_would_tell(page: str, tmp_path: Path) -> None:
