@@ -22,9 +22,9 @@ ROWS = 4096  # 12 MB of h at a width of 192; with 512 the products are 7 % slowe
 
 def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
     """gelu(x weight1^T + bias1) weight2^T + bias2 for x [rows, C], weight1 [H, C] and weight2 [D, H], float32 or
-    float64 on a CPU; elsewhere, in other dtypes and in compiled code, PyTorch's layers one after the other."""
-    whole = x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or x.dtype != weight1.dtype
-    if whole or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    float64 on a CPU; elsewhere, in other dtypes or shapes and in compiled code, PyTorch's layers in turn."""
+    whole = x.ndim != 2 or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64)
+    if whole or x.dtype != weight1.dtype or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
     tensors = (x, weight1, bias1, weight2, bias2)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
