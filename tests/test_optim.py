@@ -419,5 +419,5 @@ def test_dtensors_on_two_ranks(tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(DTENSOR_RANK)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
-    result = subprocess.run(launcher, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(launcher, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]

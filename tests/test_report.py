@@ -327,7 +327,7 @@ def _browse(folder: Path, width: int) -> tuple[dict[str, Any], list[str]]:
         ],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=True,
     )
     said = re.search(r"<pre>(\{.*?\})</pre>", done.stdout, re.DOTALL)

@@ -64,7 +64,7 @@ def _start(images: Path, out: Path, *words: str, workers: int = 0) -> subprocess
 
 
 def _finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=300)
     return process.returncode, output
 
 
@@ -166,7 +166,7 @@ def test_a_signal_saves_first(images: Path, undisturbed: Path, tmp_path: Path, n
     assert (out / "checkpoints" / f"step-{step:08d}").exists()  # nothing is lost
     # the command that the message names, with nothing else
     command = [sys.executable, "-m", "dino_fast.cli", "train", "--resume", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     _assert_same_run(out, undisturbed)
 

@@ -44,7 +44,7 @@ def start(world: int, *words: str, **variables: str) -> list[subprocess.Popen[st
 
 
 def finish(processes: list[subprocess.Popen[str]], code: int = 0) -> list[str]:
-    outputs = [process.communicate(timeout=170)[0] for process in processes]
+    outputs = [process.communicate(timeout=400)[0] for process in processes]
     assert [process.returncode for process in processes] == [code] * len(processes), "\n\n".join(outputs)
     return outputs
 
