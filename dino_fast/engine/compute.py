@@ -23,9 +23,9 @@ KEPT_OF_CPUS = ("_scaled_dot_product_flash_attention_for_cpu",)
 
 def use_tf32(wanted: bool) -> None:
     """Whether float32 products on a GPU round their inputs to TF32, for the whole process."""
-    precision = "tf32" if wanted else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = precision
-    torch.backends.cudnn.conv.fp32_precision = precision  # type: ignore[attr-defined]
+    # Not by `fp32_precision`: set one by one those leave what torch.export asks for ambiguous, which it refuses.
+    torch.backends.cuda.matmul.allow_tf32 = wanted
+    torch.backends.cudnn.allow_tf32 = wanted
 
 
 def keeps_half_copies(config: Config, precision: str, network: nn.Module, world: int) -> bool:

@@ -115,3 +115,4 @@ def test_tf32_is_set_for_the_process():
     finally:
         compute.use_tf32(False)
     assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+    assert not torch.backends.cudnn.allow_tf32  # raises where the flags of cuDNN differ, as torch.export does

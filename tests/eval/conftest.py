@@ -26,7 +26,8 @@ def unpack(name: str, folder: Path, wanted) -> Path:
     """The members of a tar of the real data for which `wanted(name)` is true, below `folder`."""
     with tarfile.open(data_file(name)) as archive:
         members = [member for member in archive.getmembers() if member.isfile() and wanted(member.name)]
-        archive.extractall(folder, members, filter="data")
+        safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # from Python 3.11.4 and 3.10.12
+        archive.extractall(folder, members, **safely)
     return folder / name.removesuffix(".tar")
 
 
