@@ -16,6 +16,7 @@
 #include "cpu/dino_loss.h"
 #include "cpu/instruction_set.h"
 #include "cpu/linear_dino_loss.h"
+#include "cpu/matmul.h"
 #include "cpu/multi_crop.h"
 #include "cpu/multi_tensor.h"
 #include "cpu/packed_attention.h"
@@ -260,6 +261,18 @@ void linear_dino_loss_project(int64_t gradient, int64_t weight, int64_t gain, in
    threads);
 }
 
+// Address, rows, columns, strides of rows and of columns.
+using MatrixTuple = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+dino_fast::Matrix matrix(const MatrixTuple& x) {
+  return {address<const float>(std::get<0>(x)), std::get<1>(x), std::get<2>(x), std::get<3>(x), std::get<4>(x)};
+}
+
+void matmul(const MatrixTuple& a, const MatrixTuple& b, int64_t bias, bool add, int64_t out, int64_t out_row, int threads) {
+  py::gil_scoped_release unlocked;
+  dino_fast::matmul(matrix(a), matrix(b), address<const float>(bias), add, address<float>(out), out_row, threads);
+}
+
 // (qkv, strides of token, part and head, ends, sequences, tokens, heads, width, dtype)
 using SequencesTuple =
     std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
@@ -302,6 +315,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("dino_loss_forward", &dino_loss_forward);
   m.def("dino_loss_gradient", &dino_loss_gradient);
   m.def("multi_crop", &multi_crop);
+  m.def("matmul", &matmul);
+  m.def("matmul_missing", &dino_fast::matmul_missing);
   m.def("packed_attention_forward", &packed_attention_forward);
   m.def("packed_attention_backward", &packed_attention_backward);
   m.def("multi_crop_planes", [](int64_t from, int64_t to, int64_t pixels) {

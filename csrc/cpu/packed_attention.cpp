@@ -15,7 +15,7 @@
 #include <limits>
 #include <vector>
 
-#include "cpu/matmul.h"
+#include "cpu/multiply.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 

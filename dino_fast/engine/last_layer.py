@@ -19,6 +19,7 @@ from dino_fast.backends import choose
 from dino_fast.loss import linear_dino_loss
 from dino_fast.models import WeightNormLinear
 from dino_fast.ops.dino_loss import dino_loss
+from dino_fast.ops.matmul import matmul
 
 PART = 16 << 20  # floats of logits at a time, 25 images of 10 crops at K = 65536; half of it: 337 ms, twice: 271 ms
 ENTROPY_ROWS = 128  # whose logits are made for the teacher's entropy where the loss needs none
@@ -100,7 +101,7 @@ class _Parts(torch.autograd.Function):
         V, B, D = rows.shape
         wants_rows, wants_weight = ctx.needs_input_grad[:2]
         by_rows = torch.empty_like(rows, memory_format=torch.contiguous_format) if wants_rows else None
-        by_weight = torch.zeros_like(weight) if wants_weight else None
+        by_weight = torch.empty_like(weight) if wants_weight else None
         step = max(1, PART // (V * len(weight)))
         values = []
         for first in range(0, B, step):
@@ -108,17 +109,17 @@ class _Parts(torch.autograd.Function):
             share = part.shape[1] / B
             # Of rows side by side: a product of separate crops is one for each of them.
             flat, of_teacher = part.reshape(-1, D), target.reshape(-1, D)
-            target_logits = F.linear(of_teacher, teacher_weight).unflatten(0, target.shape[:2])
-            logits = F.linear(flat, weight).requires_grad_(wants_rows)
+            target_logits = matmul(of_teacher, teacher_weight.t()).unflatten(0, target.shape[:2])
+            logits = matmul(flat, weight.t()).requires_grad_(wants_rows)
             with torch.enable_grad():
                 of_crops = logits.unflatten(0, part.shape[:2])
                 result = dino_loss(of_crops, target_logits, center, inplace=True, **temps)
             values.append(torch.stack([result.loss.detach(), result.teacher_entropy]) * share)
             if by_rows is not None:
                 (gradient,) = torch.autograd.grad(result.loss, logits)
-                by_rows[:, first : first + step] = torch.mm(gradient, weight).unflatten(0, part.shape[:2]) * share
+                by_rows[:, first : first + step] = matmul(gradient, weight).unflatten(0, part.shape[:2]) * share
                 if by_weight is not None:
-                    by_weight.addmm_(gradient.t(), flat, alpha=share)
+                    matmul(gradient.t(), flat * share, out=by_weight, add=first > 0)
         ctx.save_for_backward(by_rows, by_weight)
         loss, entropy = torch.stack(values).sum(0)
         ctx.mark_non_differentiable(entropy)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino_fast.models.packing import Packing
-from dino_fast.models.vit import Block, VisionTransformer, init_linear
+from dino_fast.models.vit import Block, Linear, VisionTransformer, init_linear
 
 # Name in torch.hub -> embed_dim, depth, num_heads, and what the giant has besides. `<name>_reg` has four registers.
 SIZES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
@@ -128,8 +128,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.w12 = nn.Linear(dim, 2 * hidden)
-        self.w3 = nn.Linear(hidden, dim)
+        self.w12 = Linear(dim, 2 * hidden)
+        self.w3 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.w12(x).chunk(2, dim=-1)

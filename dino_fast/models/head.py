@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino_fast.errors import UserError
-from dino_fast.models.vit import init_linear
+from dino_fast.models.vit import Linear, init_linear
 
 
 class DINOHead(nn.Module):
@@ -38,7 +38,7 @@ class DINOHead(nn.Module):
         for before, after in itertools.pairwise(widths):
             if layers:
                 layers += [nn.BatchNorm1d(before), nn.GELU()] if use_bn else [nn.GELU()]
-            layers.append(nn.Linear(before, after))
+            layers.append(Linear(before, after))
         # A single layer is named `mlp.weight`, as the original names it.
         self.mlp = nn.Sequential(*layers) if nlayers > 1 else layers[0]
         self.apply(init_linear)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dino_fast.errors import UserError
 from dino_fast.models.packing import Kept, Packing, add_to_kept, attend, attend_first, joined, kept_count, pack, take
+from dino_fast.ops.matmul import linear
 from dino_fast.ops.mlp import mlp
 
 
@@ -209,12 +210,19 @@ class PatchEmbed(nn.Module):
         return buffer
 
 
+class Linear(nn.Linear):
+    """PyTorch's, with products by `dino_fast.ops.matmul`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
 class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, packing: Packing, classes: bool = False) -> Tensor:
         """[tokens, C] -> the same; with `classes` the first token of every image alone, [images, C]."""
@@ -225,7 +233,7 @@ class Attention(nn.Module):
         of_q, of_kv = (None, None) if bias is None else bias.split([dim, 2 * dim])
         weight_q, weight_kv = self.qkv.weight.split([dim, 2 * dim])
         q = F.linear(packing.first(x), weight_q, of_q).unflatten(1, (self.num_heads, -1))
-        kv = F.linear(x, weight_kv, of_kv).unflatten(1, (2, self.num_heads, -1))
+        kv = linear(x, weight_kv, of_kv).unflatten(1, (2, self.num_heads, -1))
         return self.proj(attend_first(q, kv, packing))
 
     def probabilities(self, x: Tensor) -> Tensor:
@@ -237,8 +245,8 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)

@@ -1,4 +1,4 @@
-"""The native backend of linear_dino_loss: matrix products by torch.mm, and what lies between them in C++.
+"""The native backend of linear_dino_loss: matrix products by `matmul`, and what lies between them in C++.
 
 The prototypes are taken a tile of columns at a time: rows x tile -> logits, in one kept buffer; the epilogue turns them
 into weights in place; weights x tile -> what the rows read, or weights^T x student rows -> dW. All rows of an image are
@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from dino_fast.ops.matmul import matmul
 
 # floats, 4.5 MiB: 768 rows by 1536 columns. On two cores 1024 columns take an eighth longer, 2048 no less.
 BUFFER = 9 << 17
@@ -46,7 +48,7 @@ def forward(student, student_weight, student_gain, teacher, teacher_weight, teac
             readers, width = (len(tile) if differentiable else 0), student.shape[2]
             tiles.native.linear_dino_loss_attend(description, *state, readers, width, torch.get_num_threads())
             if chunk.read is not None:
-                torch.addmm(chunk.read, tile, layers[1].tile(first), out=chunk.read)
+                matmul(tile, layers[1].tile(first), out=chunk.read, add=True)
             elif differentiable:
                 # All sums are known before anything is read: the difference is taken before the product, not after.
                 factors, pair_factors = (x.to(torch.float32).contiguous() for x in chunk.shares(pair_weights))
@@ -81,10 +83,7 @@ def weight_gradient(student, student_weight, student_gain, teacher, teacher_weig
             tile, description = tiles.logits(first, chunk, *layers)
             tiles.native.linear_dino_loss_weigh(description, *map(_address, of_rows), torch.get_num_threads())
             weights = tile[chunk.split :].t()
-            if i == 0:
-                torch.mm(weights, values, out=out)
-            else:
-                torch.addmm(out, weights, values, out=out)
+            matmul(weights, values, out=out, add=i > 0)
         layers[1].project(first, out, by_gain)
         if buffer is not None:
             gradient[columns] = out
@@ -180,8 +179,8 @@ class _Tiles:
         """rows x weights^T of columns from `first` on, and the tile's description."""
         n, width = len(chunk.rows), min(self.columns, len(student.weight) - first)
         tile = self.buffer[: n * width].view(n, width)
-        torch.mm(chunk.rows[: chunk.split], teacher.tile(first).t(), out=tile[: chunk.split])
-        torch.mm(chunk.rows[chunk.split :], student.tile(first).t(), out=tile[chunk.split :])
+        matmul(chunk.rows[: chunk.split], teacher.tile(first).t(), out=tile[: chunk.split])
+        matmul(chunk.rows[chunk.split :], student.tile(first).t(), out=tile[chunk.split :])
         images = n // (self.T + self.V)
         addresses = tile.data_ptr(), self.center[first:].data_ptr()
         return tile, (*addresses, self.T, self.V, images, width, *(1.0 / temp for temp in self.temps))

@@ -1,0 +1,151 @@
+"""Float32 matrix products on a CPU: a [M, K] b [K, N] (+ bias [N]).
+
+Processors with AMX multiply bfloat16 some ten times as fast as float32, and a float32 is the sum of three bfloat16:
+
+    x = x1 + x2 + x3,   x1 = bf16(x),  x2 = bf16(x - x1),  x3 = bf16(x - x1 - x2)
+
+    a b = a1 b1 + (a1 b2 + a2 b1) + (a1 b3 + a2 b2 + a3 b1) + O(2^-25 |a b|)
+
+Six bfloat16 products, summed in float32, are as exact as one float32 product (the tests hold both to float64), and the
+backend `amx` makes them in less time. (Henry, Tang and Heinecke 2019, "Leveraging the bfloat16 artificial intelligence
+datatype for higher-precision computations".) Splitting takes time too, M K + K N numbers of it for M N K of products:
+where there is little to gain, on other processors, and for other dtypes and devices, PyTorch multiplies.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from dino_fast.backends import Backend, Preference, choose, native_missing, register
+
+WORTH = 60  # M N / (M + N), the multiply-adds that a number takes part in: at 40 it is slower than torch, at 48 level
+SMALLEST = 3 << 24  # multiply-adds
+
+
+def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None, add: bool = False) -> Tensor:
+    """a [M, K] @ b [K, N], plus bias [N]; with `add` on top of what is in `out` [M, N] (then without bias).
+
+    No gradients. The result is the same for any number of threads. What is not finite, and magnitudes above 3.38e38,
+    give inf or NaN. Raises RuntimeError, as torch does, for shapes and dtypes that do not fit.
+    """
+    if out is None:
+        out = a.new_empty(a.shape[0], b.shape[1])
+    tensors = (a, b, out) if bias is None else (a, b, out, bias)
+    if choose("matmul", *tensors) == "amx":
+        _amx(a, b, bias, add, out)
+    elif add:
+        out.addmm_(a, b)
+    elif bias is not None:
+        torch.addmm(bias, a, b, out=out)
+    else:
+        torch.mm(a, b, out=out)
+    return out
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [..., C] weight^T + bias for weight [D, C], as `torch.nn.functional.linear`; one differentiation."""
+    if x.ndim < 2 or not is_plain(x, weight, torch.float32):
+        return F.linear(x, weight, bias)
+    if x.ndim != 2:
+        return linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+    if choose("matmul", x, weight.t()) != "amx":
+        return F.linear(x, weight, bias)
+    return cast(Tensor, _Linear.apply(x, weight, bias))
+
+
+def is_plain(x: Tensor, weight: Tensor, *dtypes: torch.dtype) -> bool:
+    """Whether these are tensors of one of `dtypes` on a CPU, and nothing traces or casts what is done to them."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype
+        and x.dtype in dtypes
+        and type(x) in _PLAIN
+        and type(weight) in _PLAIN
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
+        return matmul(x, weight.t(), bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        by_x = None if weight is None else matmul(grad, weight)
+        by_weight = None if x is None else matmul(grad.t(), x)
+        return by_x, by_weight, grad.sum(0) if ctx.needs_input_grad[2] else None
+
+
+# --- backends ---------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _missing() -> str | None:
+    if reason := native_missing():
+        return reason
+    from dino_fast import _C
+
+    return cast("str | None", _C.matmul_missing())
+
+
+def _rejects(a: Tensor, b: Tensor | None = None, out: Tensor | None = None, bias: Tensor | None = None) -> str | None:
+    if _get_current_dispatch_mode() is not None:
+        return "PyTorch's operations are being recorded, and this is none"
+    for t in (a, b, out, bias):
+        if t is not None and (t.device.type != "cpu" or t.dtype != torch.float32):
+            return f"it multiplies float32 on a CPU; one tensor is {t.dtype} on {t.device}"
+    if b is None:  # asked of a device alone
+        return None
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
+        return f"it takes [M, K] and [K, N]; got {list(a.shape)} and {list(b.shape)}"
+    M, K = a.shape
+    N = b.shape[1]
+    if not (M and N and K) or M * N < WORTH * (M + N) or M * N * K < SMALLEST:
+        return f"{M} x {K} by {K} x {N} is too little to be worth splitting"
+    for t in (a, b):
+        if 1 not in t.stride():
+            return f"neither rows nor columns are contiguous (strides {t.stride()})"
+    if out is not None and (out.shape != (M, N) or out.stride(1) != 1):
+        return f"out must be [{M}, {N}] with contiguous rows; got {list(out.shape)}, strides {out.stride()}"
+    if bias is not None and (bias.shape != (N,) or bias.stride(0) != 1):
+        return f"bias must be [{N}], contiguous; got {list(bias.shape)}"
+    return None
+
+
+def _rule() -> str:
+    return (
+        f"products of [M, K] and [K, N] with M N / (M + N) of {WORTH} or more and {SMALLEST / 1e6:.0f} M multiply-adds"
+    )
+
+
+register(
+    "matmul",
+    Backend("amx", _missing, _rejects),
+    Backend("reference"),
+    preference=Preference(lambda *tensors: None, lambda: "" if _missing() else f"amx for {_rule()}, else reference"),
+)
+
+
+def _amx(a: Tensor, b: Tensor, bias: Tensor | None, add: bool, out: Tensor) -> None:
+    from dino_fast import _C
+
+    of_a, of_b = ((t.data_ptr(), *t.shape, *t.stride()) for t in (a, b))
+    of_bias = 0 if bias is None else bias.data_ptr()
+    _C.matmul(of_a, of_b, of_bias, add, out.data_ptr(), out.stride(0), torch.get_num_threads())
