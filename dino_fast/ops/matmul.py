@@ -139,7 +139,10 @@ register(
     "matmul",
     Backend("amx", _missing, _rejects),
     Backend("reference"),
-    preference=Preference(lambda *tensors: None, lambda: "" if _missing() else f"amx for {_rule()}, else reference"),
+    preference=Preference(
+        lambda *tensors: None,
+        lambda: f"reference: {_missing()}" if _missing() else f"amx for {_rule()}, else reference",
+    ),
 )
 
 
