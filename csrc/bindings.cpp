@@ -156,8 +156,8 @@ void bind_cuda(py::module_& m) {
       Unlocked());
   m.def(
       "cuda_multi_tensor_ema_update",
-      [](uint64_t base, uint32_t tensors, uint32_t chunks, uint64_t stream) {
-        dino_fast::cuda::ema_update(Plan{base, tensors, chunks}, stream);
+      [](uint64_t base, uint32_t tensors, uint32_t chunks, uint64_t found_inf, uint64_t stream) {
+        dino_fast::cuda::ema_update(Plan{base, tensors, chunks}, found_inf, stream);
       },
       Unlocked());
 

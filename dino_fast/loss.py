@@ -231,10 +231,13 @@ class DINOLoss(nn.Module):
         return self.teacher_temp_schedule[min(max(int(epoch), 0), len(self.teacher_temp_schedule) - 1)]
 
     @torch.no_grad()
-    def update_center(self, teacher_mean: Tensor, prototypes: slice | None = None) -> None:
+    def update_center(
+        self, teacher_mean: Tensor, prototypes: slice | None = None, *, hold: Tensor | None = None
+    ) -> None:
         """Move the centre towards the mean over ranks of `teacher_mean` [K], this process's mean of raw logits.
 
-        With `prototypes` the mean is of these alone, and of all ranks already: nothing is communicated.
+        With `prototypes` the mean is of these alone, and of all ranks already: nothing is communicated. Where `hold`, a
+        boolean scalar on the device, is true the centre stays as it is.
         """
         mean = teacher_mean.to(self.center.dtype)
         if prototypes is None and dist.is_available() and dist.is_initialized():
@@ -242,7 +245,8 @@ class DINOLoss(nn.Module):
             dist.all_reduce(mean)
             mean = mean / dist.get_world_size()
         own = self.center[:, prototypes or slice(None)]
-        own.copy_(own * self.center_momentum + mean[None] * (1 - self.center_momentum))
+        new = own * self.center_momentum + mean[None] * (1 - self.center_momentum)
+        own.copy_(new if hold is None else torch.where(hold, own, new))
 
     def _by_crop(self, name: str, logits: Tensor, crops: int) -> Tensor:
         """[crops * B, K] -> [crops, B, K], a view."""

@@ -25,7 +25,9 @@ _COMPANIONS = ("teacher_params", "bf16_params", "bf16_teacher")
 
 
 @torch.no_grad()
-def ema_update(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: float) -> None:
+def ema_update(
+    teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: float, *, hold: Tensor | None = None
+) -> None:
     """teacher <- momentum * teacher + (1 - momentum) * student, tensor by tensor, in place and in one call.
 
     Args:
@@ -33,6 +35,7 @@ def ema_update(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: f
             dtypes; the arithmetic is float32 (float64 where a tensor is). DTensors are averaged shard by shard.
         momentum: share of the old teacher that is kept, in [0, 1]. At 0.996 a bfloat16 teacher rounds to no change:
             keep it in float32.
+        hold: a boolean scalar on the device: where it is true nothing changes. Nothing waits for it.
 
     Raises:
         ValueError: lists, shapes or devices that disagree, or a momentum outside [0, 1].
@@ -40,7 +43,19 @@ def ema_update(teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: f
     """
     old, new = [local(t) for t in teacher], [local(p) for p in student]
     if old or new:
-        torch.ops.dino_fast.ema_update(old, new, momentum, [])
+        torch.ops.dino_fast.ema_update(old, new, momentum, [], found_inf=as_found_inf(hold))
+
+
+def as_found_inf(hold: Tensor | None, found_inf: Tensor | None = None) -> Tensor | None:
+    """What the operations take: 0, positive after an overflow (the teacher moves on), infinite where all must stay."""
+    if hold is None:
+        return found_inf
+    none = torch.zeros((), device=hold.device) if found_inf is None else found_inf.reshape(())
+    return none.masked_fill(hold.to(none.device), torch.inf)
+
+
+def _on(device: torch.device, found_inf: Tensor | None) -> Tensor | None:
+    return None if found_inf is None else found_inf.to(device, non_blocking=True)
 
 
 class AdamWEMA(torch.optim.Optimizer):
@@ -148,12 +163,20 @@ class AdamWEMA(torch.optim.Optimizer):
             copy.grad = None if set_to_none or copy.grad is None else copy.grad.zero_()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, momentum: float | None = None) -> Any:
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        momentum: float | None = None,
+        hold: Tensor | None = None,
+    ) -> Any:
         """Clip, update the parameters, then the teacher.
 
         Args:
             closure: re-evaluates the model and returns the loss, as in every optimizer.
             momentum: share of the old teacher that is kept, in [0, 1]; None leaves the teacher as it is.
+            hold: a boolean scalar on the device: where it is true, as for a loss that is not finite, the step changes
+                nothing, the teacher neither. Nothing waits for it.
         """
         loss = None
         if closure is not None:
@@ -161,14 +184,14 @@ class AdamWEMA(torch.optim.Optimizer):
                 loss = closure()
         _check_momentum(self.param_groups, momentum)
         moving, resting = self._batches(momentum is not None)
-        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        found_inf, grad_scale = as_found_inf(hold, getattr(self, "found_inf", None)), getattr(self, "grad_scale", None)
         gradients = [rows.grads for rows in moving]
         multipliers, self._norms = multipliers_of(gradients, grad_scale, self.clip_grad, self.clip_mode)
         keep = 1.0 if momentum is None else momentum
         for rows, multiplier in zip(moving, multipliers, strict=True):
-            rows.step(multiplier, None if found_inf is None else found_inf.to(rows.device, non_blocking=True), keep)
+            rows.step(multiplier, _on(rows.device, found_inf), keep)
         for rows in resting:
-            rows.follow(keep)
+            rows.follow(keep, _on(rows.device, found_inf))
         return loss
 
     @property

@@ -49,7 +49,9 @@ __global__ void __launch_bounds__(THREADS)
 // latency of device memory at 25 bytes a nanosecond and multiprocessor. Four would spill.
 __global__ void __launch_bounds__(THREADS, 3) multi_tensor_update(const Plan plan) { update_block(plan, blockIdx.x); }
 
-__global__ void __launch_bounds__(THREADS, 6) multi_tensor_ema(const Plan plan) { ema_block(plan, blockIdx.x); }
+__global__ void __launch_bounds__(THREADS, 6) multi_tensor_ema(const Plan plan, const float* found_inf) {
+  ema_block(plan, found_inf, blockIdx.x);
+}
 
 cudaStream_t stream_of(uint64_t handle) { return reinterpret_cast<cudaStream_t>(handle); }
 
@@ -100,9 +102,9 @@ void adamw_ema(const Plan& plan, uint64_t multipliers, uint64_t found_inf, uint6
   check_launch("update");
 }
 
-void ema_update(const Plan& plan, uint64_t stream) {
+void ema_update(const Plan& plan, uint64_t found_inf, uint64_t stream) {
   if (plan.chunks == 0) return;
-  multi_tensor_ema<<<plan.chunks, THREADS, 0, stream_of(stream)>>>(plan);
+  multi_tensor_ema<<<plan.chunks, THREADS, 0, stream_of(stream)>>>(plan, reinterpret_cast<const float*>(found_inf));
   check_launch("ema");
 }
 

@@ -37,11 +37,12 @@ void fill_chunks(const Plan& plan, uint64_t stream);
 void norms(const Plan& plan, uint64_t to, uint64_t stream);
 
 // AdamW, EMA and copies. multipliers: float32 [tensors] or 0, each gradient is multiplied by its own. found_inf: float32
-// scalar or 0; where it is positive, weights, moments and step counts stay. Both are read on the device.
+// scalar or 0; where it is positive, weights, moments and step counts stay; where it is infinite, everything does. Both
+// are read on the device.
 void adamw_ema(const Plan& plan, uint64_t multipliers, uint64_t found_inf, uint64_t stream);
 
-// EMA and copies of the teacher alone.
-void ema_update(const Plan& plan, uint64_t stream);
+// EMA and copies of the teacher alone; nothing where the float32 scalar found_inf (or 0) is infinite.
+void ema_update(const Plan& plan, uint64_t found_inf, uint64_t stream);
 
 }  // namespace cuda
 }  // namespace dino_fast

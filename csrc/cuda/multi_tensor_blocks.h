@@ -7,7 +7,7 @@
 // Bytes an element, e_x = size of x; each copy that is kept adds 2:
 //   norms   e_g
 //   update  e_g + 24 + 8            (8: the teacher's)
-//           4 + 8                   after an overflow
+//           4 + 8                   after an overflow, 0 where found_inf is infinite
 //   ema     e_student + 2 e_teacher
 // FLOPs an element, a fused multiply-add being two: update 18, ema 3, norms 2, far below what the chip does while the
 // bytes move.
@@ -146,6 +146,8 @@ DINO_FAST_BOTH void prepare_tensor(const Plan& plan, const float* multipliers, c
     factors.adamw = adamw_scalars(step, rates.lr, rates.weight_decay, hyper.beta1, hyper.beta2, hyper.eps,
                                   multipliers == nullptr ? 1.0f : multipliers[tensor]);
     factors.update = 1;
+  } else if (holds_all(found_inf)) {
+    factors.update = NOTHING;
   }
   tables.factors[tensor] = factors;
 }
@@ -269,13 +271,15 @@ DINO_FAST_BOTH void update_block(const Plan& plan, uint32_t block) {
   const Factors factors = tables.factors[chunk.tensor];
   const int64_t begin = chunk.index * CHUNK;
   const uint32_t length = chunk_length(entry, chunk);
+  if (factors.update == NOTHING) return;
   if (!factors.update) return ema_chunk<float, float>(entry, factors.ema, begin, length);
   if (gradient.kind == BFLOAT16) return update_chunk<bfloat16>(entry, gradient.address, factors, begin, length);
   if (gradient.kind == FLOAT16) return update_chunk<float16>(entry, gradient.address, factors, begin, length);
   update_chunk<float>(entry, gradient.address, factors, begin, length);
 }
 
-DINO_FAST_BOTH void ema_block(const Plan& plan, uint32_t block) {
+DINO_FAST_BOTH void ema_block(const Plan& plan, const float* found_inf, uint32_t block) {
+  if (holds_all(found_inf)) return;
   const Tables tables = tables_of(plan);
   const Chunk chunk = tables.chunks[block];
   const Entry& entry = tables.entries[chunk.tensor];

@@ -66,10 +66,15 @@ struct Rates {
   double lr, weight_decay;
 };
 
+constexpr uint32_t NOTHING = 2;
+
+// `found_inf` of a step that must leave everything as it is.
+DINO_FAST_BOTH bool holds_all(const float* found_inf) { return found_inf != nullptr && *found_inf > 3.4028234e38f; }
+
 struct Factors {  // of one tensor at this step
   AdamWScalars adamw;
   EmaScalars ema;
-  uint32_t update;  // 0: an overflow was found, only teacher and copies are written
+  uint32_t update;  // 1; 0: an overflow was found, only teacher and copies are written; NOTHING: not even these
 };
 
 struct Tables {

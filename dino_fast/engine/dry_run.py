@@ -11,8 +11,8 @@ from torch import Tensor
 from dino_fast.backends import native_missing
 from dino_fast.engine.config import Config, validate
 from dino_fast.engine.cost import flops_per_image, memory_parts, parameters, peak_flops, sizes_of, wire_bytes
-from dino_fast.engine.loop import choose_device, choose_precision, make_loader, open_data
 from dino_fast.engine.monitor import clock
+from dino_fast.engine.opening import choose_device, choose_precision, make_loader, open_data
 from dino_fast.engine.ranks import place
 from dino_fast.engine.schedules import Schedules
 from dino_fast.engine.step import Crops, build_learner, train_step

@@ -12,73 +12,90 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino_fast.optim import AdamWEMA, ema_update
+from dino_fast.optim import AdamWEMA, as_found_inf, ema_update
 
 MOMENTUM = 0.9
 TRUST = 0.001  # of LARS: the share of its own length by which a matrix moves at learning rate 1
 
 
-class SGDEMA(torch.optim.SGD):
-    """SGD with momentum over groups that carry `params` and `teacher_params`; see `AdamWEMA` for `step`."""
+class SGDEMA(torch.optim.Optimizer):
+    """SGD with momentum over groups that carry `params` and `teacher_params`; see `AdamWEMA` for `step`. Nothing waits
+    for the device."""
 
     _step_supports_amp_scaling = True
     found_inf: Tensor | None
     grad_scale: Tensor | None
 
     def __init__(self, groups: Sequence[dict[str, Any]], lr: float, weight_decay: float, clip_grad: float) -> None:
-        plain, self.teacher = _split(groups)
+        self.teacher = [t for group in groups for t in group.get("teacher_params", ())]  # in no state dict
         self.clip_grad = clip_grad
-        super().__init__(plain, lr=lr, momentum=MOMENTUM, weight_decay=weight_decay)
+        plain = [{name: value for name, value in group.items() if name != "teacher_params"} for group in groups]
+        super().__init__(plain, {"lr": lr, "weight_decay": weight_decay, "momentum": MOMENTUM})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, momentum: float | None = None) -> Any:  # type: ignore[override]
-        loss = _evaluate(closure)
-        if _prepare(self, self.clip_grad):
-            super().step()
-        _follow(self, self.teacher, momentum)
+    def step(  # type: ignore[override]
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        momentum: float | None = None,
+        hold: Tensor | None = None,
+    ) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf = as_found_inf(hold, getattr(self, "found_inf", None))
+        self._prepare()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._move(p, group, None if found_inf is None else found_inf.reshape(()) > 0)
+        if momentum is not None:
+            students = [p for group in self.param_groups for p in group["params"]]
+            ema_update(self.teacher, students, momentum, hold=hold)
         return loss
 
+    def _prepare(self) -> None:
+        """Unscales and clips the gradients in place."""
+        scale = getattr(self, "grad_scale", None)
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if scale is not None and grads:
+            torch._foreach_mul_(grads, 1.0 / scale.to(grads[0].device))
+        if self.clip_grad and grads:
+            shares = [(self.clip_grad / (norm + 1e-6)).clamp(max=1.0) for norm in torch._foreach_norm(grads)]
+            torch._foreach_mul_(grads, shares)
 
-class LARSEMA(torch.optim.Optimizer):
+    def _move(self, p: Tensor, group: dict[str, Any], stays: Tensor | None) -> None:
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        buffer = state["momentum_buffer"]
+        new_buffer = buffer * group["momentum"] + self._update(p, group)
+        new = p.add(new_buffer, alpha=-group["lr"])
+        p.copy_(new if stays is None else torch.where(stays, p, new))
+        buffer.copy_(new_buffer if stays is None else torch.where(stays, buffer, new_buffer))
+
+    def _update(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        """What joins the momentum."""
+        assert p.grad is not None
+        return p.grad.add(p, alpha=group["weight_decay"])
+
+
+class LARSEMA(SGDEMA):
     """Layer-wise adaptive rate scaling (You, Gitman & Ginsburg 2017, arXiv:1708.03888), as the original has it.
 
     A matrix p with gradient g moves along u = g + weight_decay * p, scaled by TRUST * |p| / |u| where neither is 0;
     vectors are neither decayed nor scaled. Groups carry `params` and `teacher_params`.
     """
 
-    _step_supports_amp_scaling = True
-    found_inf: Tensor | None
-    grad_scale: Tensor | None
-
-    def __init__(self, groups: Sequence[dict[str, Any]], lr: float, weight_decay: float, clip_grad: float) -> None:
-        plain, self.teacher = _split(groups)
-        self.clip_grad = clip_grad
-        super().__init__(plain, {"lr": lr, "weight_decay": weight_decay, "momentum": MOMENTUM})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, *, momentum: float | None = None) -> Any:  # type: ignore[override]
-        loss = _evaluate(closure)
-        if _prepare(self, self.clip_grad):
-            for group in self.param_groups:
-                for p in group["params"]:
-                    if p.grad is not None:
-                        self._move(p, group)
-        _follow(self, self.teacher, momentum)
-        return loss
-
-    def _move(self, p: Tensor, group: dict[str, Any]) -> None:
-        update = p.grad
-        assert update is not None
-        if p.ndim != 1:
-            update = update.add(p, alpha=group["weight_decay"])
-            length, reach = p.norm(), update.norm()
-            ratio = torch.where((length > 0) & (reach > 0), TRUST * length / reach, torch.ones_like(length))
-            update = update * ratio
-        state = self.state[p]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(p)
-        buffer = state["momentum_buffer"].mul_(group["momentum"]).add_(update)
-        p.add_(buffer, alpha=-group["lr"])
+    def _update(self, p: Tensor, group: dict[str, Any]) -> Tensor:
+        assert p.grad is not None
+        if p.ndim == 1:
+            return p.grad
+        update = super()._update(p, group)
+        length, reach = p.norm(), update.norm()
+        ratio = torch.where((length > 0) & (reach > 0), TRUST * length / reach, torch.ones_like(length))
+        return update * ratio
 
 
 Optimizer = AdamWEMA | SGDEMA | LARSEMA
@@ -93,36 +110,3 @@ def build_optimizer(
     if name == "sgd":
         return SGDEMA(groups, lr, weight_decay, clip_grad)
     return LARSEMA(groups, lr, weight_decay, clip_grad)
-
-
-def _split(groups: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[Tensor]]:
-    """The groups without their teachers, which no state dict repeats, and all of the teachers."""
-    plain = [{name: value for name, value in group.items() if name != "teacher_params"} for group in groups]
-    return plain, [t for group in groups for t in group.get("teacher_params", ())]
-
-
-def _evaluate(closure: Callable[[], Any] | None) -> Any:
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()
-
-
-def _prepare(optimizer: SGDEMA | LARSEMA, clip: float) -> bool:
-    """Unscales and clips the gradients in place. False where one is not finite: then only the teacher moves."""
-    found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
-    optimizer.found_inf = optimizer.grad_scale = None  # dealt with here: torch's own step refuses them
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if found_inf is not None and found_inf.item():
-        return False
-    if scale is not None and grads:
-        torch._foreach_mul_(grads, 1.0 / scale.to(grads[0].device))
-    if clip and grads:
-        shares = [(clip / (norm + 1e-6)).clamp(max=1.0) for norm in torch._foreach_norm(grads)]
-        torch._foreach_mul_(grads, shares)
-    return True
-
-
-def _follow(optimizer: SGDEMA | LARSEMA, teacher: list[Tensor], momentum: float | None) -> None:
-    if momentum is not None:
-        ema_update(teacher, [p for group in optimizer.param_groups for p in group["params"]], momentum)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
@@ -15,6 +14,7 @@ from dino_fast.engine import compute
 from dino_fast.engine import ranks as many
 from dino_fast.engine.config import Config
 from dino_fast.engine.last_layer import loss_of_rows
+from dino_fast.engine.later import Found
 from dino_fast.engine.monitor import feature_spread
 from dino_fast.engine.optimizers import Optimizer, build_optimizer
 from dino_fast.engine.ranks import ALONE, Ranks
@@ -44,10 +44,6 @@ class Crops(Protocol):
     local_crops: Tensor  # [n_local, B, C, h, w]
 
 
-class NonFiniteLoss(Exception):
-    """The loss of a step is inf or NaN; weights and optimizer are as they were before the step."""
-
-
 @dataclass
 class Learner:
     """Everything that a step reads and changes."""
@@ -60,10 +56,10 @@ class Learner:
     loss: DINOLoss  # holds the centre
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
+    held: Tensor  # boolean scalar on the device: the last step's loss was not finite, so that it changed nothing
     ranks: Ranks = ALONE
     # Calls a function of the student for a forward pass with gradients: DistributedDataParallel must know of it.
     through: Callable[..., Any] = many.directly
-    grad_norm: Callable[[], list[float]] | None = None  # of the last step; waits for the end of its update
     copies: tuple[MultiCropWrapper, MultiCropWrapper] | None = None  # student and teacher in bfloat16
 
     @property
@@ -121,7 +117,8 @@ def build_learner(config: Config, channels: int, device: torch.device, precision
         compute.use_tf32(config.tf32)
     optimizer = build_optimizer(config.optimizer, groups, config.lr, config.weight_decay, config.clip_grad)
     scaler = torch.amp.GradScaler(device.type, enabled=autocast is torch.float16)
-    return Learner(config, device, autocast, student, teacher, loss, optimizer, scaler, ranks, copies=copies)
+    held = torch.zeros((), dtype=torch.bool, device=device)
+    return Learner(config, device, autocast, student, teacher, loss, optimizer, scaler, held, ranks, copies=copies)
 
 
 def prepare(config: Config, student: MultiCropWrapper, teacher: MultiCropWrapper) -> None:
@@ -208,29 +205,41 @@ def parameter_groups(student: nn.Module, teacher: nn.Module) -> list[dict[str, A
     return [decayed, plain]
 
 
-def train_step(run: Learner, batch: Crops, rates: Rates, step: int) -> dict[str, float]:
+def train_step(run: Learner, batch: Crops, rates: Rates, step: int) -> Found:
     """Forward, loss, backward, clip, AdamW, teacher, centre: one published iteration on one global batch.
 
     With `accumulate` the batch goes through the models in parts; targets, gradients and centre are those of the whole.
-    Returns the step's `loss`, `teacher_entropy`, `kl` (nats) and `feature_spread`. Raises NonFiniteLoss.
+    Returns the step's `loss`, `teacher_entropy`, `kl` (nats), `feature_spread` and `grad_norm` (before clipping), which
+    nothing has waited for yet. A loss that is not finite leaves weights, moments, teacher and centre as they are; where
+    the configuration says that it stops the run, so do all losses after it.
     """
     parts = list(_parts(batch, run.config.accumulate, run.device))
     _set_rates(run, rates)
     if step == 0 and run.config.center_init == "first_batch" and run.config.centering:
         _start_center(run, parts)
+    kept = [_kept(run, crops, step * len(parts) + i) for i, crops in enumerate(parts)]
+    numbers = compute_step(run, parts, kept, rates)
+    run.optimizer.zero_grad()
+    return Found(numbers)
+
+
+def compute_step(
+    run: Learner, parts: list[tuple[Tensor, Tensor]], kept: list[Tensor | None], rates: Rates
+) -> dict[str, Tensor]:
+    """What a GPU does in a step, from crops and drawn depths that lie on it: the host reads no number and copies none.
+    Returns the step's numbers, scalars on the device."""
     loss, entropy = torch.zeros((), device=run.device), torch.zeros((), device=run.device)
     mean = torch.zeros(run.config.head_bottleneck_dim, device=run.device)  # of what the teacher's last layer is given
     features = []
-    student, teacher = run.computing
+    _, teacher = run.computing
     teacher_head = cast(DINOHead, teacher.head)
     for i, (large, small) in enumerate(parts):
         last = i == len(parts) - 1
-        set_drop_path_seed(student, run.config.seed, step * len(parts) + i)
         with _autocast(run), many.reduce_gradients(run.student, run.through, last):
             with torch.no_grad():
                 tokens = teacher.backbone(large)  # [2 B, C]
                 targets = teacher_head.bottleneck(tokens)  # [2 B, D]
-            rows = run.through(_rows, run, [large, small] if len(small) else [large])  # [V B, D]
+            rows = run.through(_rows, run, [large, small] if len(small) else [large], kept[i])  # [V B, D]
             part, part_entropy = _loss(run, rows, targets, rates.teacher_temp)
         loss += part.detach() / len(parts)
         entropy += part_entropy / len(parts)
@@ -239,30 +248,26 @@ def train_step(run: Learner, batch: Crops, rates: Rates, step: int) -> dict[str,
         if last:  # on their way before the last backward pass: nothing waits for that one
             of_all = run.ranks.start_mean(mean)
             spread = [feature_spread(torch.cat(features))] if sum(map(len, features)) > 1 else []
-            numbers = read_later(run.ranks.start_mean(torch.stack([loss, entropy, *spread]))())
+            means = run.ranks.start_mean(torch.stack([loss, entropy, *spread]))
         run.scaler.scale(part / len(parts)).backward()
-    value, entropy_value, *spreads = numbers()
-    if not math.isfinite(value):
-        run.optimizer.zero_grad()
-        raise NonFiniteLoss(value)
+    numbers = dict(zip(("loss", "teacher_entropy", "feature_spread"), means().unbind(), strict=False))
+    bad = ~numbers["loss"].isfinite()
+    run.held.copy_(bad | run.held if run.config.on_nonfinite == "stop" else bad)
     of_prototypes = teacher_head.last_layer.of_mean(of_all())  # before the teacher moves
     if run.config.teacher == "previous-step":
-        ema_update(run.teacher.parameters(), run.student.parameters(), 0.0)
-    run.scaler.step(run.optimizer, momentum=rates.momentum)
+        ema_update(run.teacher.parameters(), run.student.parameters(), 0.0, hold=run.held)
+    run.scaler.step(run.optimizer, momentum=rates.momentum, hold=run.held)
     run.scaler.update()
-    norm = getattr(run.optimizer, "grad_norm", None)
-    run.grad_norm = None if norm is None else read_later(norm.reshape(1))
-    run.optimizer.zero_grad()
     if run.config.centering:
-        run.loss.update_center(of_prototypes, run.prototypes)
-    metrics = {"loss": value, "teacher_entropy": entropy_value, "kl": value - entropy_value}
-    return metrics | ({"feature_spread": spreads[0]} if spreads else {})
+        run.loss.update_center(of_prototypes, run.prototypes, hold=run.held)
+    norm = getattr(run.optimizer, "grad_norm", None)
+    return numbers if norm is None else numbers | {"grad_norm": norm}
 
 
-def _rows(run: Learner, crops: list[Tensor]) -> Tensor:
+def _rows(run: Learner, crops: list[Tensor], kept: Tensor | None) -> Tensor:
     """What the student's last layer is given."""
     student, _ = run.computing
-    return cast(DINOHead, student.head).bottleneck(student.features(crops))
+    return cast(DINOHead, student.head).bottleneck(student.features(crops, kept))
 
 
 def _loss(run: Learner, rows: Tensor, targets: Tensor, teacher_temp: float) -> tuple[Tensor, Tensor]:
@@ -292,21 +297,6 @@ def _loss(run: Learner, rows: Tensor, targets: Tensor, teacher_temp: float) -> t
         way=run.config.last_layer,
         **temps,
     )
-
-
-def read_later(values: Tensor) -> Callable[[], list[float]]:
-    """Starts copying `values` to the host; the function returned waits for that copy alone and gives the numbers."""
-    host = values.to("cpu", non_blocking=True)  # into pinned memory, from a GPU
-    if not values.is_cuda:
-        return host.tolist
-    copied = torch.cuda.Event()
-    copied.record()
-
-    def numbers() -> list[float]:
-        copied.synchronize()
-        return cast(list[float], host.tolist())
-
-    return numbers
 
 
 def learner_state(run: Learner) -> dict[str, Any]:
@@ -359,6 +349,18 @@ def _parts(batch: Crops, count: int, device: torch.device) -> Iterator[tuple[Ten
         )
 
 
+def _kept(run: Learner, crops: tuple[Tensor, Tensor], number: int) -> Tensor | None:
+    """What stochastic depth draws for the student, a function of seed and `number`, on the device."""
+    student, (large, small) = run.computing[0], crops
+    set_drop_path_seed(student, run.config.seed, number)
+    if not isinstance(student.backbone, VisionTransformer):
+        return None
+    drawn = student.backbone.stochastic_depth([large, small] if len(small) else [large])
+    if drawn is None or not large.is_cuda:
+        return drawn
+    return drawn.pin_memory().to(run.device, non_blocking=True)
+
+
 def _set_rates(run: Learner, rates: Rates) -> None:
     decayed, plain = run.optimizer.param_groups
     decayed["lr"] = plain["lr"] = rates.lr
@@ -383,7 +385,8 @@ def _start_center(run: Learner, parts: list[tuple[Tensor, Tensor]]) -> None:
     with _autocast(run):
         means = [head.bottleneck(run.teacher.backbone(large)).float().mean(dim=0) for large, _ in parts]
     mean = run.ranks.start_mean(torch.stack(means).mean(dim=0))()
-    run.loss.center[:, run.prototypes] = head.last_layer.of_mean(mean)
+    own, start = run.loss.center[:, run.prototypes], head.last_layer.of_mean(mean)
+    own.copy_(torch.where(mean.isfinite().all(), start, own))
 
 
 def _autocast(run: Learner) -> contextlib.AbstractContextManager[Any]:

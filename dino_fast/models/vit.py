@@ -153,8 +153,8 @@ class VisionTransformer(nn.Module):
         dim = self.embed_dim
         with torch.autocast(self.pos_embed.device.type, enabled=False):
             table = self.pos_embed[0, 1:].reshape(rows, columns * dim)
-            down = matrix(rows, height).to(table)  # [h, rows]
-            across = matrix(columns, width).to(table)  # [w, columns]
+            down = _placed(matrix, rows, height, table)  # [h, rows]
+            across = _placed(matrix, columns, width, table)  # [w, columns]
             grid = across @ (down @ table).reshape(height, columns, dim)  # [h, w, dim]
             return torch.cat((self.pos_embed[:, :1], grid.reshape(1, height * width, dim)), dim=1)
 
@@ -348,6 +348,21 @@ def grid_of(height: int, width: int, patch_size: int) -> tuple[int, int]:
             f"must be multiples of {patch_size}, for example {near[0]}x{near[1]}"
         )
     return height // patch_size, width // patch_size
+
+
+def _placed(matrix: Callable[[int, int], Tensor], source: int, target: int, like: Tensor) -> Tensor:
+    """`matrix(source, target)` as `like` is; to a GPU it is copied once, since the host waits for such a copy."""
+    if not like.is_cuda or type(like) is not Tensor:
+        return matrix(source, target).to(like)
+    return _kept_on_gpu(matrix, source, target, like.device, like.dtype)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_on_gpu(
+    matrix: Callable[[int, int], Tensor], source: int, target: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    with torch.inference_mode(False):
+        return matrix(source, target).to(device, dtype)
 
 
 @functools.cache

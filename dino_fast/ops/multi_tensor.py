@@ -19,6 +19,7 @@ Nothing here reads a device tensor on the host: coefficients, `found_inf` and st
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -35,12 +36,17 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def ema_update_reference(
-    teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float, copies: Sequence[Tensor] = ()
+    teacher: Sequence[Tensor],
+    student: Sequence[Tensor],
+    momentum: float,
+    copies: Sequence[Tensor] = (),
+    found_inf: Tensor | None = None,
 ) -> None:
     """t <- m t + (1 - m) p, in place; then copies[i] <- t. In float64 where either tensor is, else in float32."""
     for i, (t, p) in enumerate(zip(teacher, student, strict=True)):
         wide = torch.float64 if torch.float64 in (t.dtype, p.dtype) else torch.float32
-        t.copy_(torch.lerp(t.to(wide), p.to(wide), 1.0 - momentum))
+        new = torch.lerp(t.to(wide), p.to(wide), 1.0 - momentum).to(t.dtype)
+        t.copy_(new if found_inf is None else torch.where(found_inf.reshape(()) == torch.inf, t, new))
         if copies and copies[i].shape == t.shape:
             copies[i].copy_(t)
 
@@ -86,7 +92,7 @@ def adamw_ema_reference(
         if param_copies and param_copies[i].shape == p.shape:
             param_copies[i].copy_(p)
     if teachers:
-        ema_update_reference(teachers, params, momentum, teacher_copies)
+        ema_update_reference(teachers, params, momentum, teacher_copies, found_inf)
 
 
 # ---- operations ----
@@ -95,18 +101,24 @@ def adamw_ema_reference(
 
 
 def run_ema_update(
-    teacher: list[Tensor], student: list[Tensor], momentum: float, copies: list[Tensor], backend: str = "auto"
+    teacher: list[Tensor],
+    student: list[Tensor],
+    momentum: float,
+    copies: list[Tensor],
+    backend: str = "auto",
+    found_inf: Tensor | None = None,
 ) -> None:
     """teacher[i] <- momentum * teacher[i] + (1 - momentum) * student[i], in place; then copies[i] <- teacher[i].
 
     Any mix of float32, bfloat16 and float16 (float64 on the reference), computed in float32. `copies` is empty, or
-    bfloat16 tensors of the teachers' shapes; an entry without elements means no copy of that teacher.
+    bfloat16 tensors of the teachers' shapes; an entry without elements means no copy of that teacher. Nothing changes
+    where `found_inf`, one float on the device, is infinite.
     """
     _check_ema(teacher, student, momentum, copies)
     if not teacher:
         return
     name = choose("multi_tensor", *_kinds(teacher, student, copies), backend=backend)
-    _EMA_UPDATE[name](teacher, student, momentum, copies)
+    _EMA_UPDATE[name](teacher, student, momentum, copies, found_inf)
 
 
 def run_grad_norms(grads: list[Tensor], backend: str = "auto") -> Tensor:
@@ -146,7 +158,8 @@ def run_adamw_ema(
     param_copies, teacher_copies    empty, or bfloat16 ones; an entry without elements means no copy of that tensor
     multipliers                     None, or [n] on the device: each gradient is multiplied by its entry
     found_inf                       None, or one float on the device: where it is positive, parameters, moments and
-                                    steps stay as they are; the EMA and the copies are made all the same
+                                    steps stay as they are; the EMA and the copies are made all the same. Where it is
+                                    infinite nothing changes at all
     lrs, weight_decays              one for each parameter
     """
     _check_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, teachers, param_copies, teacher_copies)
@@ -170,7 +183,7 @@ adamw_ema = torch.library.custom_op(
 
 
 @ema_update.register_fake
-def _(teacher, student, momentum, copies, backend="auto"):
+def _(teacher, student, momentum, copies, backend="auto", found_inf=None):
     _check_ema(teacher, student, momentum, copies)
 
 
@@ -283,10 +296,16 @@ def _native_rejects(*tensors: Tensor) -> str | None:
 
 
 def _native_ema_update(
-    teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float, copies: Sequence[Tensor]
+    teacher: Sequence[Tensor],
+    student: Sequence[Tensor],
+    momentum: float,
+    copies: Sequence[Tensor],
+    found_inf: Tensor | None,
 ) -> None:
     from dino_fast import _C
 
+    if found_inf is not None and found_inf.item() == math.inf:
+        return
     n = len(teacher)
     (t, p, c), written = flat_memory((teacher, student, copies), mutated=(True, False, True))
     table = array("q", [x.numel() for x in t] + _addresses(t, n) + _addresses(p, n) + _addresses(c, n))
@@ -312,7 +331,9 @@ def _native_adamw_ema(
 ) -> None:  # fmt: skip
     from dino_fast import _C
 
-    n = len(params)
+    n, overflow = len(params), 0.0 if found_inf is None else found_inf.item()
+    if overflow == math.inf:
+        return
     lists = (params, grads, exp_avgs, exp_avg_sqs, teachers, param_copies, teacher_copies)
     columns, written = flat_memory(lists, mutated=(True, False, True, True, True, True, True))
     table = array("q", [x.numel() for x in params])
@@ -323,7 +344,7 @@ def _native_adamw_ema(
         multipliers = multipliers.float().contiguous()
     _C.multi_tensor_adamw_ema(
         n, table, array("d", [*lrs, *weight_decays]), 0 if multipliers is None else multipliers.data_ptr(),
-        beta1, beta2, eps, momentum, found_inf is not None and found_inf.item() > 0, torch.get_num_threads(),
+        beta1, beta2, eps, momentum, overflow > 0, torch.get_num_threads(),
     )  # fmt: skip
     _write_back(written)
 

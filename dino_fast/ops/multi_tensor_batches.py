@@ -62,10 +62,11 @@ class Rows:
         if function is run_adamw_ema:
             torch.autograd.graph.increment_version([*params, *teachers, *copies, *teacher_copies])
 
-    def follow(self, momentum: float) -> None:
+    def follow(self, momentum: float, found_inf: Tensor | None = None) -> None:
         """The EMA of parameters that do not move."""
         teachers, students = _locals(self.teachers), _locals(self.params)
-        torch.ops.dino_fast.ema_update(teachers, students, momentum, self._copies(self.teacher_copies))
+        copies = self._copies(self.teacher_copies)
+        torch.ops.dino_fast.ema_update(teachers, students, momentum, copies, found_inf=found_inf)
 
     def _copies(self, copies: list[Tensor | None]) -> list[Tensor]:
         """As the operations want them: none at all, or one each, without elements where there is no copy."""

@@ -76,7 +76,13 @@ def writing_hyper_only() -> Iterator[None]:
         _hyper_only = before
 
 
-def ema_update(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: float, copies: Sequence[Tensor]) -> None:
+def ema_update(
+    teacher: Sequence[Tensor],
+    student: Sequence[Tensor],
+    momentum: float,
+    copies: Sequence[Tensor],
+    found_inf: Tensor | None = None,
+) -> None:
     """The operation `ema_update` on CUDA tensors."""
     (t, s, c), written = flat_memory((teacher, student, copies), mutated=(True, False, True))
     kinds = [KINDS[x.dtype] | KINDS[y.dtype] << 16 for x, y in zip(s, t, strict=True)]
@@ -85,7 +91,8 @@ def ema_update(teacher: Sequence[Tensor], student: Sequence[Tensor], momentum: f
         plan = _plan(t[0], (s, (), (), t, (), c, ()), kinds, stream)
         plan.write_hyper((0.0, 0.0, 0.0, momentum), stream)
         if not _hyper_only:
-            _kernels().cuda_multi_tensor_ema_update(*plan.place, stream)
+            found_inf = None if found_inf is None else found_inf.float()
+            _kernels().cuda_multi_tensor_ema_update(*plan.place, _address(found_inf), stream)
     _write_back(written)
 
 

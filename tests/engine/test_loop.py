@@ -19,8 +19,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dino_fast.engine import checkpoint, loop, train
+from dino_fast.engine import checkpoint, findings, loop, train
 from dino_fast.engine.config import Config, build_config
+from dino_fast.engine.job import Job
+from dino_fast.engine.opening import choose_workers
 from dino_fast.engine.run import read_metrics
 from dino_fast.errors import UserError
 from dino_fast.models.checkpoints import load_backbone
@@ -311,19 +313,19 @@ def test_an_unreadable_image_is_skipped_and_named(images: Path, tmp_path: Path) 
 def test_a_lost_disk_stops_the_run_after_saving_it(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Path
 ) -> None:
-    disk, out, plain = tmp_path / "disk", tmp_path / "run", loop.record
+    disk, out, plain = tmp_path / "disk", tmp_path / "run", findings.record
     shutil.copytree(images, disk)
 
-    def record(job: loop.Job, *given: Any) -> None:
+    def record(job: Job, *given: Any) -> None:
         plain(job, *given)
         if job.step == 3:
             disk.rename(tmp_path / "away")
 
-    monkeypatch.setattr(loop, "record", record)
+    monkeypatch.setattr(findings, "record", record)
     with pytest.raises(UserError, match=r"is the disk still there\? The last: .*disk.*Saved at step 3\. Continue with"):
         train(_config(disk, out, max_bad=1.0))
     assert len(read_metrics(out)) == 3
-    monkeypatch.setattr(loop, "record", plain)
+    monkeypatch.setattr(findings, "record", plain)
     (tmp_path / "away").rename(disk)
     train(_config(disk, out, max_bad=1.0, resume=True))
     rows, whole = read_metrics(out), read_metrics(undisturbed)
@@ -331,9 +333,9 @@ def test_a_lost_disk_stops_the_run_after_saving_it(
 
 
 def test_workers_by_device() -> None:
-    assert loop.choose_workers(3, torch.device("cpu")) == 3
-    assert loop.choose_workers(None, torch.device("cpu")) == 0
-    assert 1 <= loop.choose_workers(None, torch.device("cuda")) <= 10
+    assert choose_workers(3, torch.device("cpu")) == 3
+    assert choose_workers(None, torch.device("cpu")) == 0
+    assert 1 <= choose_workers(None, torch.device("cuda")) <= 10
 
 
 @pytest.mark.parametrize("background", [True, False])

@@ -53,7 +53,8 @@ void adamw_ema(uint64_t base, uint32_t tensors, uint32_t chunks, uint64_t multip
   for (uint32_t i = 0; i < chunks; ++i) update_block(plan, i);
 }
 
-void ema_update(uint64_t base, uint32_t tensors, uint32_t chunks) {
-  for (uint32_t i = 0; i < chunks; ++i) ema_block(Plan{base, tensors, chunks}, i);
+void ema_update(uint64_t base, uint32_t tensors, uint32_t chunks, uint64_t found_inf) {
+  for (uint32_t i = 0; i < chunks; ++i)
+    ema_block(Plan{base, tensors, chunks}, reinterpret_cast<const float*>(found_inf), i);
 }
 }

@@ -55,8 +55,8 @@ class HostKernels:
         plan = self._plan(base, tensors, chunks)
         self.library.adamw_ema(*plan, ctypes.c_uint64(multipliers), ctypes.c_uint64(found_inf))
 
-    def cuda_multi_tensor_ema_update(self, base: int, tensors: int, chunks: int, stream: int) -> None:
-        self.library.ema_update(*self._plan(base, tensors, chunks))
+    def cuda_multi_tensor_ema_update(self, base: int, tensors: int, chunks: int, found_inf: int, stream: int) -> None:
+        self.library.ema_update(*self._plan(base, tensors, chunks), ctypes.c_uint64(found_inf))
 
     @staticmethod
     def _plan(base: int, tensors: int, chunks: int) -> tuple:
@@ -180,6 +180,26 @@ def test_an_overflow_keeps_weights_and_moves_the_teacher(kernels):
     for name in ("params", "exp_avgs", "exp_avg_sqs", "steps"):
         assert all(map(torch.equal, arguments[name], before[name])), name
     assert not torch.equal(arguments["teachers"][-1], before["teachers"][-1])
+
+
+def test_where_found_inf_is_infinite_nothing_is_written(kernels):
+    arguments = make_step(4) | {"found_inf": torch.tensor(torch.inf)}
+    arguments["grads"][-1].fill_(torch.nan)
+    for copies in ("param_copies", "teacher_copies"):  # already what the step before wrote
+        sources = arguments["params" if copies == "param_copies" else "teachers"]
+        for copy, source in zip(arguments[copies], sources, strict=True):
+            copy.copy_(source[: copy.numel()])
+    before = clone(arguments)
+    kernels.library.take_bytes_moved()
+    assert_step_right(arguments)
+    assert kernels.library.take_bytes_moved() == 0
+    for name in WRITTEN:
+        assert all(map(torch.equal, arguments[name], before[name])), name
+    for value, moves in ((torch.inf, False), (1.0, True), (0.0, True)):
+        teachers = [t.clone() for t in before["teachers"]]
+        found_inf = torch.tensor(value)
+        multi_tensor_cuda.ema_update(teachers, before["params"], 0.9, [], found_inf)
+        assert any(not torch.equal(t, b) for t, b in zip(teachers, before["teachers"], strict=True)) == moves
 
 
 def test_nothing_beside_the_tensors_is_written(kernels):
