@@ -25,6 +25,7 @@ from dino_fast.benchmarks import original
 from .harness import Row
 
 PEAK_FLOPS = 989e12
+WARM = 5  # steps before anything is measured: the fourth of ours records its graph
 TEMPS = {"student_temp": 0.1, "teacher_temp": 0.04}
 
 
@@ -73,7 +74,8 @@ def crops(model: Model, batch: int, device: str) -> tuple[Tensor, Tensor]:
 
 
 def our_step(model: Model, batch: int, device: str, **given: Any) -> Step:
-    """The engine's `train_step` in bf16."""
+    """The engine's `train_step` in bf16. By default it is replayed from a CUDA graph, recorded in its fourth call, and
+    nothing waits for its loss, as in a run."""
     from dino_fast.engine.config import Config
     from dino_fast.engine.schedules import Rates
     from dino_fast.engine.step import build_learner, train_step
@@ -98,7 +100,12 @@ def our_step(model: Model, batch: int, device: str, **given: Any) -> Step:
         local_crops: Tensor
 
     inputs = Batch(*crops(model, batch, device))
-    return lambda: train_step(run, inputs, rates, 1)["loss"]
+
+    def step() -> Any:
+        return train_step(run, inputs, rates, 1)
+
+    step.graph = run.graph  # type: ignore[attr-defined]
+    return step
 
 
 def published_step(model: Model, batch: int, device: str) -> Step:
@@ -198,9 +205,9 @@ def _peak(device: str) -> int | None:
 
 
 def timed(steps: dict[str, Step], device: str, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each contender's step, in turns, after three that warm it up."""
+    """Milliseconds of each contender's step, in turns, after some that warm it up."""
     for step in steps.values():
-        for _ in range(3):
+        for _ in range(WARM):
             step()
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
@@ -214,13 +221,13 @@ def timed(steps: dict[str, Step], device: str, rounds: int) -> dict[str, list[fl
 
 
 def largest_batch(make: Callable[[int], Step], start: int, limit: int = 1 << 14) -> int:
-    """The largest multiple of `start` for which two steps fit, found by doubling and halving."""
+    """The largest multiple of `start` for which some steps fit, found by doubling and halving."""
 
     def fits(batch: int) -> bool:
         try:
             step = make(batch)
-            step()
-            step()
+            for _ in range(WARM):
+                step()
             return True
         except torch.OutOfMemoryError:
             return False
@@ -244,6 +251,8 @@ def comparison(
 ) -> list[Row]:
     """Rows of one model and batch: ours, with and without compiled blocks, and the two baselines."""
     makers: dict[str, Callable[[], Step]] = {"dino-fast": lambda: our_step(model, batch, device)}
+    if device == "cuda":
+        makers["dino-fast, no CUDA graph"] = lambda: our_step(model, batch, device, cuda_graph="off")
     if compiled:
         makers["dino-fast, compiled"] = lambda: our_step(model, batch, device, compile=True)
     makers["dino-fast, selective checkpoints"] = lambda: our_step(
@@ -253,29 +262,48 @@ def comparison(
         makers["strongest plain PyTorch"] = lambda: strongest_step(model, batch, device, compiled)
         if device == "cuda":  # float16 autocast with a scaler
             makers["published, fp16 autocast"] = lambda: published_step(model, batch, device)
-    rows, steps = {}, {}
-    for name, make in makers.items():
-        rows[name] = Row("engine", f"{model} B{batch}", "bfloat16", name)
-        try:
-            steps[name] = make()
-            if device == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            steps[name]()
-            rows[name].peak_bytes = _peak(device)
-        except (RuntimeError, torch.OutOfMemoryError) as error:
-            steps.pop(name, None)
-            rows[name].note = f"failed: {str(error).splitlines()[0][:200]}"
-    times = timed(steps, device, rounds)
+    # A graph keeps its memory: of a model that is not compared with others, one contender at a time is there.
+    groups = [makers] if contenders == "all" else [{name: make} for name, make in makers.items()]
+    rows = {name: Row("engine", f"{model} B{batch}", "bfloat16", name) for name in makers}
+    times: dict[str, list[float]] = {}
+    for group in groups:
+        times |= measured(group, rows, device, rounds)
     for name, values in times.items():
         row = rows[name]
         row.ms = statistics.median(values)
-        row.note = f"{1e3 * batch / row.ms:.1f} images/s"
+        row.note = f"{1e3 * batch / row.ms:.1f} images/s{row.note}"
         row.floor_share = batch * model.flops() / (row.ms * 1e-3) / PEAK_FLOPS
         row.role = "ours" if name == "dino-fast" else "baseline" if "published" in name else ""
         if "dino-fast" in times:
             pairs = zip(values, times["dino-fast"], strict=True)
             row.ratio = statistics.median(theirs / mine for theirs, mine in pairs)
     return list(rows.values())
+
+
+def measured(
+    makers: dict[str, Callable[[], Step]], rows: dict[str, Row], device: str, rounds: int
+) -> dict[str, list[float]]:
+    """Times of contenders that take turns; what goes wrong with one, and its memory, is noted in its row."""
+    steps: dict[str, Step] = {}
+    for name, make in makers.items():
+        before = torch.cuda.memory_allocated() if device == "cuda" else 0
+        try:
+            steps[name] = make()
+            if device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            for _ in range(WARM):
+                steps[name]()
+            peak, graph = _peak(device), getattr(steps[name], "graph", None)
+            rows[name].peak_bytes = None if peak is None else peak - before
+            rows[name].note = f"; no CUDA graph: {graph.failed}" if graph is not None and graph.failed else ""
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            steps.pop(name, None)
+            rows[name].note = f"failed: {str(error).splitlines()[0][:200]}"
+    times = timed(steps, device, rounds)
+    steps.clear()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return times
 
 
 def rows(*, quick: bool = False, device: str = "cuda") -> list[Row]:

@@ -130,6 +130,11 @@ class Config:
     precision: str = option("auto", "fp32 on a CPU, bf16 on a GPU that has it", ("auto", "fp32", "bf16", "fp16"))
     tf32: bool = option(False, "on a GPU, round the inputs of float32 matrix products to TF32")
     compile: bool = option(False, "compile the blocks with torch.compile: slower to start, faster afterwards on a GPU")
+    cuda_graph: str = option(
+        "auto",
+        "on a GPU, record the step once and replay it; auto: where that is possible, else the reason is told",
+        ("auto", "on", "off"),
+    )
     checkpoint_activations: str = option(
         "none",
         "keep less of each block and compute it again: all but products and attention, or everything",
@@ -149,7 +154,7 @@ FREE_ON_RESUME = (
     *("data", "workers", "augment_on", "max_bad", "max_steps", "knn_every", "knn_k", "knn_temperature", "knn_images"),
     *("save_every", "keep", "save_in_background", "on_nonfinite", "nonfinite_limit"),
     *("out", "resume", "device", "shard", "keep_freed_memory", "wandb", "profile"),
-    *("tf32", "compile", "checkpoint_activations", "last_layer"),
+    *("tf32", "compile", "cuda_graph", "checkpoint_activations", "last_layer"),
 )
 # Where and whether to continue is the command's affair and not written into config.yaml.
 _OF_THE_COMMAND = ("out", "resume", "profile")

@@ -103,7 +103,7 @@ def _counted(config: Config, channels: int) -> tuple[float, float, int] | None:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from dino_fast.engine.step import configured_backbone
+    from dino_fast.engine.learner import configured_backbone
 
     with torch.device("meta"):
         backbone = configured_backbone(config, channels, 0.0).eval()
@@ -122,7 +122,7 @@ def parameters(config: Config, channels: int) -> tuple[int, int]:
     """(of the backbone, of the head) of one network."""
     import torch
 
-    from dino_fast.engine.step import build_model
+    from dino_fast.engine.learner import build_model
 
     with torch.device("meta"):
         model = build_model(config, channels, 0.0)

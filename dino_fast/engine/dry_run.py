@@ -103,7 +103,7 @@ class Noise:
 
 def trial(config: Config, channels: int, device: torch.device, precision: str, images: int) -> float:
     """Seconds of a step on `images` images, the least of two after one to warm up."""
-    small = replace(config, batch_size=images, accumulate=1, shard="none")
+    small = replace(config, batch_size=images, accumulate=1, shard="none", cuda_graph="off")
     learner = build_learner(small, channels, device, precision)
     large, local = config.global_size, config.local_size
     crops: Crops = Noise(

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from dino_fast.data import Source, Subset, eval_batches
 from dino_fast.engine import ranks as many
+from dino_fast.engine.learner import Learner, configured_backbone
 from dino_fast.engine.ranks import Ranks
-from dino_fast.engine.step import Learner, configured_backbone
 from dino_fast.engine.stop import Halted
 from dino_fast.models import MultiCropWrapper
 

@@ -64,6 +64,8 @@ class Job:
         self.ranks = self.learner.ranks
         self.agreed = [0, 1, 0]  # of all processes: the signal, whether the clock allows a save, lost data
         self.late = reads_late(self.learner.device)
+        if self.learner.graph is not None:
+            self.learner.graph.say = self.say
         channels = self.data.train.channels
         sizes = sizes_of(self.config, channels)
         self.tokens = sizes.tokens if sizes else 0  # of an image

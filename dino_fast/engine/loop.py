@@ -17,6 +17,7 @@ from dino_fast.engine.config import Config, check_same, stored_config, to_dict, 
 from dino_fast.engine.continuing import how_to_resume, resume, save
 from dino_fast.engine.evaluate import measure_knn, whole_backbone
 from dino_fast.engine.findings import settle
+from dino_fast.engine.graph import why_not
 from dino_fast.engine.job import Job, Unread
 from dino_fast.engine.opening import choose_device, choose_precision, labelled, make_loader, open_data
 from dino_fast.engine.profile import profiled
@@ -163,7 +164,8 @@ def introduce(job: Job) -> None:
         f"{job.loader.batches_per_epoch} steps an epoch, {config.epochs} epochs, "
         f"{learner.device} {precision}{processes}, in {job.run.path}"
     )
-    for note in (*job.schedules.notes(), job.data.why):
+    graph = why_not(learner) if learner.device.type == "cuda" and config.cuda_graph == "auto" else None
+    for note in (*job.schedules.notes(), job.data.why, graph and f"no CUDA graph: {graph}"):
         if note:
             job.say(f"note: {note}")
 

@@ -100,7 +100,7 @@ def _checkpoints(run: Path, device: str | None) -> Iterator[tuple[str, Frozen]]:
 
 def _untrained(config: Config | None, trained: Frozen) -> Frozen | None:
     """The run's first weights, drawn anew from its seed."""
-    from dino_fast.engine.step import build_model
+    from dino_fast.engine.learner import build_model
 
     if config is None or config.init_from is not None or not isinstance(trained.backbone, VisionTransformer):
         return None
