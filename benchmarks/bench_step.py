@@ -5,6 +5,10 @@ The model is a ViT of width 192 with 6 blocks and 3 heads, patches of 4 on globa
 the engine's `train_step`; the baseline is the plain transcription of the published iteration, once with the allocator
 that ours has and once, in a process of its own, with the allocator's default, which is what its users have. The last
 layer is past its freeze, as in all epochs but the first. Data loading is not part of it.
+
+Further rows time the parts of the engine's step, data and all, and say which option to change (`step_parts`): of this
+size on the demo's images, on a GPU of a ViT-S/16, or of the configuration of a run (`--config runs/.../config.yaml`),
+which is then all that is measured.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -175,9 +180,16 @@ def _kept(make: Callable[[Size], Callable[[], float]], size: Size) -> Callable[[
     return call
 
 
-def run(quick: bool = False) -> list[Row]:
-    """Times whole training steps."""
-    return run_all(comparisons(quick), quick=quick)
+def run(quick: bool = False, config: Path | None = None) -> list[Row]:
+    """Times whole training steps and their parts; with `config` the parts of that run's step alone."""
+    from . import step_parts
+
+    seconds = 2.0 if quick else 20.0
+    if config is not None:
+        from dino_fast.engine.config import load_config
+
+        return step_parts.parts(load_config(config), seconds=seconds)
+    return [*run_all(comparisons(quick), quick=quick), *step_parts.parts(step_parts.default(quick), seconds=seconds)]
 
 
 def test_speed(benchmark: Any, contender: Contender) -> None:

@@ -26,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="small shapes, 2 seconds each, for a first look")
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the JSON files and pictures go")
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of tables")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="with step: a run's config.yaml, of whose steps the parts are timed"
+    )
 
 
 def choose(names: list[str]) -> list[str]:
@@ -41,6 +44,8 @@ def choose(names: list[str]) -> list[str]:
 def run(args: argparse.Namespace) -> int:
     """Runs what `args` (from `add_arguments`) asks for; returns the exit code, 1 if a result of ours was wrong."""
     names = choose(args.operations)
+    if args.config is not None and names != ["step"]:
+        raise UserError("--config is for one benchmark: dino-fast bench step --config FILE")
     if args.out is not None:
         make_folder(args.out)  # before any time is spent
     if len(names) > 1:
@@ -50,14 +55,18 @@ def run(args: argparse.Namespace) -> int:
 
     if not args.json:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
-    rows = importlib.import_module(f".bench_{name}", __package__).run(quick=args.quick)
+    given = {} if args.config is None else {"config": args.config}
+    rows = importlib.import_module(f".bench_{name}", __package__).run(quick=args.quick, **given)
     result = report.document(name, rows, quick=args.quick)
-    paths = report.write(result, args.out or report.results_directory())
+    # What is measured of somebody's run is no result of the benchmark.
+    folder = args.out if args.config is not None else args.out or report.results_directory()
+    paths = () if folder is None else report.write(result, folder)
     if args.json:
         print(json.dumps([result], indent=1))
     else:
         report.show(result)
-        print(f"wrote {paths[0]} and {paths[1].name}", flush=True)
+        if paths:
+            print(f"wrote {paths[0]} and {paths[1].name}", flush=True)
     failed = [f"{name}: {row.contender}: {row.note}" for row in rows if row.note.startswith(("wrong", "failed"))]
     for line in failed:
         print(line, file=sys.stderr)

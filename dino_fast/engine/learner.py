@@ -43,6 +43,7 @@ class Learner:
     through: Callable[..., Any] = many.directly
     copies: tuple[MultiCropWrapper, MultiCropWrapper] | None = None  # student and teacher in bfloat16
     graph: StepGraph | None = None  # which replays the step on a GPU
+    mark: Callable[[str], None] = lambda part: None  # told when a part of the step begins
 
     @property
     def computing(self) -> tuple[MultiCropWrapper, MultiCropWrapper]:

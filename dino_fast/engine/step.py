@@ -73,10 +73,13 @@ def compute_step(
     for i, (large, small) in enumerate(parts):
         last = i == len(parts) - 1
         with _autocast(run), many.reduce_gradients(run.student, run.through, last):
+            run.mark("teacher")
             with torch.no_grad():
                 tokens = teacher.backbone(large)  # [2 B, C]
                 targets = teacher_head.bottleneck(tokens)  # [2 B, D]
+            run.mark("student")
             rows = run.through(_rows, run, [large, small] if len(small) else [large], kept[i])  # [V B, D]
+            run.mark("loss")
             part, part_entropy = _loss(run, rows, targets, rates.teacher_temp)
         loss += part.detach() / len(parts)
         entropy += part_entropy / len(parts)
@@ -86,7 +89,9 @@ def compute_step(
             of_all = run.ranks.start_mean(mean)
             spread = [feature_spread(torch.cat(features))] if sum(map(len, features)) > 1 else []
             means = run.ranks.start_mean(torch.stack([loss, entropy, *spread]))
+        run.mark("backward")
         run.scaler.scale(part / len(parts)).backward()
+    run.mark("optimizer")
     numbers = dict(zip(("loss", "teacher_entropy", "feature_spread"), means().unbind(), strict=False))
     bad = ~numbers["loss"].isfinite()
     run.held.copy_(bad | run.held if run.config.on_nonfinite == "stop" else bad)

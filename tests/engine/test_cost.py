@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dino_fast.engine import cost
 from dino_fast.engine.config import Config, build_config
 from dino_fast.engine.dry_run import report
-from dino_fast.engine.step import build_model
+from dino_fast.engine.learner import build_model
 from dino_fast.errors import UserError
 from tests import original
 
