@@ -6,17 +6,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dino_fast.engine import job, loop
 from dino_fast.engine import ranks as many
 from dino_fast.engine.config import Config, build_config
 from dino_fast.engine.ranks import Ranks
 from dino_fast.engine.schedules import Schedules
-from dino_fast.engine.step import build_learner, learner_state, train_step
+from dino_fast.engine.step import Learner, build_learner, learner_state, train_step
 from dino_fast.ops.linear_dino_loss_ranks import linear_dino_loss_ranks
 
 PER_EPOCH, STEPS, BATCH = 5, 20, 12
@@ -155,12 +158,43 @@ def mixed(ranks: Ranks) -> Any:
     return found
 
 
+LATE: dict[str, Any] = {
+    "data": "demo", "channels": 3, "arch": "vit_tiny", "embed_dim": 32, "depth": 2, "heads": 2, "patch_size": 7,
+    "global_size": 28, "local_size": 14, "local_crops": 2, "out_dim": 64, "head_hidden_dim": 32,
+    "head_bottleneck_dim": 16, "drop_path_rate": 0.0, "batch_size": 12, "epochs": 2, "warmup_epochs": 0.01,
+    "freeze_last_layer": 0.0, "knn_every": 0, "max_steps": 6, "on_nonfinite": "skip", "device": "cpu", "workers": 0,
+}  # fmt: skip
+
+
+def run_with_bad_steps(out: Path, ranks: Ranks, **given: Any) -> Path:
+    """A whole run; in two steps in a row the last process's crops are bad."""
+    step = loop.train_step
+
+    def sometimes(learner: Learner, crops: Any, rates: Any, number: int) -> Any:
+        if number in (2, 3) and ranks.rank == ranks.world - 1:
+            crops.global_crops[0, 0, 0, 0, 0] = torch.nan
+        return step(learner, crops, rates, number)
+
+    with mock.patch.object(loop, "train_step", sometimes):
+        return loop.train(build_config({**LATE, **given, "out": str(out)}))
+
+
+def late(ranks: Ranks) -> Any:
+    """Runs whose numbers are read a step late, as on GPUs: the processes wait for each other at the same points."""
+    folder = Path(sys.argv[2]).parent
+    with mock.patch.object(job, "reads_late", lambda device: True):
+        return {
+            shard: str(run_with_bad_steps(folder / f"late-{shard}", ranks, shard=shard)) for shard in ("none", "full")
+        }
+
+
 TASKS: dict[str, Callable[[Ranks], Any]] = {
     "train": train,
     "loss": loss,
     "nonfinite": nonfinite,
     "messages": messages,
     "mixed": mixed,
+    "late": late,
 }
 
 if __name__ == "__main__":

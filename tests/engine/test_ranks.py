@@ -22,7 +22,7 @@ from dino_fast.engine.config import build_config
 from dino_fast.engine.ranks import ALONE, first_host, place
 from dino_fast.engine.run import read_metrics
 from dino_fast.ops.linear_dino_loss import linear_dino_loss_reference
-from tests.engine.ranks_worker import CASES, LOSSES, STEPS, TINY, loss_case, trained
+from tests.engine.ranks_worker import CASES, LOSSES, STEPS, TINY, loss_case, run_with_bad_steps, trained
 
 
 def start(world: int, *words: str, **variables: str) -> list[subprocess.Popen[str]]:
@@ -53,7 +53,7 @@ def finish(processes: list[subprocess.Popen[str]], code: int = 0) -> list[str]:
 def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What two processes find."""
     file = tmp_path_factory.mktemp("ranks") / "two.pt"
-    finish(start(2, "-m", "tests.engine.ranks_worker", "messages,loss,nonfinite,mixed,train", str(file)))
+    finish(start(2, "-m", "tests.engine.ranks_worker", "messages,loss,nonfinite,mixed,train,late", str(file)))
     return torch.load(file, weights_only=False)  # written above
 
 
@@ -121,6 +121,18 @@ def test_a_loss_that_is_not_finite_in_one_process_changes_nothing_in_any(two: di
             assert all(torch.equal(after[part][name], value) for name, value in before[part].items())
         for entries in after["optimizer"]["state"].values():
             assert not any(x.any() for x in entries.values())
+
+
+def test_bad_steps_read_late_are_passed_over_by_all(two: dict[str, Any], tmp_path: Path) -> None:
+    expected = read_metrics(run_with_bad_steps(tmp_path / "one", ALONE))
+    assert [row.get("skipped", False) for row in expected] == [False, False, True, True, False, False]
+    for path in map(Path, two["late"].values()):
+        rows = read_metrics(path)
+        assert [row.get("skipped") for row in rows] == [row.get("skipped") for row in expected]
+        for row, other in zip(rows, expected, strict=True):
+            assert row["loss"] == (None if other["loss"] is None else pytest.approx(other["loss"], rel=1e-5))
+        names = sorted(file.name for file in path.glob("nonfinite*"))
+        assert names == ["nonfinite-step-00000002-process-1.safetensors", "nonfinite-step-00000002.safetensors"]
 
 
 def test_sixteen_bits_over_two_processes_stay_near(two: dict[str, Any]) -> None:
