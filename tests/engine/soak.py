@@ -418,5 +418,5 @@ def difference(found: Any, expected: Any, where: str = "run") -> str:
 
 
 if __name__ == "__main__":
-    assert loop.SAVE_SHARE  # imported before anything is forked
+    assert loop.train  # imported before anything is forked
     sys.exit(main())
