@@ -6,7 +6,7 @@ import argparse
 import importlib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dino_fast import __version__
@@ -26,7 +26,10 @@ COMMANDS = {
     ("eval", "copy"): ("dino_fast.commands.eval_copy", "find the originals of distorted copies"),
     ("runs",): ("dino_fast.commands.runs", "list and compare runs, with a plot of their curves"),
     ("report",): ("dino_fast.commands.report", "write a page about a run: curves, attention, neighbours, settings"),
-    ("export",): ("dino_fast.commands.export", "write a checkpoint's backbone under the names that timm knows"),
+    ("export",): (
+        "dino_fast.commands.export",
+        "write a checkpoint's backbone for timm, torch.hub, transformers, ONNX or torch.export",
+    ),
     ("data", "check"): ("dino_fast.commands.data_check", "read every image and list those that cannot be used"),
     ("data", "preview"): ("dino_fast.commands.data_preview", "draw the crops that training would see"),
     ("bench",): ("dino_fast.benchmarks.command", "time the operations beside what else there is"),
@@ -61,6 +64,10 @@ def _run(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0
+    group = [command for command in COMMANDS if len(command) == 2 and command[0] == words[0]]
+    if group and words[1:2] in (["-h"], ["--help"], ["help"]):
+        print("\n".join([f"usage: dino-fast {words[0]} COMMAND [options]", "", *_summaries(group)]))
+        return 0
     if words[0] in ("-V", "--version"):
         print(f"dino-fast {__version__}")
         return 0
@@ -90,12 +97,14 @@ def _command(words: list[str]) -> tuple[tuple[str, ...], list[str]]:
         if tuple(words[:length]) in COMMANDS:
             return tuple(words[:length]), words[length:]
     group = [command[1] for command in COMMANDS if len(command) == 2 and command[0] == words[0]]
-    if group and len(words) > 1 and words[1] not in ("-h", "--help"):
+    if group and len(words) > 1:
         raise UserError(
             f"dino-fast {words[0]} has no {words[1]!r}{nearest(words[1], group) or '.'} There is: {', '.join(group)}"
         )
     if group:
-        raise UserError(f"dino-fast {words[0]} needs one of: {', '.join(group)}")
+        raise UserError(
+            f"dino-fast {words[0]} needs one of: {', '.join(group)} ('dino-fast {words[0]} --help' explains them)"
+        )
     names = list(dict.fromkeys(command[0] for command in COMMANDS))
     raise UserError(
         f"there is no command {words[0]!r}{nearest(words[0], names) or '.'} Commands: {', '.join(names)} "
@@ -103,16 +112,20 @@ def _command(words: list[str]) -> tuple[tuple[str, ...], list[str]]:
     )
 
 
+def _summaries(commands: Iterable[tuple[str, ...]]) -> list[str]:
+    shown = {" ".join(command): COMMANDS[command][1] for command in commands}
+    width = max(map(len, shown))
+    return [f"  {name:<{width}}   {summary}" for name, summary in shown.items()]
+
+
 def _overview() -> str:
-    width = max(len(" ".join(command)) for command in COMMANDS)
-    lines = [f"  {' '.join(command):<{width}}   {summary}" for command, (_, summary) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: dino-fast COMMAND [options]",
             "",
             "Pretrain vision transformers by self-distillation (DINO), with fused kernels.",
             "",
-            *lines,
+            *_summaries(COMMANDS),
             "",
             "'dino-fast COMMAND --help' lists a command's options. To begin: dino-fast train",
         ]

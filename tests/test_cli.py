@@ -21,6 +21,16 @@ def test_the_overview_lists_every_command(capsys: pytest.CaptureFixture[str]) ->
     assert __version__ in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("group", ["eval", "data"])
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_a_group_of_commands_has_help(group: str, word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([group, word]) == 0
+    output = capsys.readouterr().out
+    assert f"usage: dino-fast {group}" in output
+    for command, (_, summary) in cli.COMMANDS.items():
+        assert (" ".join(command) in output and summary in output) == (command[0] == group)
+
+
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_every_command_has_help(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
@@ -55,6 +65,8 @@ def test_help_and_version_do_not_wait_for_torch() -> None:
         (["train", "--patch-size", "3"], ["--global-size is 28"]),
         (["train", "--data", "no/such/folder"], ["no/such/folder does not exist"]),
         (["eval", "knn", "--checkpoint", "no.pth", "--data", "demo"], ["no.pth does not exist; give a run directory"]),
+        (["data", "check", "demo", "--limit", "0"], ["--limit is 0", "1 or more"]),
+        (["data", "check", "demo", "--workers", "0"], ["--workers is 0", "1 or more"]),
         (["train", "--preset", "big"], ["no preset 'big'", "demo"]),
     ],
 )

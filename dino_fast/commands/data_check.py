@@ -9,19 +9,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "path", help="folder, .parquet, .tar or .npy file, text file listing images, pattern, or 'demo'"
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="look at N images spread over the source (default: all)")
+    parser.add_argument("--limit", type=int, metavar="N", help="look at N images spread over each part (default: all)")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="threads that read (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the findings; 1 when an image cannot be read, else 0."""
+    import os
+
     from dino_fast.data import open_source
-    from dino_fast.data.check import check, describe
+    from dino_fast.data.check import check, crops_per_second, describe, speed
+    from dino_fast.engine.config import build_config, multi_crop
 
     source = open_source(args.path)
-    report = check(source, args.limit, max(1, args.workers))
-    for line in describe(source, report):
-        print(line)
+    crops = multi_crop(build_config({"data": args.path}))
+    report = check(source, args.limit, args.workers)
+    lines = [*describe(source, report)]
+    bad = len(report.bad)
+    if len(report.bad) < report.images:
+        lines += speed(report, args.workers, crops_per_second(source, crops), crops, os.cpu_count() or 1)
+    print("\n".join(lines))
     if source.test is not None:
-        print(f"held out     {len(source.test):,} images (not read; check their own path)")
-    return 1 if report.bad else 0
+        print("held out:")
+        held = check(source.test, args.limit, args.workers)
+        print("\n".join(f"  {line}" for line in describe(source.test, held)))
+        bad += len(held.bad)
+    return 1 if bad else 0

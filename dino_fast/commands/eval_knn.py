@@ -14,8 +14,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "labelled images: a folder, list, .parquet or 'demo'",
         "labelled images to classify (default: the held-out part of --data)",
     )
-    parser.add_argument("--k", type=int, nargs="+", default=[20], help="neighbours that vote, one or more numbers of")
-    parser.add_argument("--temperature", type=float, nargs="+", default=[0.07], help="of their weights, one or more")
+    parser.add_argument(
+        "--k", type=int, nargs="+", default=[20], help="neighbours that vote; one or more numbers (default: 20)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, nargs="+", default=[0.07], help="of their weights; one or more (default: 0.07)"
+    )
     parser.add_argument("--features", type=Path, help="a folder that keeps the features for the next time")
     parser.add_argument("--batch-size", type=int, default=128, help="default: %(default)s")
 

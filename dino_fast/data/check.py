@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import time
 import warnings
@@ -11,8 +12,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from dino_fast.augment import MultiCrop, pair
 from dino_fast.data.decode import ImageError
 from dino_fast.data.sources import ArraySource, Source
+from dino_fast.errors import UserError
+from dino_fast.progress import watched
+
+_TIMED = 32  # images whose crops are timed
+_SECONDS = 2.0  # after which no more of them are
 
 
 class Seen(NamedTuple):
@@ -40,11 +47,18 @@ class Report:
 
 def check(source: Source, limit: int | None = None, workers: int = 2) -> Report:
     """Reads the images (or `limit` of them, evenly spread) in threads; decoding releases Python's lock."""
-    step = max(1, len(source) // limit) if limit else 1
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit is {limit}; give 1 or more images to look at, or leave it out to look at all")
+    if workers < 1:
+        raise UserError(f"--workers is {workers}; give 1 or more threads")
+    count = min(limit or len(source), len(source))
+    indices = [i * len(source) // count for i in range(count)]
     report = Report()
+    source.prepare()  # so that the time of imports is not taken for that of reading
     start = time.perf_counter()
     with ThreadPoolExecutor(workers) as pool:
-        for seen in pool.map(lambda index: _look(source, index), range(0, len(source), step), chunksize=16):
+        # Some at a time: all at once would be millions of futures.
+        for seen in watched(_in_order(pool, source, indices, 64 * workers), len(indices), "images read"):
             report.images += 1
             if seen.reason:
                 report.bad.append(seen.reason)
@@ -57,6 +71,32 @@ def check(source: Source, limit: int | None = None, workers: int = 2) -> Report:
     return report
 
 
+def _in_order(pool: ThreadPoolExecutor, source: Source, indices: list[int], ahead: int) -> Iterable[Seen]:
+    for start in range(0, len(indices), ahead):
+        yield from pool.map(lambda index: _look(source, index), indices[start : start + ahead])
+
+
+def crops_per_second(source: Source, crops: MultiCrop) -> float:
+    """Images a second that one core reads and cuts into crops, from a few of them; 0 where none can be read."""
+    import torch
+
+    generator, threads = torch.Generator().manual_seed(0), torch.get_num_threads()
+    times: list[float] = []
+    torch.set_num_threads(1)
+    try:
+        for index in range(0, len(source), max(1, len(source) // _TIMED)):
+            start = time.perf_counter()
+            with contextlib.suppress(ImageError):
+                crops.apply([source.read(index)], crops.sample(1, generator))
+                times.append(time.perf_counter() - start)
+            if sum(times[1:]) > _SECONDS:
+                break
+    finally:
+        torch.set_num_threads(threads)
+    kept = times[1:] or times  # the first one warms up
+    return len(kept) / sum(kept) if kept else 0.0
+
+
 def describe(source: Source, report: Report) -> Iterable[str]:
     """The report as lines of text."""
     yield f"images       {report.images:,} read of {len(source):,}"
@@ -64,6 +104,7 @@ def describe(source: Source, report: Report) -> Iterable[str]:
         yield f"height       {_spread(report.heights)} px"
         yield f"width        {_spread(report.widths)} px"
         yield "kinds        " + ", ".join(f"{kind}: {count:,}" for kind, count in report.kinds.most_common())
+        yield f"channels     {source.channels}, as what is read ({'colour' if source.channels == 3 else 'grey'})"
     labelled = sum(count for label, count in report.labels.items() if label is not None)
     if labelled:
         counts = [count for label, count in report.labels.items() if label is not None]
@@ -72,9 +113,21 @@ def describe(source: Source, report: Report) -> Iterable[str]:
             yield "classes      " + ", ".join(source.classes[:12]) + (", ..." if len(source.classes) > 12 else "")
     else:
         yield "labels       none (training needs none; k-NN accuracy does)"
-    yield f"reading      {report.images / max(report.seconds, 1e-9):,.0f} images/s here, without crops"
     yield f"unreadable   {len(report.bad):,}"
     yield from (f"  {reason}" for reason in report.bad)
+
+
+def speed(report: Report, workers: int, rate: float, crops: MultiCrop, cores: int) -> Iterable[str]:
+    """Two lines: how fast images are read, and how fast they would reach training as crops."""
+    read = report.images / max(report.seconds, 1e-9)
+    yield f"reading      {read:,.0f} images/s with {workers} threads, without crops"
+    if rate:
+        (high, wide), (low, narrow) = pair(crops.global_size), pair(crops.local_size)
+        sizes = f"2 of {high}x{wide}" + (f" and {crops.n_local} of {low}x{narrow}" if crops.n_local else "")
+        yield (
+            f"training     {rate:,.0f} images/s a core, read and cut into {sizes}; about {rate * cores:,.0f} on the "
+            f"{cores} cores here, if nothing else runs on them"
+        )
 
 
 def _look(source: Source, index: int) -> Seen:

@@ -8,9 +8,12 @@ any number of processes.
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import cast
 
@@ -29,6 +32,8 @@ from dino_fast.ops.multi_crop import from_pillow, to_pillow
 logger = logging.getLogger(__name__)
 _REPLACEMENTS = 32  # images tried in place of an unreadable one; all failing means that the source is gone
 _PREFETCH = 4  # batches that a worker may be ahead
+_READERS = 16  # threads, at most, that read for an evaluation: decoding releases Python's lock
+_GROUP = 16  # images that one of them reads at a time
 _ORDER, _CROPS, _REPLACE = range(3)  # what a random draw is for, so that no two uses share a seed
 
 
@@ -297,14 +302,12 @@ def eval_batches(
     images: list[Tensor] = []
     labels: list[int] = []
     found = False
-    for index in range(len(source)):
-        try:
-            image = source.read(index)
-        except ImageError as error:
-            logger.warning("left out of the evaluation: %s", error)
+    for index, image in enumerate(_centres(source, pair(size))):
+        if isinstance(image, ImageError):
+            logger.warning("left out of the evaluation: %s", image)
         else:
             found = True
-            images.append(centre(image, pair(size)))
+            images.append(image)
             label = source.label(index)
             labels.append(-1 if label is None else label)
         if images and (len(images) == batch_size or index == len(source) - 1):
@@ -312,6 +315,30 @@ def eval_batches(
             images, labels = [], []
     if not found:
         raise UserError(f"none of the {len(source)} images can be read; 'dino-fast data check' says why")
+
+
+def _centres(source: Source, size: tuple[int, int]) -> Iterator[Tensor | ImageError]:
+    """`centre` of every image in order, or why it cannot be read. Threads work two groups of images each ahead."""
+
+    def read(start: int) -> list[Tensor | ImageError]:
+        found: list[Tensor | ImageError] = []
+        for index in range(start, min(start + _GROUP, len(source))):
+            try:
+                found.append(centre(source.read(index), size))
+            except ImageError as error:
+                found.append(error)
+        return found
+
+    source.prepare()  # imports what decodes in one thread
+    threads = min(_READERS, os.cpu_count() or 1)
+    ahead: deque[Future[list[Tensor | ImageError]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for start in range(0, len(source), _GROUP):
+            ahead.append(pool.submit(read, start))
+            if len(ahead) > 2 * threads:
+                yield from ahead.popleft().result()
+        for group in ahead:
+            yield from group.result()
 
 
 def centre(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -31,7 +31,9 @@ class Config:
     """The settings of a run. Lengths in epochs may be fractions; sizes are pixels; `batch_size` is the global batch."""
 
     # data
-    data: str = option("demo", "folder, .parquet file, list of files, or 'demo' (ships with the package)")
+    data: str = option(
+        "demo", "folder, .parquet or .tar files, .npy file, list of files, pattern, or 'demo' (ships with the package)"
+    )
     channels: int | None = option(None, "read images as grey (1) or colour (3); by default what the data says")
     mean: tuple[float, ...] = option((0.485, 0.456, 0.406), "per channel, of pixels in 0..1")
     std: tuple[float, ...] = option((0.229, 0.224, 0.225), "per channel, of pixels in 0..1")
@@ -69,6 +71,9 @@ class Config:
     head_hidden_dim: int = option(2048, "width of the head")
     head_bottleneck_dim: int = option(256, "width of the head's output, of which the prototypes are compared")
     head_bn: bool = option(False, "batch norm in the head")
+    predictor: str = option(
+        "none", "mlp: two more layers after the student's head and not the teacher's, as in BYOL", ("none", "mlp")
+    )
     norm_last_layer: bool = option(True, "keep the prototypes at length 1")
     init_from: str | None = option(None, "weights to start from: a run, a file, hub:NAME or timm:NAME, as for eval")
     init_head: bool = option(True, "take the heads and the centre too, where --init-from has them")

@@ -6,7 +6,7 @@ Only what must be computed counts. For a vision transformer of width C on n toke
     block         24 n C^2 + 4 n^2 C        (queries, keys, values 6, output 2, MLP 16; attention)
     last block    4 n C^2 + 20 C^2 + 4 n C  (keys and values of all tokens; the rest of the class token alone)
     patches       2 (n - 1) p^2 channels C
-    head          2 (C h + (layers - 2) h^2 + h D) a row; prototypes 2 K D a row
+    head          2 (C h + (layers - 2) h^2 + h D) a row; prototypes 2 K D a row; a predictor 4 D h a row
 
 The student's pass costs three times the forward one (twice for the patches, whose pixels want no gradient), the
 teacher's once, for the two global crops. Branches that stochastic depth leaves out are not computed. Nothing that is
@@ -72,7 +72,8 @@ def flops_per_image(config: Config, channels: int) -> float | None:
     student, teacher, width = counted
     layers = config.head_layers
     head = 2.0 * (width * D if layers == 1 else width * h + (layers - 2) * h * h + h * D)
-    return student + teacher + (3 * V + 2) * (head + 2.0 * K * D)
+    predictor = 4.0 * D * h if config.predictor == "mlp" else 0.0
+    return student + teacher + (3 * V + 2) * (head + 2.0 * K * D) + 3 * V * predictor
 
 
 def _vision_transformer(config: Config, sizes: Sizes) -> tuple[float, float]:

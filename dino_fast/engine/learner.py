@@ -72,6 +72,7 @@ def build_learner(config: Config, channels: int, device: torch.device, precision
     teacher = build_model(config, channels, 0.0).to(device)
     teacher.load_state_dict(student.state_dict())
     teacher.requires_grad_(False)
+    cast(DINOHead, teacher.head).predicts = False
     loss = DINOLoss(
         config.out_dim,
         2 + config.local_crops,
@@ -148,6 +149,7 @@ def build_model(config: Config, channels: int, drop_path_rate: float) -> MultiCr
         nlayers=config.head_layers,
         hidden_dim=config.head_hidden_dim,
         bottleneck_dim=config.head_bottleneck_dim,
+        predictor=config.predictor == "mlp",
     )
     if config.init == "xavier":
         if not isinstance(backbone, VisionTransformer):

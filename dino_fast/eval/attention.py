@@ -27,6 +27,7 @@ from dino_fast.eval.frames import (
     read_video,
     write_video,
 )
+from dino_fast.progress import watched
 
 MASS = 0.6
 _GAP = 4  # pixels between the pictures of a sheet
@@ -128,10 +129,11 @@ def evaluate(
     result["checkpoint"] = str(checkpoint)
     if video or is_file:
         frames = read_video(path, frozen.backbone.in_chans) if is_file else _frames(frozen, paths)
+        frames = watched(frames, None if is_file else len(paths), "frames drawn")
         return result | _draw_video(frozen, frames, out, image_size, fps)
     root = path if path.is_dir() else path.parent
     stems = [str(p.relative_to(root).with_suffix("")) for p in paths]
-    for p, stem in zip(paths, stems, strict=True):
+    for p, stem in watched(zip(paths, stems, strict=True), len(paths), "images drawn"):
         try:
             image = read_image(p, frozen.backbone.in_chans)
         except ImageError as error:

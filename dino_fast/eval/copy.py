@@ -19,6 +19,7 @@ from dino_fast.errors import UserError
 from dino_fast.eval.backbones import Frozen, open_backbone
 from dino_fast.eval.frames import list_images, read_image, resize
 from dino_fast.eval.retrieval import Question, mean_precision, scores
+from dino_fast.progress import watched
 
 _POWER, _LEAST = 4, 1e-6
 _FLOOR = 1e-5  # of the largest variance; smaller ones are raised to it, or noise would be blown up
@@ -59,7 +60,8 @@ def copy_feature(tokens: Tensor) -> Tensor:
 def extract(frozen: Frozen, paths: list[Path], size: int, batch_size: int = 32) -> Tensor:
     """Features `[N, 2 * dim]` of images made `size` x `size`, on the CPU. Raises ImageError for an unreadable one."""
     parts = []
-    for start in range(0, len(paths), batch_size):
+    starts = range(0, len(paths), batch_size)
+    for start in watched(starts, len(starts), "batches of features"):
         images = [read_image(path, frozen.backbone.in_chans) for path in paths[start : start + batch_size]]
         batch = torch.stack([resize(image, size, size) for image in images])
         parts.append(copy_feature(frozen.backbone.forward_features(frozen.normalise(batch))).cpu())

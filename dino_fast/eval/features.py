@@ -17,6 +17,7 @@ from dino_fast.data import ArraySource, ImageError, Source, Subset, eval_batches
 from dino_fast.data.folder import FileSource
 from dino_fast.errors import UserError
 from dino_fast.eval.backbones import Feature, Frozen
+from dino_fast.progress import watched
 
 
 @torch.no_grad()
@@ -64,6 +65,7 @@ def labelled_features(
     found = None if path is None or not path.exists() else _read(path)
     if found is None:
         batches = eval_batches(source, size, frozen.mean, frozen.std, batch_size)
+        batches = watched(batches, -(-len(source) // batch_size), "batches of features")
         found = extract_features(frozen.backbone, batches, feature)
         if path is not None:
             _write(path, *found)

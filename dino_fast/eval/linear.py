@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dino_fast.data.loader import mix
 from dino_fast.errors import UserError
+from dino_fast.progress import watched
 
 RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)  # per 256 images; the published one is 0.001
 _MOMENTUM = 0.9
@@ -75,7 +76,7 @@ def fit(
     )
     velocity, bias_velocity = torch.zeros_like(heads.weight), torch.zeros_like(heads.bias)
     step = torch.tensor(rates, device=device).repeat_interleave(classes) * (batch_size / 256)  # [L * classes]
-    for epoch in range(epochs):
+    for epoch in watched(range(epochs), epochs, "epochs"):
         if epoch:
             features, labels = features_of(epoch)
         rate = step * (0.5 * (1 + math.cos(math.pi * epoch / epochs)))

@@ -24,6 +24,7 @@ from dino_fast.data.folder import FileSource
 from dino_fast.errors import UserError, nearest
 from dino_fast.eval.backbones import Frozen, open_backbone
 from dino_fast.eval.frames import list_images, read_image, resize
+from dino_fast.progress import watched
 
 SCALES = (1.0, 2**-0.5, 0.5)
 _ROWS = 256  # queries ranked at once
@@ -133,10 +134,12 @@ def evaluate(
                 raise UserError(f"the box {list(box)} of the query {index} holds no pixel of its image")
         return multi_scale_feature(frozen, image, image_size, scales)
 
-    database = torch.stack([feature("database", i) for i in range(names["database"])])
-    queries = (
-        database if names["same"] else torch.stack([feature("queries", i, q.box) for i, q in enumerate(questions)])
-    )
+    count = names["database"]
+    database = torch.stack([feature("database", i) for i in watched(range(count), count, "images of the database")])
+    queries = database
+    if not names["same"]:
+        asked = watched(enumerate(questions), len(questions), "queries")
+        queries = torch.stack([feature("queries", i, question.box) for i, question in asked])
     medium, unanswered = mean_precision(scores(queries, database, questions))
     if unanswered == len(questions):
         raise UserError("no query has anything to find in the database: do its labels belong to another set?")

@@ -19,6 +19,7 @@ from dino_fast.errors import UserError
 from dino_fast.eval.attention import MASS, attention_maps, mass_mask
 from dino_fast.eval.backbones import open_backbone
 from dino_fast.eval.frames import list_images, read_image
+from dino_fast.progress import watched
 
 _VOID = 255
 # Folders of images and of masks in known layouts: PASCAL VOC, DAVIS, and the plain one.
@@ -105,7 +106,7 @@ def evaluate(
     frozen = open_backbone(checkpoint, which, device)
     scores: list[Tensor] = []
     empty = 0
-    for picture, mask in pairs:
+    for picture, mask in watched(pairs, len(pairs), "images compared"):
         image, truth = read_image(picture, frozen.backbone.in_chans), torch.from_numpy(read_mask(mask))
         if image.shape[1:] != truth.shape:
             sizes = [f"{size[1]}x{size[0]}" for size in (truth.shape, image.shape[1:])]

@@ -27,6 +27,7 @@ from dino_fast.eval.boundary import f_measure
 from dino_fast.eval.frames import list_images, read_image, resize
 from dino_fast.eval.knn import largest
 from dino_fast.eval.segment import jaccard, read_mask
+from dino_fast.progress import watched
 
 _SIMILARITIES = 1 << 22  # held at once where the reach has no limit
 _VOID = 255
@@ -156,7 +157,8 @@ def evaluate(
         raise UserError(f"{settings} cannot be: topk is at least 1, the temperature above 0, the others 0 or more")
     opened = open_sequences(data, sequences)
     frozen = open_backbone(checkpoint, which, device)
-    rows = [_score(frozen, sequence, image_size, settings, out) for sequence in opened]
+    shown = watched(opened, len(opened), "sequences")
+    rows = [_score(frozen, sequence, image_size, settings, out) for sequence in shown]
     j = [value for row in rows for value in row.pop("j")]
     f = [value for row in rows for value in row.pop("f")]
     j_mean, f_mean = float(np.mean(j)), float(np.mean(f))

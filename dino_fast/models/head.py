@@ -17,6 +17,9 @@ class DINOHead(nn.Module):
 
     `head.last_layer(head.bottleneck(x))` is `head(x)`: losses that never write the logits take the two parts. With
     `norm_last_layer` the prototypes keep length 1 (`last_layer.weight_g` is frozen).
+
+    With `predictor` two more layers, `bottleneck_dim -> hidden_dim -> bottleneck_dim`, follow the MLP while `predicts`
+    is true. A teacher has them too, for its weights to follow the student's name by name, and sets `predicts` to False.
     """
 
     def __init__(
@@ -29,18 +32,27 @@ class DINOHead(nn.Module):
         nlayers: int = 3,
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
+        predictor: bool = False,
     ) -> None:
         super().__init__()
         if nlayers < 1 or out_dim < 1:
             raise UserError(f"nlayers is {nlayers} and out_dim {out_dim}; both must be at least 1")
         widths = [in_dim, *[hidden_dim] * (nlayers - 1), bottleneck_dim]
+<<<<<<< HEAD
         layers: list[nn.Module] = []
         for before, after in itertools.pairwise(widths):
             if layers:
                 layers += [nn.BatchNorm1d(before), nn.GELU()] if use_bn else [nn.GELU()]
             layers.append(Linear(before, after))
+=======
+        layers = _layers(widths, use_bn)
+>>>>>>> 4249a4e (Check both parts of a source, time its crops, show how far long passes are)
         # A single layer is named `mlp.weight`, as the original names it.
         self.mlp = nn.Sequential(*layers) if nlayers > 1 else layers[0]
+        self.predictor: nn.Module | None = None
+        self.predicts = predictor
+        if predictor:
+            self.predictor = nn.Sequential(*_layers([bottleneck_dim, hidden_dim, bottleneck_dim], use_bn))
         self.apply(init_linear)
         # Made after the initialisation, so it keeps that of torch's linear layer.
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
@@ -51,7 +63,20 @@ class DINOHead(nn.Module):
 
     def bottleneck(self, x: Tensor) -> Tensor:
         """`[rows, in_dim]` -> unit vectors `[rows, bottleneck_dim]`."""
-        return F.normalize(self.mlp(x), dim=-1)
+        x = self.mlp(x)
+        if self.predictor is not None and self.predicts:
+            x = self.predictor(x)
+        return F.normalize(x, dim=-1)
+
+
+def _layers(widths: list[int], use_bn: bool) -> list[nn.Module]:
+    """Linear layers from width to width, with GELU between them and batch norm before it where asked for."""
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        if layers:
+            layers += [nn.BatchNorm1d(before), nn.GELU()] if use_bn else [nn.GELU()]
+        layers.append(nn.Linear(before, after))
+    return layers
 
 
 class WeightNormLinear(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 
 from dino_fast.augment import MultiCrop
-from dino_fast.data import ArraySource, eval_batches, open_source, train_loader
+from dino_fast.data import ArraySource, eval_batches, loader, open_source, train_loader
 from dino_fast.data.decode import ImageError
 from dino_fast.data.loader import centre, epoch_order, mix
 from dino_fast.errors import UserError
@@ -192,6 +193,26 @@ def test_eval_batches_leave_out_bad_images(caplog: pytest.LogCaptureFixture) -> 
     assert len(x) == 8 and y.tolist() == [-1] * 8 and not rest and "image 9: gone" in caplog.text
     with pytest.raises(UserError, match="none of the 10 images"):
         list(eval_batches(Broken(images(10), set(range(10))), 16))
+
+
+def test_eval_batches_read_ahead_in_order_and_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "_READERS", 2)
+    started: list[int] = []
+
+    class Slow(ArraySource):
+        def read(self, index: int) -> torch.Tensor:
+            started.append(index)
+            time.sleep(0.001 * (index % 3))
+            return super().read(index)
+
+    pixels = torch.arange(200, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 4, 4)
+    batches = eval_batches(Slow(pixels, list(range(200))), 4, (0.0,), (1.0,), 10)
+    first, labels = next(batches)
+    assert labels.tolist() == list(range(10)) and 10 <= len(started) <= 16 * 6
+    rest = list(batches)
+    assert torch.cat([labels, *(y for _, y in rest)]).tolist() == list(range(200)) == sorted(started)
+    shown = torch.cat([first, *(x for x, _ in rest)])[:, 0, 0, 0]
+    assert (shown * 255).round().int().tolist() == list(range(200))
 
 
 def test_a_killed_worker_is_an_error_for_people(tmp_path: Path) -> None:

@@ -185,6 +185,30 @@ def test_bad_files_are_named_with_the_reason(tmp_path: Path, capsys: pytest.Capt
     assert all(str(tmp_path / name) in out for name in expected) and "unreadable   7" in out and "JPEG RGB: 1" in out
 
 
+def test_a_check_looks_at_both_parts_and_times_the_crops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part, count in (("train", 7), ("val", 3)):
+        for i in range(count):
+            save(tmp_path / part / f"class{i % 2}" / f"{i}.png", picture(size=(40 + i, 30)))
+    (tmp_path / "val" / "class0" / "bad.png").write_bytes(b"")
+
+    def lines(*words: str) -> list[str]:
+        parser = argparse.ArgumentParser()
+        data_check.add_arguments(parser)
+        assert data_check.run(parser.parse_args([str(tmp_path), *words])) == 1
+        return capsys.readouterr().out.splitlines()
+
+    found = lines()
+    middle = found.index("held out:")
+    first, second = found[:middle], found[middle + 1 :]
+    assert "images       7 read of 7" in first and "width        40 to 46, median 43 px" in first
+    assert "channels     3, as what is read (colour)" in first and "unreadable   0" in first
+    rate = next(line for line in first if line.startswith("training"))
+    assert float(rate.split()[1].replace(",", "")) > 0 and "2 of 224x224 and 8 of 96x96" in rate
+    assert "  images       4 read of 4" in second and "  unreadable   1" in second
+    assert any(line.endswith("bad.png: the file is empty (0 bytes)") for line in second)
+    assert "images       5 read of 7" in lines("--limit", "5")
+
+
 def test_a_file_without_permission_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(save(tmp_path / "mine.png").parent)
 

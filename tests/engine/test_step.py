@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import sys
 from dataclasses import dataclass, replace
@@ -73,9 +74,13 @@ def _assert_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name][rows], value[rows], rtol=1e-3, atol=1e-5, msg=lambda m, n=name: n + m)
 
 
-def _original(learner: Learner, config: Config) -> original.Trainer:
+def _predict(head: torch.nn.Module, x: Tensor) -> Tensor:
+    return head.last_layer(torch.nn.functional.normalize(head.predictor(head.mlp(x)), dim=-1))  # type: ignore[operator]
+
+
+def _original(learner: Learner, config: Config, predictor: bool = False) -> original.Trainer:
     models = []
-    for _ in range(2):
+    for name in ("student", "teacher"):
         backbone = original.ViT(16, 4, 3, config.embed_dim, config.depth, config.heads)
         head = original.DINOHead(
             config.embed_dim,
@@ -84,6 +89,12 @@ def _original(learner: Learner, config: Config) -> original.Trainer:
             hidden_dim=config.head_hidden_dim,
             bottleneck_dim=config.head_bottleneck_dim,
         )
+        if predictor:
+            wide, narrow = config.head_hidden_dim, config.head_bottleneck_dim
+            linear = torch.nn.Linear
+            head.predictor = torch.nn.Sequential(linear(narrow, wide), torch.nn.GELU(), linear(wide, narrow))
+            if name == "student":
+                head.forward = functools.partial(_predict, head)  # type: ignore[method-assign]
         models.append(original.MultiCropWrapper(backbone, head))
     models[0].load_state_dict(learner.student.state_dict())
     crops = 2 + config.local_crops
@@ -332,6 +343,22 @@ def test_the_other_teachers_are_the_students_of_their_time(kind: str) -> None:
         train_step(learner, _batch(step, config), schedules.at(step), step)
         students.append(_weights(learner.student))
         assert not _equal(students[-1], students[-2]) or step == 0  # the warm-up begins at learning rate 0
+
+
+def test_a_predictor_is_as_a_plain_one_after_the_students_head() -> None:
+    config = _config(predictor="mlp")
+    ours = _learner(config)
+    theirs = _original(ours, config, predictor=True)
+    before = ours.student.head.predictor[0].weight.clone()
+    for step in range(12):
+        batch = _batch(step, config)
+        loss = train_step(ours, batch, Schedules(config, PER_EPOCH).at(step), step)["loss"]
+        expected = theirs.step([*batch.global_crops, *batch.local_crops], step, step // PER_EPOCH)
+        assert loss == pytest.approx(expected, rel=1e-5), step
+    assert not torch.equal(ours.student.head.predictor[0].weight, before)
+    other = copy.deepcopy(ours)
+    other.teacher.head.predictor[0].weight.fill_(math.nan)  # a run goes on alike whatever is in it: it is not used
+    assert _run(other, range(12, 13)) == _run(ours, range(12, 13))
 
 
 def test_without_centering_the_centre_stays_zero() -> None:

@@ -56,6 +56,23 @@ def test_bottleneck_and_last_layer_are_the_head():
     torch.testing.assert_close(head.last_layer.weight, v / v.norm(dim=1, keepdim=True))
 
 
+def test_a_predictor_is_the_students_alone():
+    torch.manual_seed(5)
+    plain = DINOHead(12, 40, **SIZES)
+    torch.manual_seed(5)
+    student, teacher = DINOHead(12, 40, predictor=True, **SIZES), DINOHead(12, 40, predictor=True, **SIZES)
+    assert student.state_dict().keys() - plain.state_dict().keys() == {
+        f"predictor.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")
+    }
+    teacher.load_state_dict(student.state_dict())
+    teacher.predicts = False
+    x = torch.randn(5, 12)
+    unit = torch.nn.functional.normalize
+    torch.testing.assert_close(student.bottleneck(x), unit(student.predictor(student.mlp(x)), dim=1))
+    torch.testing.assert_close(teacher.bottleneck(x), unit(student.mlp(x), dim=1))
+    assert "predictor.1.running_mean" in DINOHead(8, 4, use_bn=True, predictor=True, **SIZES).state_dict()
+
+
 def test_a_frozen_last_layer_costs_no_gradient():
     head = DINOHead(12, 40, **SIZES)
     head.last_layer.weight_v.requires_grad_(False)
