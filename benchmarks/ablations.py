@@ -50,8 +50,14 @@ TARGETS = {
     "no-centering": ("--no-centering", "sharpening alone"),
     "neither": ("--no-centering --teacher-temp 0.1 --warmup-teacher-temp 0.1", "neither"),
 }
-RUNS = {**TEACHERS, **TARGETS}
-GROUPS = {"teachers": TEACHERS, "targets": TARGETS}
+# Three times as long: whether the average draws ahead.
+LONGER = {
+    "ema-long": ("--epochs 24 --knn-every 2", "moving average"),
+    "previous-epoch-long": ("--teacher previous-epoch --epochs 24 --knn-every 2", "student of the previous epoch"),
+}
+DRAWN = {"teachers": TEACHERS, "targets": TARGETS}
+GROUPS = {**DRAWN, "longer": LONGER}
+RUNS = {**TEACHERS, **TARGETS, **LONGER}
 
 
 def command(name: str, data: str = "cifar10/", out: str | None = None) -> str:
@@ -142,7 +148,7 @@ def draw(result: dict[str, Any], folder: Path | None = None) -> list[Path]:
         "spread of the features": "feature_spread",
     }
     paths = []
-    for group, members in GROUPS.items():
+    for group, members in DRAWN.items():
         figure, axes = plt.subplots(1, len(panels), figsize=(15, 3.9), constrained_layout=True)
         for axis, (title, key) in zip(axes, panels.items(), strict=True):
             for (name, (_, label)), colour in zip(members.items(), ("C0", "C1", "C2", "C3"), strict=True):

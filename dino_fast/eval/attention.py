@@ -178,7 +178,7 @@ def _draw_video(frozen: Frozen, frames: Iterable[Tensor], out: Path, image_size:
 def _save(pixels: np.ndarray, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path)
+        Image.fromarray(pixels).save(path, compress_level=1)  # of 6: twice the time, a seventh less
     except OSError as error:
         raise unwritable(path, error) from error
 

@@ -19,7 +19,7 @@ def test_the_page_is_made_from_the_results():
     changed = json.loads(ablations.RESULT.read_text())
     changed["ablations"]["copy"]["knn"][-1][1] = 0.9
     assert ablations.fill(text, changed) != text
-    for group in ablations.GROUPS:
+    for group in ablations.DRAWN:
         assert f"ablations-{group}.png" in text and (ablations.DOCUMENT.parent / f"ablations-{group}.png").exists()
 
 
@@ -30,7 +30,9 @@ def test_every_command_is_taken(name):
     config = from_arguments(parser.parse_args(RESULT["ablations"][name]["command"].split()[2:]))
     assert ablations.command(name) == RESULT["ablations"][name]["command"]
     kinds = {"previous-epoch", "previous-step", "copy"}
-    assert config.teacher == (name if name in kinds else "ema")
+    kind = name.removesuffix("-long")
+    assert config.teacher == (kind if kind in kinds else "ema")
+    assert config.epochs == (24 if name.endswith("-long") else 8)
     assert config.centering == (name not in ("no-centering", "neither"))
     assert (config.teacher_temp == config.student_temp) == (name in ("no-sharpening", "neither"))
 
@@ -45,6 +47,8 @@ def test_what_the_page_claims():
     start = runs["ema"]["knn"][0][1]
     assert max(accuracy["copy"], accuracy["previous-step"]) < start - 0.02
     assert min(accuracy["ema"], accuracy["previous-epoch"]) > start + 0.02
+    longer = accuracy["ema-long"], accuracy["previous-epoch-long"]
+    assert min(longer) > accuracy["ema"] + 0.02 and abs(longer[0] - longer[1]) < 0.02  # "end level"
     assert max(last("copy", "feature_spread"), last("previous-step", "feature_spread")) < 0.1
     assert last("no-centering", "teacher_entropy") < 0.01 < 6 < last("no-sharpening", "teacher_entropy")
     assert max(last(name, "kl") for name in ("no-centering", "no-sharpening", "neither")) < 0.01 < 1 < last("ema", "kl")
