@@ -18,7 +18,7 @@ from typing import Any
 from .report import HEADINGS, cells, groups, human_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/augmentation.md")
+DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/augmentation.md", "docs/evaluation.md")
 BLOCK = re.compile(r"(<!-- table: (\w+)(?: ([^>]+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

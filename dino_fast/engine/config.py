@@ -59,7 +59,8 @@ class Config:
 
     # model
     arch: str = option(
-        "vit_small", "backbone: vit_tiny, vit_small, vit_base, vit_large, dinov2_*, timm/NAME or torchvision/NAME"
+        "vit_small",
+        "backbone: vit_tiny, vit_small, vit_base, vit_large, resnet50, dinov2_*, timm/NAME or torchvision/NAME",
     )
     patch_size: int = option(16, "side of a patch")
     embed_dim: int | None = option(None, "width, instead of the architecture's")
@@ -153,6 +154,9 @@ class Config:
     )
     keep_freed_memory: bool = option(True, "let the C allocator keep freed memory: no new page faults in every step")
 
+
+# Names of the original's script for what has another one here.
+SAME_ARCH = {"resnet50": "torchvision/resnet50", "deit_tiny": "vit_tiny", "deit_small": "vit_small"}
 
 # Fields that do not change what the rest of a run computes: a resumed run may be given others.
 FREE_ON_RESUME = (
@@ -366,7 +370,8 @@ def _typed(name: str, value: Any, where: str) -> Any:
             f"{where}: there is no such setting{nearest(name, _HINTS) or '.'} 'dino-fast train --help' lists all"
         )
     try:
-        return _convert(_HINTS[name], value)
+        value = _convert(_HINTS[name], value)
+        return SAME_ARCH.get(value, value) if name == "arch" else value
     except (TypeError, ValueError):
         raise UserError(f"{where} is {value!r}; expected {_describe(_HINTS[name])}") from None
 

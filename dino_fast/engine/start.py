@@ -29,10 +29,9 @@ def start_from(source: str, student: MultiCropWrapper, teacher: MultiCropWrapper
         told.append(_take_backbone(module.backbone, state, found, name))
         weights = {key.removeprefix("head."): tensor for key, tensor in state.items() if key.startswith("head.")}
         if head and _is_head(weights):
-            _take_head(module.head, weights, f"{source}, head of the {name}")
-            told.append(", its head")
+            told.append(", its head" + _take_head(module.head, weights, f"{source}, head of the {name}"))
         told.append("; ")
-    taken_head = any(part == ", its head" for part in told)
+    taken_head = any(part.startswith(", its head") for part in told)
     if taken_head and found.center is not None and found.center.numel() == loss.center.numel():
         loss.center.copy_(found.center.reshape(loss.center.shape))
         told.append("the centre; ")
@@ -77,7 +76,15 @@ def _on_grid(backbone: VisionTransformer, state: dict[str, Tensor]) -> tuple[dic
     return {**state, "pos_embed": like.position_embedding(rows, columns).clone()}, note
 
 
-def _take_head(head: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+def _take_head(head: nn.Module, weights: dict[str, Tensor], source: str) -> str:
+    """Returns what to tell of a predictor that only one of the two has."""
+    note = ""
+    own = {name: tensor for name, tensor in head.state_dict().items() if name.startswith("predictor.")}
+    given = [name for name in weights if name.startswith("predictor.")]
+    if own and not given:
+        weights, note = {**weights, **own}, " (the predictor is new)"
+    elif given and not own:
+        weights, note = {n: w for n, w in weights.items() if n not in given}, " (without its predictor)"
     try:
         load_weights(head, weights, source)
     except UserError as error:
@@ -88,6 +95,7 @@ def _take_head(head: nn.Module, weights: dict[str, Tensor], source: str) -> None
             else ""
         )
         raise UserError(f"{error}; --no-init-head starts with new heads{fitting}") from error
+    return note
 
 
 def _is_head(weights: dict[str, Tensor]) -> bool:

@@ -79,11 +79,23 @@ def jaccard(masks: Tensor, truth: Tensor, valid: Tensor | None = None) -> Tensor
     return torch.where(either > 0, both / either.clamp(min=1), 1.0)
 
 
-def upsample(masks: Tensor, height: int, width: int) -> Tensor:
-    """`[..., h, w]` -> `[..., height, width]`, each pixel the patch that it lies in."""
-    rows = torch.arange(height) * masks.shape[-2] // height
-    columns = torch.arange(width) * masks.shape[-1] // width
-    return masks[..., rows[:, None], columns]
+def patch_jaccard(kept: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
+    """`jaccard` of masks of patches, bool `[..., h, w]`, each pixel being in its patch's -> float64 `[...]`.
+
+    Counts the pixels of each patch once, for all masks: no mask is made as large as the image.
+    """
+    h, w = kept.shape[-2:]
+    true, all_pixels = (_per_patch(pixels, h, w) for pixels in (truth & valid, valid))  # [h, w]
+    both = (kept * true).sum(dim=(-2, -1))
+    either = (kept * all_pixels).sum(dim=(-2, -1)) + true.sum() - both
+    return torch.where(either > 0, both / either.clamp(min=1), 1.0)
+
+
+def _per_patch(pixels: Tensor, h: int, w: int) -> Tensor:
+    """bool `[H, W]` -> float64 `[h, w]`: how many are set in each patch; pixel (y, x) is in (y h // H, x w // W)."""
+    columns = torch.zeros(len(pixels), w, dtype=torch.float64)
+    columns.index_add_(1, torch.arange(pixels.shape[1]) * w // pixels.shape[1], pixels.double())
+    return torch.zeros(h, w, dtype=torch.float64).index_add_(0, torch.arange(len(pixels)) * h // len(pixels), columns)
 
 
 def evaluate(
@@ -117,7 +129,7 @@ def evaluate(
             continue
         _, attention = attention_maps(frozen, image, image_size)
         kept = mass_mask(attention.flatten(1), mass).view_as(attention)
-        scores.append(jaccard(upsample(kept, *truth.shape), truth > 0, valid))
+        scores.append(patch_jaccard(kept, truth > 0, valid))
     if not scores:
         raise UserError(f"no mask of the {len(pairs)} has an object in it; objects are the pixels above 0")
     table = torch.stack(scores)  # [images, heads]

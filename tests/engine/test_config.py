@@ -63,6 +63,14 @@ def test_the_demo_is_what_nothing_asks_for() -> None:
     assert (photos.arch, photos.embed_dim, photos.out_dim, photos.lr) == ("vit_small", None, 65536, 0.0005)
 
 
+def test_the_originals_names_of_architectures(tmp_path: Path) -> None:
+    assert _parse("--data", "photos", "--arch", "resnet50").arch == "torchvision/resnet50"
+    assert _parse("--data", "photos", "--arch", "deit_small").arch == "vit_small"
+    file = tmp_path / "c.yaml"
+    file.write_text("data: photos\narch: deit_tiny\n")
+    assert _parse("--config", str(file)).arch == "vit_tiny"
+
+
 def test_another_architecture_brings_its_own_sizes() -> None:
     assert _parse("--arch", "vit_small").embed_dim is None
     assert _parse("--arch", "vit_small", "--depth", "2").depth == 2

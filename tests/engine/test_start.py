@@ -79,6 +79,21 @@ def test_a_full_checkpoint_gives_both_networks_heads_and_centre(
     assert not learner.loss.center.any()
 
 
+def test_a_predictor_that_only_one_side_has(published: Path, trained: Learner, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"its head \(the predictor is new\); the teacher's"):
+        learner = started(published, predictor="mlp")
+    found = learner.student.head.state_dict()
+    same({name: found[name] for name in trained.student.head.state_dict()}, trained.student.head.state_dict())
+    networks = {name: getattr(learner, name).state_dict() for name in ("student", "teacher")}
+    torch.save(networks, tmp_path / "with.pth")
+    with pytest.warns(UserWarning, match=r"its head \(without its predictor\); the teacher's"):
+        plain = started(tmp_path / "with.pth")
+    same(plain.teacher.state_dict(), trained.teacher.state_dict())
+    with pytest.warns(UserWarning, match="its head; the teacher's"):
+        again = started(tmp_path / "with.pth", predictor="mlp")
+    same(again.student.state_dict(), networks["student"])
+
+
 def test_it_goes_on_as_the_original_would(published: Path) -> None:
     """The losses of a run from the checkpoint are those of the plain transcription from the same weights."""
     from dino_fast.engine.schedules import Schedules

@@ -80,6 +80,13 @@ def test_the_command_equals_counting_by_hand(tmp_path, checkpoint, capsys):
     assert "2 images)" in output and "1 of images whose mask has no object" in output
 
 
+def spread(masks, height, width):
+    """Each pixel of `[..., height, width]` is the patch of `[..., h, w]` that it lies in."""
+    rows = torch.arange(height) * masks.shape[-2] // height
+    columns = torch.arange(width) * masks.shape[-1] // width
+    return masks[..., rows[:, None], columns]
+
+
 def test_jaccard():
     truth = torch.tensor([[True, True], [False, False]])
     masks = torch.stack((truth, ~truth, torch.ones(2, 2, dtype=torch.bool), torch.zeros(2, 2, dtype=torch.bool)))
@@ -87,6 +94,16 @@ def test_jaccard():
     assert segment.jaccard(~truth, truth, torch.tensor([[False, True], [False, False]])).tolist() == 0
     assert segment.jaccard(~truth, truth, torch.tensor([[False, False], [True, False]])).tolist() == 0
     assert segment.jaccard(truth ^ truth, truth ^ truth).tolist() == 1
+
+
+@pytest.mark.parametrize("size", [(31, 45), (8, 9), (3, 4)])  # also images of fewer pixels than patches
+def test_jaccard_by_patches_is_that_of_the_pixels(size):
+    rng = np.random.default_rng(0)
+    kept, (truth, valid) = torch.from_numpy(rng.random((6, 5, 7)) < 0.4), torch.from_numpy(rng.random((2, *size)) < 0.6)
+    kept[0] = False
+    large = spread(kept, *size)
+    for where in (valid, torch.ones_like(valid), torch.zeros_like(valid)):
+        assert torch.equal(segment.patch_jaccard(kept, truth, where), segment.jaccard(large, truth, where))
 
 
 def test_masks_in_every_form(tmp_path):
@@ -152,6 +169,6 @@ def test_davis(davis, checkpoint):
     image = davis / "JPEGImages" / f"{name}.jpg"
     frozen = open_backbone(checkpoint, device="cpu")
     _, maps = segment.attention_maps(frozen, read_image(image), 64)
-    masks = segment.upsample(segment.mass_mask(maps.flatten(1)).view_as(maps), *truth.shape)
+    masks = spread(segment.mass_mask(maps.flatten(1)).view_as(maps), *truth.shape)
     got = segment.jaccard(masks, torch.from_numpy(truth > 0))
     assert got.tolist() == pytest.approx(by_hand(checkpoint, image, truth, 64), abs=1e-12)
