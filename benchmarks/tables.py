@@ -2,7 +2,8 @@
 
 A document holds blocks between `<!-- table: OPERATION [SHAPE] -->` and `<!-- end -->`; what stands between is replaced
 by the newest result of that operation that is not a quick one (of all its shapes, or of the one named), and
-`<!-- table: summary -->` by a line for each shape of every operation. A block without a result stays empty.
+`<!-- table: summary -->` by a line for each shape of every operation but the evaluations. A block without a result
+stays empty.
 `--check` changes nothing and exits 1 where a block is not what the files say.
 """
 
@@ -19,6 +20,7 @@ from .report import HEADINGS, cells, groups, human_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = ("README.md", "docs/benchmarks.md", "docs/augmentation.md", "docs/evaluation.md")
+NO_OPERATIONS = ("evaluation",)  # left out of the summary
 BLOCK = re.compile(r"(<!-- table: (\w+)(?: ([^>]+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -51,6 +53,8 @@ def summary(results: dict[str, dict[str, Any]]) -> str:
     lines = ["| operation | shape | ours | baseline | best other | of the floor | extra memory, ours / baseline |"]
     lines.append("|---|---|---:|---:|---:|---:|---:|")
     for name, result in sorted(results.items()):
+        if name in NO_OPERATIONS:
+            continue
         for (shape, dtype), rows in groups(result["rows"]):
             timed = [row for row in rows if row["ratio"]]
             ours = next((row for row in timed if row["role"] == "ours"), None)
