@@ -67,7 +67,8 @@ def _boxed(image: Tensor, boxes: list[list[int]], height: int) -> Image.Image:
     pen = ImageDraw.Draw(picture)
     across = width / image.shape[2]
     for v, (top, left, h, w) in reversed(list(enumerate(boxes))):
-        box = (left * across, top * factor, (left + w) * across - 1, (top + h) * factor - 1)
+        x, y = left * across, top * factor
+        box = (x, y, max(x, x + w * across - 1), max(y, y + h * factor - 1))  # a squeezed one may be under a pixel
         pen.rectangle(box, outline=_MARKS[v >= 2], width=2)
     return picture
 

@@ -245,8 +245,9 @@ def _read_pickle(path: Path, which: str) -> tuple[dict[str, Tensor], dict[str, A
                 f"{path} is refused: it holds Python objects other than weights, and loading them could run code. If "
                 "you trust where it comes from, load it with torch yourself and save its state dict alone"
             ) from error
-        # Of a file that is no pickle torch says to try again unsafely, which is no advice to pass on.
-        reason = "" if isinstance(error, pickle.UnpicklingError) else f": {(str(error) or repr(error)).splitlines()[0]}"
+        # Of a file that is no pickle torch says to try again unsafely, or names a byte: no advice to pass on.
+        known = isinstance(error, OSError | RuntimeError | EOFError)
+        reason = f": {(str(error) or repr(error)).splitlines()[0]}" if known else ""
         raise UserError(
             f"{path} cannot be read as a file of torch.save{reason}. Accepted: a run, one of its checkpoints, "
             ".safetensors, or a .pth of torch.save. "

@@ -75,7 +75,8 @@ def timm_backbone(name: str) -> tuple[VisionTransformer, dict[str, Any]]:
     except ImportError as error:
         raise UserError(f"timm:{name} needs the package timm: pip install timm") from error
     if name.split(".")[0] not in timm.list_models():
-        raise UserError(f"timm has no model '{name}'{nearest(name, timm.list_models('vit_*', pretrained=True))}")
+        near = nearest(name, timm.list_models("vit_*", pretrained=True))
+        raise UserError(f"timm has no model '{name}'{near or '; one that it has is vit_small_patch16_224.dino'}")
     try:
         model: Any = timm.create_model(name, pretrained=True, num_classes=0)
     except (RuntimeError, OSError, ValueError) as error:

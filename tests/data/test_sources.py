@@ -354,3 +354,15 @@ def test_preview_writes_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[
     ):
         with pytest.raises(UserError, match=message):
             data_preview.run(parser.parse_args(["demo", "--out", str(place)]))
+
+
+@pytest.mark.parametrize("size", [(30000, 20), (20, 3000), (1, 1)])
+def test_preview_of_unusual_extents(size: tuple[int, int], tmp_path: Path) -> None:
+    from dino_fast.augment import MultiCrop
+    from dino_fast.data.preview import draw
+
+    source = open_source(save(tmp_path / "odd.png", picture(size=size)).parent)
+    crops = MultiCrop(32, 16, 8)
+    for seed in range(5):
+        sheet = draw([source.read(0)], crops, seed)
+        assert sheet.width > 2 * 32 and sheet.height > 32

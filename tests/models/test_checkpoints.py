@@ -157,6 +157,12 @@ def test_a_truncated_checkpoint_of_ours(run_directory):
         files.read_state(newest)
 
 
+def test_a_text_is_no_checkpoint(tmp_path):
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(UserError, match=r"notes\.txt cannot be read as a file of torch\.save\. Accepted: a run"):
+        files.read_state(tmp_path / "notes.txt")
+
+
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])
 def test_truncated_files(published, tmp_path, share):
     path = published[0]
