@@ -256,35 +256,43 @@ def small(n: int) -> Comparison:
 
 def threads(n: int) -> Comparison:
     """The operation alone on one thread and on two, and how much a matrix product gains here: on a machine shared with
-    other work, two threads do not have two cores."""
+    other work, two threads do not have two cores. Each is called once untimed after the number of threads was changed,
+    which ends and starts threads: programs keep their number."""
     files, what = photographs(n)
     pixels, crops = [decode(data, 3) for data in files], MultiCrop()
 
     def contenders(params: CropParams, recipes: list[list[Recipe]], checked: Checked) -> list[Contender]:
+        def apply() -> Crops:
+            return crops.apply(pixels, params)
+
+        def first(count: int, work: Callable[[], Any]) -> Callable[[], None]:
+            def prepare() -> None:
+                torch.set_num_threads(count)
+                work()
+
+            return prepare
+
         def on(count: int) -> Callable[[], Crops]:
             def call() -> Crops:
                 torch.set_num_threads(count)
-                result = crops.apply(pixels, params)
-                torch.set_num_threads(1)
-                return result
+                return apply()
 
             return call
 
         square = torch.rand(1024, 1024)
 
+        def product() -> None:
+            torch.mm(square, square)
+
         def probe(count: int) -> Contender:
-            def call() -> None:
-                torch.set_num_threads(count)
-                torch.mm(square, square)
-                torch.set_num_threads(1)
-
             nothing = [torch.ones(()), torch.ones(())]  # there is nothing to check
-            return Contender(f"probe: matrix product, {count} thread{'s' * (count > 1)}", call, check=lambda: nothing)
+            name = f"probe: matrix product, {count} thread{'s' * (count > 1)}"
+            return Contender(name, product, check=lambda: nothing, prepare=first(count, product))
 
-        one, two = on(1), on(2)
+        ours, plain = (checked(on(count), strict=True) for count in (2, 1))
         return [
-            Contender("dino-fast, 2 threads", two, ours=True, check=checked(two, strict=True)),
-            Contender("dino-fast, 1 thread", one, baseline=True, check=checked(one, strict=True)),
+            Contender("dino-fast, 2 threads", apply, ours=True, check=ours, prepare=first(2, apply)),
+            Contender("dino-fast, 1 thread", apply, baseline=True, check=plain, prepare=first(1, apply)),
             probe(2),
             probe(1),
         ]
