@@ -38,15 +38,7 @@ class DINOHead(nn.Module):
         if nlayers < 1 or out_dim < 1:
             raise UserError(f"nlayers is {nlayers} and out_dim {out_dim}; both must be at least 1")
         widths = [in_dim, *[hidden_dim] * (nlayers - 1), bottleneck_dim]
-<<<<<<< HEAD
-        layers: list[nn.Module] = []
-        for before, after in itertools.pairwise(widths):
-            if layers:
-                layers += [nn.BatchNorm1d(before), nn.GELU()] if use_bn else [nn.GELU()]
-            layers.append(Linear(before, after))
-=======
         layers = _layers(widths, use_bn)
->>>>>>> 4249a4e (Check both parts of a source, time its crops, show how far long passes are)
         # A single layer is named `mlp.weight`, as the original names it.
         self.mlp = nn.Sequential(*layers) if nlayers > 1 else layers[0]
         self.predictor: nn.Module | None = None
@@ -75,7 +67,7 @@ def _layers(widths: list[int], use_bn: bool) -> list[nn.Module]:
     for before, after in itertools.pairwise(widths):
         if layers:
             layers += [nn.BatchNorm1d(before), nn.GELU()] if use_bn else [nn.GELU()]
-        layers.append(nn.Linear(before, after))
+        layers.append(Linear(before, after))
     return layers
 
 
