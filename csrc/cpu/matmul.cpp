@@ -36,24 +36,31 @@ namespace dino_fast {
 #ifdef DINO_FAST_HAS_amx
 namespace {
 
-constexpr int64_t kSide = 16;                    // rows of a tile
-constexpr int64_t kDepth = 32;                   // of K in a tile
-constexpr int64_t kTile = kSide * kDepth;        // bfloat16 in a tile, 1 KB
+constexpr int64_t kSide = 16;              // rows of a tile
+constexpr int64_t kDepth = 32;             // of K in a tile
+constexpr int64_t kTile = kSide * kDepth;  // bfloat16 in a tile, 1 KB
+constexpr int64_t kSums = kSide * kSide;   // float32 in a tile of C, 1 KB
 constexpr int64_t kParts = 3;
-constexpr int64_t kPanel = 2 * kSide;            // rows of A, or columns of B, that are multiplied at once
-constexpr int64_t kSums = kSide * kSide;         // float32 in a tile of C, 1 KB
-constexpr int64_t kTilesInL1 = 4;                // of K: 2 * 4 * 3 KB of each operand
-constexpr int64_t kShared = 1 << 20;             // bytes in L2 of the operand that is packed whole
-constexpr int64_t kOfTask = 1 << 19;             // bytes of the other one where a task packs its block at once
-constexpr int64_t kSlice = 1024, kMostSlices = 16;  // of a long K
-constexpr int64_t kLongSide = 768, kShortSide = 256;  // of a chunk of C whose sums are kept from slice to slice
-constexpr int64_t kMostRows = 768;               // of it
-constexpr int64_t kSumsOfTask = 3 << 15;         // floats of C in L2
-constexpr int64_t kMostPanels = 8;              // of the other operand in a task
+constexpr int64_t kPanel = 2 * kSide;      // rows of A, or columns of B, that are multiplied at once
+constexpr int64_t kTilesInL1 = 4;          // of K: 24 KB of each operand; 6 took a third longer, 3 as long
+
+constexpr int64_t kShared = 1 << 20;       // bytes in L2 of the operand that is packed whole
+constexpr int64_t kMostRows = 768;         // of that operand
+constexpr int64_t kOfTask = 1 << 19;       // bytes of the other one, where a task packs its block at once
+constexpr int64_t kMostPanels = 8;         // of the other one in a task
+constexpr int64_t kSumsOfTask = 3 << 15;   // floats in L2
+
+constexpr int64_t kSlice = 1024;           // of a long K
+constexpr int64_t kMostSlices = 16;
+constexpr int64_t kSumsOfSlices = 1 << 22; // floats
+constexpr int64_t kLongSide = 768;         // of a chunk of C whose sums stay in L2 over a slice
+constexpr int64_t kShortSide = 256;
 
 const char* find_missing() {
   unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & (1u << 22)) || !(d & (1u << 24))) return "this processor has no AMX";
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & (1u << 22)) || !(d & (1u << 24))) {
+    return "this processor has no AMX";
+  }
   if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & (1u << 5))) return "this processor has no AVX512_BF16";
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   if (syscall(SYS_arch_prctl, kRequestPermission, kTileData)) return "the system does not give leave to use AMX";
@@ -66,8 +73,8 @@ int64_t up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple *
 
 // 16 pairs (x0[i], x1[i]) as bfloat16 of the three parts.
 inline void split(__m512 x0, __m512 x1, __m512i* parts) {
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
-                                         20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000));
   for (int part = 0; part < kParts; ++part) {
     const __m512i pairs = _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(x1, x0));
@@ -103,7 +110,7 @@ inline void transpose(__m512i* x) {  // 16 vectors of 16
   }
 }
 
-inline __mmask16 first(int64_t count) {
+inline __mmask16 lanes(int64_t count) {
   return static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1);
 }
 
@@ -124,8 +131,8 @@ inline void split_vector(const Operand& x, const float* from, int i, int64_t wid
       x0 = _mm512_loadu_ps(at);
       x1 = _mm512_loadu_ps(at + 16);
     } else if (i < width) {
-      x0 = _mm512_maskz_loadu_ps(first(depth), at);
-      x1 = _mm512_maskz_loadu_ps(first(depth - 16), at + 16);
+      x0 = _mm512_maskz_loadu_ps(lanes(depth), at);
+      x1 = _mm512_maskz_loadu_ps(lanes(depth - 16), at + 16);
     }
   } else {
     const float* at = from + i * x.inner_stride;
@@ -133,8 +140,8 @@ inline void split_vector(const Operand& x, const float* from, int i, int64_t wid
       x0 = _mm512_loadu_ps(at);
       x1 = _mm512_loadu_ps(at + 16 * x.inner_stride);
     } else {
-      if (i < depth) x0 = _mm512_maskz_loadu_ps(first(width), at);
-      if (i + 16 < depth) x1 = _mm512_maskz_loadu_ps(first(width), at + 16 * x.inner_stride);
+      if (i < depth) x0 = _mm512_maskz_loadu_ps(lanes(width), at);
+      if (i + 16 < depth) x1 = _mm512_maskz_loadu_ps(lanes(width), at + 16 * x.inner_stride);
     }
   }
   split(x0, x1, parts);
@@ -187,7 +194,10 @@ void pack(const Operand& x, int64_t outer, int64_t end, int64_t inner, int64_t d
       const float* next = x.data + outer * x.outer_stride + (inner + (k + 1) * kDepth) * x.inner_stride;
       const int64_t left = std::min(depth - (k + 1) * kDepth, kDepth);
       for (int64_t i = 0; i < rows; ++i) {
-        for (int64_t j = 0; j < left; ++j) _mm_prefetch(reinterpret_cast<const char*>(next + i * kSide + j * x.inner_stride), _MM_HINT_T0);
+        const float* line = next + i * kSide;
+        for (int64_t j = 0; j < left; ++j, line += x.inner_stride) {
+          _mm_prefetch(reinterpret_cast<const char*>(line), _MM_HINT_T0);
+        }
         tile(i, k);
       }
     }
@@ -229,13 +239,13 @@ struct alignas(64) Shapes {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// The product of two rows of tiles of each, over `tiles` of K: C in tiles 0 to 3, A in 4 and 5, B in 6 and 7. `row_a` and
-// `row_b` are what lies between rows of tiles.
-#define LOAD_A(part)                                     \
-  _tile_loadd(4, a + (part) * kTile, 64);                \
+// The product of two rows of tiles of each, over `tiles` of K: C in tiles 0 to 3, A in 4 and 5, B in 6 and 7. `row_a`
+// and `row_b` are what lies between rows of tiles.
+#define LOAD_A(part)                      \
+  _tile_loadd(4, a + (part) * kTile, 64); \
   _tile_loadd(5, a + row_a + (part) * kTile, 64)
-#define LOAD_B(part)                                     \
-  _tile_loadd(6, b + (part) * kTile, 64);                \
+#define LOAD_B(part)                      \
+  _tile_loadd(6, b + (part) * kTile, 64); \
   _tile_loadd(7, b + row_b + (part) * kTile, 64)
 #define MULTIPLY()         \
   _tile_dpbf16ps(0, 4, 6); \
@@ -243,7 +253,8 @@ struct alignas(64) Shapes {
   _tile_dpbf16ps(2, 5, 6); \
   _tile_dpbf16ps(3, 5, 7)
 
-inline void multiply_panels(const uint16_t* a, int64_t row_a, const uint16_t* b, int64_t row_b, int64_t tiles, Ahead& ahead) {
+inline void multiply_panels(const uint16_t* a, int64_t row_a, const uint16_t* b, int64_t row_b, int64_t tiles,
+                            Ahead& ahead) {
   for (int64_t k = 0; k < tiles; ++k, a += kParts * kTile, b += kParts * kTile) {
     ahead.fetch();
     // The small ones first: what only has three parts to be put together is then exact.
@@ -295,7 +306,7 @@ struct Sums {
 inline void write_row(const Sums& out, int64_t i, int64_t j, bool add, const float* sums) {
   float* c = out.c + i * out.row + j;
   for (int64_t half = 0; half < 2; ++half, c += kSide, sums += kSums) {
-    const __mmask16 mask = first(out.N - j - half * kSide);
+    const __mmask16 mask = lanes(out.N - j - half * kSide);
     __m512 value = _mm512_load_ps(sums);
     if (add) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, c));
     else if (out.bias) value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(mask, out.bias + j + half * kSide));
@@ -305,7 +316,7 @@ inline void write_row(const Sums& out, int64_t i, int64_t j, bool add, const flo
 
 // Rows [top, top + height) of `across` blocks from column `left` on; from block to block of `sums` it is `down_step`
 // floats down and `across_step` across.
-void write(const Sums& out, int64_t top, int64_t height, int64_t left, int64_t across, int64_t down_step,
+void write_sums(const Sums& out, int64_t top, int64_t height, int64_t left, int64_t across, int64_t down_step,
            int64_t across_step, bool add, const float* sums) {
   for (int64_t i = 0; i < std::min(height, out.M - top); ++i) {
     const float* from = sums + i / kPanel * down_step + i % kPanel / kSide * 2 * kSums + i % kSide * kSide;
@@ -315,11 +326,12 @@ void write(const Sums& out, int64_t top, int64_t height, int64_t left, int64_t a
 
 // Memory of this thread, kept from call to call.
 template <typename T, int Which> T* room(int64_t count) {
-  thread_local std::unique_ptr<T, void (*)(T*)> memory{nullptr, [](T* p) { ::operator delete(p, std::align_val_t(64)); }};
+  constexpr std::align_val_t kLine{64};
+  thread_local std::unique_ptr<T, void (*)(T*)> memory{nullptr, [](T* p) { ::operator delete(p, kLine); }};
   thread_local int64_t size = 0;
   if (size < count) {
     memory.reset();
-    memory.reset(static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t(64))));
+    memory.reset(static_cast<T*>(::operator new(count * sizeof(T), kLine)));
     size = count;
   }
   return memory.get();
@@ -337,8 +349,8 @@ void multiply_stretch(const Operand& small, const Operand& large, bool large_is_
     });
   } else {
     parallel_for((tiles + kTilesInL1 - 1) / kTilesInL1, threads, [&](int64_t task) {
-      const int64_t from = task * kTilesInL1 * kDepth;
-      pack(small, 0, others * kPanel, inner + from, std::min(depth - from, kTilesInL1 * kDepth), packed + task * kTilesInL1 * kParts * kTile, row);
+      const int64_t tile = task * kTilesInL1, from = tile * kDepth, count = std::min(depth - from, kTilesInL1 * kDepth);
+      pack(small, 0, others * kPanel, inner + from, count, packed + tile * kParts * kTile, row);
     });
   }
   // As many columns of the packed as L1 holds of two rows of tiles of each operand, evenly.
@@ -374,26 +386,29 @@ void multiply_stretch(const Operand& small, const Operand& large, bool large_is_
       }
     }
     _tile_release();
-    if (large_is_a) write(out, first_panel * kPanel, (end - first_panel) * kPanel, 0, others, others * 4 * kSums, 4 * kSums, add, sums);
-    else write(out, 0, others * kPanel, first_panel * kPanel, end - first_panel, 4 * kSums, others * 4 * kSums, add, sums);
+    const int64_t begin = first_panel * kPanel, count = end - first_panel, of_panel = others * 4 * kSums;
+    if (large_is_a) write_sums(out, begin, count * kPanel, 0, others, of_panel, 4 * kSums, add, sums);
+    else write_sums(out, 0, others * kPanel, begin, count, 4 * kSums, of_panel, add, sums);
   });
 }
 
-// C from a long K: cut into slices, as many however many threads there are, of each of which one task makes all sums, or
-// those of a chunk of C that lies in L2 with what is packed for it. The slices' sums are then added up in their order.
+// C from a long K: cut into slices, as many however many threads there are, of each of which one task makes all sums,
+// or those of a chunk of C that lies in L2 with what is packed for it. The slices' sums are then added up in order.
 void multiply_slices(const Operand& a, const Operand& b, int64_t K, bool add, const Sums& out, int threads) {
   const bool tall = a.outer >= b.outer;
   const int64_t most_down = tall ? kLongSide : kShortSide, most_across = tall ? kShortSide : kLongSide;
   const int64_t down = (out.M + most_down - 1) / most_down, across = (out.N + most_across - 1) / most_across;
   const int64_t height = up((out.M + down - 1) / down, kPanel), width = up((out.N + across - 1) / across, kPanel);
-  const int64_t slices = std::min((K + kSlice - 1) / kSlice, kMostSlices), length = up((K + slices - 1) / slices, kDepth);
+  const int64_t most = std::min(kMostSlices, std::max<int64_t>(1, kSumsOfSlices / (out.M * out.N)));
+  const int64_t slices = std::min((K + kSlice - 1) / kSlice, most), length = up((K + slices - 1) / slices, kDepth);
   const int64_t depth = std::max(kShared * 3 / 4 / ((height + width) * kParts * 2) / kDepth, int64_t{1}) * kDepth;
   const int64_t size = height * width;  // of a chunk's sums
   float* partial = room<float, 3>(slices * down * across * size);
   parallel_for(slices * down * across, threads, [&](int64_t task) {
     const int64_t slice = task / (down * across), chunk = task % (down * across);
     const int64_t top = chunk / across * height, left = chunk % across * width;
-    const int64_t panels = up(std::min(height, out.M - top), kPanel) / kPanel, others = up(std::min(width, out.N - left), kPanel) / kPanel;
+    const int64_t panels = up(std::min(height, out.M - top), kPanel) / kPanel;
+    const int64_t others = up(std::min(width, out.N - left), kPanel) / kPanel;
     float* sums = partial + task * size;
     uint16_t* of_a = room<uint16_t, 1>((height + width) * depth * kParts);
     uint16_t* of_b = of_a + height * depth * kParts;
@@ -402,15 +417,19 @@ void multiply_slices(const Operand& a, const Operand& b, int64_t K, bool add, co
     Ahead nothing;
     const int64_t end = std::min((slice + 1) * length, K);
     for (int64_t inner = slice * length; inner < end; inner += depth) {
-      const int64_t here = std::min(depth, end - inner), tiles = up(here, kDepth) / kDepth, row = tiles * kParts * kTile;
+      const int64_t here = std::min(depth, end - inner), tiles = up(here, kDepth) / kDepth;
+      const int64_t row = tiles * kParts * kTile;
       pack(a, top, top + panels * kPanel, inner, here, of_a, row);
       pack(b, left, left + others * kPanel, inner, here, of_b, row);
       const int64_t parts = (tiles + kTilesInL1 - 1) / kTilesInL1, part = (tiles + parts - 1) / parts;
       for (int64_t k = 0; k < tiles; k += part) {
+        const bool begin = inner == slice * length && k == 0;
+        const uint16_t *here_a = of_a + k * kParts * kTile, *here_b = of_b + k * kParts * kTile;
         for (int64_t i = 0; i < panels; ++i) {
           for (int64_t j = 0; j < others; ++j) {
-            multiply_block(sums + (i * others + j) * 4 * kSums, inner == slice * length && k == 0, of_a + i * 2 * row + k * kParts * kTile,
-                           row, of_b + j * 2 * row + k * kParts * kTile, row, std::min(part, tiles - k), nothing);
+            float* of_block = sums + (i * others + j) * 4 * kSums;
+            multiply_block(of_block, begin, here_a + i * 2 * row, row, here_b + j * 2 * row, row,
+                           std::min(part, tiles - k), nothing);
           }
         }
       }
@@ -421,15 +440,15 @@ void multiply_slices(const Operand& a, const Operand& b, int64_t K, bool add, co
   parallel_for(rows, threads, [&](int64_t panel) {
     for (int64_t chunk = 0; chunk < across; ++chunk) {
       const int64_t left = chunk * width, others = up(std::min(width, out.N - left), kPanel) / kPanel;
-      const int64_t of_chunk = panel * kPanel / height * across + chunk, inside = panel - panel * kPanel / height * height / kPanel;
-      float* sums = partial + of_chunk * size + inside * others * 4 * kSums;
+      const int64_t above = panel * kPanel / height, inside = panel - above * height / kPanel;
+      float* sums = partial + (above * across + chunk) * size + inside * others * 4 * kSums;
       for (int64_t slice = 1; slice < slices; ++slice) {
         const float* more = sums + slice * down * across * size;
         for (int64_t n = 0; n < others * 4 * kSums; n += 16) {
           _mm512_store_ps(sums + n, _mm512_add_ps(_mm512_load_ps(sums + n), _mm512_load_ps(more + n)));
         }
       }
-      write(out, panel * kPanel, kPanel, left, others, 0, 4 * kSums, add, sums);
+      write_sums(out, panel * kPanel, kPanel, left, others, 0, 4 * kSums, add, sums);
     }
   });
 }
@@ -443,8 +462,9 @@ const char* matmul_missing() {
 
 void matmul(const Matrix& a, const Matrix& b, const float* bias, bool add, float* c, int64_t c_row, int threads) {
   const int64_t M = a.rows, N = b.columns, K = a.columns;
+  const Operand of_a{a.data, M, a.row_stride, a.column_stride, true};
+  const Operand of_b{b.data, N, b.column_stride, b.row_stride, false};
   if (K >= 4 * std::max(M, N) && K >= kSlice) {
-    const Operand of_a{a.data, M, a.row_stride, a.column_stride, true}, of_b{b.data, N, b.column_stride, b.row_stride, false};
     return multiply_slices(of_a, of_b, K, add, {c, c_row, M, N, bias}, threads);
   }
   const bool large_is_a = M >= N;
@@ -452,15 +472,14 @@ void matmul(const Matrix& a, const Matrix& b, const float* bias, bool add, float
   for (int64_t slice = 0; slice < slices; ++slice) {
     const int64_t length = up((std::min(M, N) + slices - 1) / slices, kPanel), from = slice * length;
     const int64_t rows = std::min(length, std::min(M, N) - from);
-    Operand of_a{a.data, M, a.row_stride, a.column_stride, true}, of_b{b.data, N, b.column_stride, b.row_stride, false};
-    Operand& small = large_is_a ? of_b : of_a;
+    const Operand& large = large_is_a ? of_a : of_b;
+    Operand small = large_is_a ? of_b : of_a;
     small.data += from * small.outer_stride;
     small.outer = rows;
     const Sums out = large_is_a ? Sums{c + from, c_row, M, rows, bias ? bias + from : nullptr}
                                 : Sums{c + from * c_row, c_row, rows, N, bias};
     const int64_t panels = up(std::max(M, N), kPanel) / kPanel, others = up(rows, kPanel) / kPanel;
     const int64_t fit = std::min(kMostPanels, std::max<int64_t>(1, kSumsOfTask / (others * 4 * kSums)));
-    const Operand& large = large_is_a ? of_a : of_b;
     const bool whole_block = large.inner_stride != 1;
     const int64_t tasks = (whole_block ? 1 : 4) * std::max(threads, 1);
     const int64_t block = std::max<int64_t>(1, std::min(fit, (panels + tasks - 1) / tasks));
@@ -470,14 +489,17 @@ void matmul(const Matrix& a, const Matrix& b, const float* bias, bool add, float
     const int64_t stretches = std::max<int64_t>(1, (K + most - 1) / most);
     const int64_t depth = up((K + stretches - 1) / stretches, kDepth);
     for (int64_t inner = 0; inner < K; inner += depth) {
-      multiply_stretch(small, large, large_is_a, block, inner, std::min(depth, K - inner), add || inner > 0, out, threads);
+      const int64_t here = std::min(depth, K - inner);
+      multiply_stretch(small, large, large_is_a, block, inner, here, add || inner > 0, out, threads);
     }
   }
 }
 
 #else
 
-const char* matmul_missing() { return "this build has no AMX: it needs Linux on x86-64 and a compiler that knows -mamx-bf16"; }
+const char* matmul_missing() {
+  return "this build has no AMX: it needs Linux on x86-64 and a compiler that knows -mamx-bf16";
+}
 
 void matmul(const Matrix&, const Matrix&, const float*, bool, float*, int64_t, int) {}
 

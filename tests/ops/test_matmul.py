@@ -50,6 +50,7 @@ SHAPES = [
     (800, 4100, 300),  # in chunks, too
     (300, 4100, 800),
     (5, 70000, 3),
+    (1100, 4500, 900),  # fewer slices, for their size
 ]
 
 
