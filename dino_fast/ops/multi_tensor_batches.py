@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,11 +142,17 @@ def _norms(grads: list[Tensor]) -> Tensor:
         return norms
     squares = norms.double() ** 2
     for (mesh, dim), rows in sharded.items():
-        index = torch.tensor(rows, device=squares.device)
+        index = _index(tuple(rows), squares.device)
         part = squares[index]
         torch.distributed.all_reduce(part, group=mesh.get_group(dim))
         squares[index] = part
     return squares.sqrt()
+
+
+@functools.lru_cache(maxsize=64)
+def _index(rows: tuple[int, ...], device: torch.device) -> Tensor:
+    """Made once: the host would wait for the copy to a GPU at every step."""
+    return torch.tensor(rows, device=device)
 
 
 # ---- shards ----
