@@ -143,12 +143,10 @@ def _loss(run: Learner, rows: Tensor, targets: Tensor, teacher_temp: float) -> t
 
 def _parts(batch: Crops, count: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """The images in `count` parts: (global crops [2 b, C, H, W], local crops [n b, C, h, w]), crop by crop."""
-    split = zip(batch.global_crops.chunk(count, dim=1), batch.local_crops.chunk(count, dim=1), strict=True)
-    for large, small in split:
-        yield (
-            large.flatten(0, 1).to(device, non_blocking=True),
-            small.flatten(0, 1).to(device, non_blocking=True),
-        )
+    # First to the device: the pieces of a part would be put together in memory that is not pinned, and be waited for.
+    both = (x.to(device, non_blocking=True).chunk(count, dim=1) for x in (batch.global_crops, batch.local_crops))
+    for large, small in zip(*both, strict=True):
+        yield large.flatten(0, 1), small.flatten(0, 1)
 
 
 def _kept(run: Learner, crops: tuple[Tensor, Tensor], number: int) -> Tensor | None:

@@ -38,7 +38,9 @@ def _losses(learner: Learner, steps: range) -> list[float]:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("graph", ["off", "auto"])
-@pytest.mark.parametrize("given", [{}, {"optimizer": "lars"}, {"checkpoint_activations": "selective"}])
+@pytest.mark.parametrize(
+    "given", [{}, {"optimizer": "lars"}, {"checkpoint_activations": "selective"}, {"accumulate": 2}]
+)
 def test_a_step_waits_for_nothing(precision: str, graph: str, given: dict[str, Any]) -> None:
     learner = _on_gpu(precision, cuda_graph=graph, drop_path_rate=0.3, **given)
     rates = Schedules(learner.config, EPOCH).at(20)
