@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dino_fast.errors import UserError
-from dino_fast.models import MultiCropWrapper
+from dino_fast.models import DINOHead, MultiCropWrapper
 
 T = TypeVar("T")
 WAIT = timedelta(minutes=30)  # for a process that reads a large data set's index while the others are done
@@ -207,9 +207,15 @@ def shard(network: MultiCropWrapper, mesh: Any, *, keep: bool, dtype: torch.dtyp
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for part in (*getattr(network.backbone, "blocks", ()), network.backbone, network.head.mlp):
+    for part in (*getattr(network.backbone, "blocks", ()), network.backbone, *_before_prototypes(network)):
         fully_shard(part, mesh=mesh, reshard_after_forward=not keep, mp_policy=policy)
     cut_rows(cast(nn.Module, network.head.last_layer), mesh)
+
+
+def _before_prototypes(network: MultiCropWrapper) -> list[nn.Module]:
+    """The head's parts that are called one by one: the MLP, and the predictor where there is one."""
+    head = cast(DINOHead, network.head)
+    return [head.mlp] if head.predictor is None else [head.mlp, head.predictor]
 
 
 def cut_rows(layer: nn.Module, mesh: Any) -> None:
@@ -224,7 +230,7 @@ def cut_rows(layer: nn.Module, mesh: Any) -> None:
 def reduce_gradients(student: MultiCropWrapper, through: Any, now: bool) -> contextlib.AbstractContextManager[Any]:
     """Around a forward pass: whether its backward pass ends in gradients averaged over the processes (`now`), or adds
     to this process's own."""
-    for part in (student.backbone, student.head.mlp):
+    for part in (student.backbone, *_before_prototypes(student)):
         if hasattr(part, "set_requires_gradient_sync"):
             cast(Any, part).set_requires_gradient_sync(now)
     if not now and hasattr(through, "no_sync"):

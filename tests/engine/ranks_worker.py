@@ -30,10 +30,10 @@ TINY: dict[str, Any] = {
     "warmup_teacher_temp_epochs": 2, "teacher_temp": 0.07, "momentum": 0.9, "clip_grad": 0.1,
     "center_init": "first_batch", "device": "cpu",
 }  # fmt: skip
-# Uneven rows (97 prototypes, 48 and 32 features over 2 processes), the freeze's end, clipping, accumulation.
+# Uneven rows (97 prototypes, 48 and 32 features over 2 processes), the freeze's end, clipping, accumulation, predictor.
 CASES: list[dict[str, Any]] = [
     {},
-    {"accumulate": 3, "norm_last_layer": False, "freeze_last_layer": 2.0},
+    {"accumulate": 3, "norm_last_layer": False, "freeze_last_layer": 2.0, "predictor": "mlp"},
     {"out_dim": 1, "clip_grad": 0.0, "local_crops": 0},  # one of two processes has no prototype
 ]
 
