@@ -32,6 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dino_fast.kernels import linear_dino_loss_half as half
 from dino_fast.kernels.autotune import pick
 
 # Programs of `_attend`: about one for each multiprocessor. More would only enlarge the workspace.
@@ -287,18 +288,30 @@ class Layer:
     """
 
     def __init__(self, weight: Tensor, gain: Tensor | None, row: Tensor | None = None) -> None:
-        K, D = weight.shape
         self.weight = weight if weight.stride(1) == 1 else weight.contiguous()
-        self.scale = None if gain is None else weight.new_empty(K, dtype=torch.float32)
-        self.logits = None if row is None else weight.new_empty(K, dtype=torch.float32)
-        if gain is not None or row is not None:
-            gain = None if gain is None else gain.to(torch.float32).contiguous()
-            spare = self.weight  # an address for an argument that is not used
-            _columns[(triton.cdiv(K, COLUMNS),)](
-                self.weight, _or(gain, spare), _or(row, spare), _or(self.scale, spare), _or(self.logits, spare),
-                K, D, self.weight.stride(0), BLOCK_K=COLUMNS, WIDTH=width(D), SCALED=gain is not None,
-                MEAN=row is not None, num_warps=4,
-            )  # fmt: skip
+        self.gain = None if gain is None else gain.to(torch.float32).contiguous()
+        self.logits = None if row is None else weight.new_empty(len(weight), dtype=torch.float32)
+        self._scale: Tensor | None = None
+        if row is not None:
+            self._measure(row)
+
+    @property
+    def scale(self) -> Tensor | None:
+        """The gains over the lengths: a pass over the weight, made when it is first wanted."""
+        if self._scale is None and self.gain is not None:
+            self._measure(None)
+        return self._scale
+
+    def _measure(self, row: Tensor | None) -> None:
+        K, D = self.weight.shape
+        if self.gain is not None:
+            self._scale = self.weight.new_empty(K, dtype=torch.float32)
+        spare = self.weight  # an address for an argument that is not used
+        _columns[(triton.cdiv(K, COLUMNS),)](
+            self.weight, _or(self.gain, spare), _or(row, spare), _or(self._scale, spare), _or(self.logits, spare),
+            K, D, self.weight.stride(0), BLOCK_K=COLUMNS, WIDTH=width(D), SCALED=self.gain is not None,
+            MEAN=row is not None, num_warps=4,
+        )  # fmt: skip
 
 
 def width(D: int) -> int:
@@ -336,6 +349,9 @@ def attend(
 
     All float32. `student` [V, B, D] and `teacher` [T, B, D] of one dtype, contiguous; `center` float32 [K].
     """
+    if half.takes(student, student_layer.weight, teacher_layer.weight):
+        arguments = (student, student_layer, teacher, teacher_layer, center, student_temp, teacher_temp)
+        return half.attend(*arguments, wanted=wanted)
 
     def launch(tile: Tile) -> tuple[Tensor, Tensor, Tensor | None]:
         return _attend_with(
@@ -388,10 +404,14 @@ def weight_gradient(
     # The largest weight of a row leaves the loop and joins again in float32: what is rounded is then of order 1.
     unit = (factors * row_statistics[1, T:]).abs().amax().clamp_min(1e-30)
     shares = (factors / unit).contiguous(), (pair_factors / unit).contiguous()
+    maxima = row_statistics[0].contiguous()
+    if half.takes(student, student_layer.weight, teacher_layer.weight):
+        layers = (student, student_layer, teacher, teacher_layer, center)
+        return half.weight_gradient(*layers, maxima, *shares, unit, student_temp, teacher_temp)
 
     def launch(tile: Tile) -> tuple[Tensor, Tensor]:
         return _weigh_with(
-            tile, student, student_layer, teacher, teacher_layer, center, row_statistics[0].contiguous(), *shares, unit,
+            tile, student, student_layer, teacher, teacher_layer, center, maxima, *shares, unit,
             student_temp, teacher_temp,
         )  # fmt: skip
 

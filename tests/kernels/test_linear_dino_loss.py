@@ -34,15 +34,16 @@ DTYPES = {
 }
 OF_TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PROBLEMS = {"2+8 crops": (10, 2), "rows alone": (1, 1)}  # V, T: with a product that pairs rows, and without
-FLOATS = {"inverse_temp", "inverse_student_temp", "inverse_teacher_temp"}
-COUNTS = {"V", "T", "B", "images", "rows", "teachers", "slices"}
+FLOATS = {"inverse_temp", "inverse_student_temp", "inverse_teacher_temp", "log2_student", "log2_teacher"}
+COUNTS = {"V", "T", "B", "images", "rows", "teachers", "slices", "student_rows", "teacher_rows", "teacher_blocks"}
 STRIDES = {"K", "D", "student_k", "teacher_k", "weight_k", "slice_k"}
-OF_ROWS = {"student", "teacher"}
+OF_ROWS = {"student", "teacher", "sums"}
 OF_WEIGHTS = {"weight", "student_weight", "teacher_weight", "grad"}
 
 
 class Case(NamedTuple):
-    """One compile: a kernel of kernels/linear_dino_loss.py, its constants, and what is said of it in the table."""
+    """One compile: a kernel of kernels/linear_dino_loss.py (where `half`, of linear_dino_loss_half.py), its constants,
+    and what is said of it in the table."""
 
     kernel: str
     constants: dict[str, Any]
@@ -51,6 +52,7 @@ class Case(NamedTuple):
     D: int
     arch: int
     first: bool = True  # of the tiles that may be taken
+    half: bool = False
 
     @property
     def name(self) -> str:
@@ -60,18 +62,21 @@ class Case(NamedTuple):
     def repeated(self) -> bool:
         """Whether the tests compile it too: the tiles taken for 2+8 crops in bf16 on all chips, others on one."""
         if "2+8 crops" in self.problem and (self.dtype, self.D) == ("bf16", 256):
-            return self.first
+            return self.first and (self.half or self.arch == 80)
+        if self.half:
+            return self.first and (self.dtype, self.D, self.arch) == ("bf16", 256, 90)
         if self.arch != 80 or not self.first or "without reads" in self.problem:
             return False
         return self.dtype == "bf16" or (self.dtype == "fp32" and "2+8 crops" in self.problem)
 
 
-def test_under_the_interpreter():
-    file = Path(__file__).with_name("interpreted_linear_dino_loss.py")
+@pytest.mark.parametrize(("name", "least"), [("linear_dino_loss", 25), ("linear_dino_loss_half", 25)])
+def test_under_the_interpreter(name, least):
+    file = Path(__file__).with_name(f"interpreted_{name}.py")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)]
     result = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-4000:]
-    assert int(re.search(r"(\d+) passed", result.stdout).group(1)) >= 25
+    assert int(re.search(r"(\d+) passed", result.stdout).group(1)) >= least
 
 
 def test_no_spills_and_within_the_chips_limits_in_the_table():
@@ -114,6 +119,9 @@ def cases() -> Iterator[Case]:
                     yield Case("_merge", {"WIDTH": width, "READ": reads}, name, dtype, D, arch)
                 for kernel, label, constants, first in _passes(rows, weights, D):
                     yield Case(kernel, constants, label, dtype, D, arch, first)
+        for dtype, D in (("bf16", 256), ("bf16", 200), ("fp16", 256)):
+            for kernel, label, constants, first in _half_passes(arch, OF_TORCH[dtype], D):
+                yield Case(kernel, constants, label, dtype, D, arch, first, True)
 
 
 def _passes(rows: str, weights: str, D: int) -> Iterator[tuple[str, str, dict[str, Any], bool]]:
@@ -133,13 +141,32 @@ def _passes(rows: str, weights: str, D: int) -> Iterator[tuple[str, str, dict[st
                 yield kernel, f"{label}, {problem}, {tile.rows}x{tile.prototypes}", constants, i == 0
 
 
+def _half_passes(arch: int, dtype: torch.dtype, D: int) -> Iterator[tuple[str, str, dict[str, Any], bool]]:
+    """The same of the kernels whose rows and weights are both of 16 bits."""
+    from dino_fast.kernels import linear_dino_loss_half as half
+
+    chip = divmod(arch, 10)
+    scaled = {"SCALED": True, "TEACHER_SCALED": True}
+    for reads in (True, False):
+        for i, tile in enumerate(half.ATTEND_TILES[chip]):
+            label = f"16-bit attend{'' if reads else ' without reads'}, {tile.rows}x{tile.prototypes}"
+            yield "_attend", label, half.constants(tile, D, dtype) | scaled | {"READ": reads}, i == 0
+        finish = {"SLICES": 32, "WIDTH": half.WIDTH, "READ": reads}
+        yield "_finish", f"16-bit merge{'' if reads else ' without reads'}", finish, True
+    for aligned, table, problem in ((False, half.WEIGH_TILES, "2+8 crops"), (True, half.ALIGNED_TILES, "rows alone")):
+        for i, tile in enumerate(table[chip]):
+            label = f"16-bit weigh, {problem}, {tile.rows}x{tile.prototypes}"
+            yield "_weigh", label, half.constants(tile, D, dtype) | scaled | {"ALIGNED": aligned}, i == 0
+
+
 def compile_one(case: Case) -> dict[str, int]:
     """Registers a thread, bytes of stack, and bytes of shared memory."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from dino_fast.kernels import linear_dino_loss as kernels
+    from dino_fast.kernels import linear_dino_loss, linear_dino_loss_half
 
+    kernels = linear_dino_loss_half if case.half else linear_dino_loss
     kernel, (rows, weights, _) = getattr(kernels, case.kernel), DTYPES[case.dtype]
     options = {name: case.constants.get(name, default) for name, default in (("num_warps", 4), ("num_stages", 3))}
     constants = {name: value for name, value in case.constants.items() if name in kernel.arg_names}
@@ -161,7 +188,13 @@ def compile_one(case: Case) -> dict[str, int]:
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     binary = triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
-    return {**resources(binary.asm["cubin"]), "shared": binary.metadata.shared}
+    use = {**resources(binary.asm["cubin"]), "shared": binary.metadata.shared}
+    if case.half and case.arch == 90 and case.kernel != "_finish":
+        # Hopper's own matrix instruction for every product, and none of the slower one
+        ptx = binary.asm["ptx"]
+        use |= {"wgmma": ptx.count("wgmma.mma_async"), "mma": ptx.count("mma.sync")}
+        assert use["wgmma"] > 0 and use["mma"] == 0, f"{case.name}: {use}"
+    return use
 
 
 def resources(cubin: bytes) -> dict[str, int]:
