@@ -156,9 +156,15 @@ def _forward(
     return _run(student, teacher, center, student_temp, teacher_temp, differentiable, backend, False)
 
 
-def _run(student, teacher, center, student_temp, teacher_temp, differentiable, backend, inplace):
+def _run(student, teacher, center, student_temp, teacher_temp, differentiable, backend, inplace, eager=False):
     chosen = choose("dino_loss", student, teacher, backend=backend)
-    outputs = FORWARD[chosen](student, teacher, center, student_temp, teacher_temp, differentiable, inplace)
+    written = differentiable and gradient_is_written_forward(student)
+    if eager and chosen == "triton" and differentiable:
+        written = _triton_writes(student)
+    arguments = (student, teacher, center, student_temp, teacher_temp, differentiable)
+    outputs = FORWARD[chosen](*arguments, _empty_outputs(student, teacher, differentiable, inplace, written))
+    if inplace and written and outputs[3].data_ptr() == student.data_ptr():
+        torch.autograd.graph.increment_version(student)
     kept_center = outputs[-1]
     if kept_center.numel() > 0:
         kept_center.copy_(center)
@@ -173,10 +179,13 @@ def _(student, teacher, center, student_temp, teacher_temp, differentiable, back
     return _empty_outputs(student, teacher, differentiable)
 
 
-def _empty_outputs(student: Tensor, teacher: Tensor, differentiable: bool, inplace: bool = False) -> tuple[Tensor, ...]:
+def _empty_outputs(
+    student: Tensor, teacher: Tensor, differentiable: bool, inplace: bool = False, written: bool | None = None
+) -> tuple[Tensor, ...]:
     V, B, K = student.shape
     result = torch.float64 if student.dtype == torch.float64 else torch.float32
-    written = differentiable and gradient_is_written_forward(student)
+    if written is None:
+        written = differentiable and gradient_is_written_forward(student)
     overwritten = inplace and written and student.is_contiguous()
     return (
         student.new_empty((), dtype=result),
@@ -190,9 +199,16 @@ def _empty_outputs(student: Tensor, teacher: Tensor, differentiable: bool, inpla
 
 def gradient_is_written_forward(student: Tensor) -> bool:
     """Whether the forward writes the gradient. float16 waits for the upstream gradient: 1 / (tau_s B N) underflows.
-    So does an accelerator, whose upstream gradient the host cannot see without waiting: one pass that scales as it
-    writes costs less than multiplying afterwards."""
+    So does an accelerator in a traced graph, which cannot look at the upstream gradient: one pass that scales as it
+    writes costs less than multiplying afterwards. Outside of graphs see `_triton_writes`."""
     return student.dtype != torch.float16 and student.device.type == "cpu"
+
+
+def _triton_writes(student: Tensor) -> bool:
+    """The same for the Triton backend outside of traced graphs: wherever its kernel of one sweep takes the logits."""
+    from dino_fast.kernels import dino_loss_sweep
+
+    return student.dtype != torch.float16 and dino_loss_sweep.takes(student)
 
 
 @torch.library.custom_op("dino_fast::dino_loss_gradient", mutates_args=())
@@ -226,7 +242,8 @@ def _keep_for_backward(ctx, inputs, output) -> None:
     gradient, row_statistics, kept_center = output[3:]
     ctx.set_materialize_grads(False)
     ctx.differentiable = differentiable
-    ctx.written = gradient_is_written_forward(student)
+    ctx.written = gradient.numel() > 0
+    ctx.taken = None  # the upstream gradient that a GPU has multiplied the written one by
     ctx.temps_and_backend = student_temp, teacher_temp, backend
     if ctx.written:
         ctx.save_for_backward(gradient)
@@ -240,13 +257,16 @@ def _backward(ctx, upstream, *unused):
         return None, *nothing
     if not ctx.differentiable:
         raise RuntimeError("dino_fast::dino_loss was called with differentiable=False, so it kept no gradient")
-    if not ctx.written:
+    if ctx.written:
+        (gradient,) = ctx.saved_tensors
+        if gradient.device.type == "cuda" and type(upstream) is Tensor and type(gradient) is Tensor:
+            gradient = _times_on_gpu(ctx, gradient, upstream)
+        else:
+            gradient = _times(gradient, upstream)
+    else:
         gradient = torch.ops.dino_fast.dino_loss_gradient(
             *ctx.saved_tensors[:3], ctx.saved_tensors[3], upstream, *ctx.temps_and_backend
         )
-    else:
-        (gradient,) = ctx.saved_tensors
-        gradient = _times(gradient, upstream)
     if torch.is_grad_enabled() and type(upstream) is Tensor:
         gradient = _Once.apply(gradient, torch.empty(0, requires_grad=True))
     return gradient, *nothing
@@ -258,6 +278,19 @@ def _times(gradient: Tensor, upstream: Tensor) -> Tensor:
     if type(upstream) is Tensor and upstream.device.type == "cpu" and upstream.item() == 1.0:
         return gradient
     return gradient * upstream.to(gradient.dtype)
+
+
+def _times_on_gpu(ctx, gradient: Tensor, upstream: Tensor) -> Tensor:
+    """gradient * upstream, where only the GPU knows upstream: in place, by a kernel that returns at once if it is 1.
+    A graph that is run again gets a new tensor, from what the first run left; if that was for an upstream gradient of
+    0, the second run's is not finite."""
+    from dino_fast.kernels.dino_loss_sweep import scale
+
+    if ctx.taken is None:
+        ctx.taken = upstream
+        scale(gradient, upstream)
+        return gradient
+    return gradient * (upstream / ctx.taken).to(gradient.dtype)
 
 
 class _Once(torch.autograd.Function):
@@ -282,7 +315,7 @@ class _Eager(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
         *inputs, inplace = arguments
-        outputs = _run(*inputs, inplace)
+        outputs = _run(*inputs, inplace, eager=True)
         _keep_for_backward(ctx, inputs, outputs)
         ctx.mark_non_differentiable(*outputs[1:3])
         return outputs[:3]
@@ -328,18 +361,22 @@ register(
 )
 
 
-def _reference_forward(student, teacher, center, student_temp, teacher_temp, differentiable, inplace=False):
+# Forwards fill the outputs they are given, but for the three results, which they may return in tensors of their own; a
+# gradient that is not empty is to be written, for an upstream gradient of 1. It may be the student's logits.
+
+
+def _reference_forward(student, teacher, center, student_temp, teacher_temp, differentiable, outputs):
     temps = {"student_temp": student_temp, "teacher_temp": teacher_temp}
     loss, teacher_mean, teacher_entropy = dino_loss_reference(student, teacher, center, **temps)
-    *_, gradient, row_statistics, kept_center = _empty_outputs(student, teacher, differentiable)
-    if gradient.numel() > 0:
-        gradient.copy_(_reference_gradient(student, teacher, center, None, torch.ones_like(loss), **temps))
+    *_, gradient, row_statistics, kept_center = outputs
     dtype = row_statistics.dtype
     crops = [((t - center).to(dtype), teacher_temp) for t in teacher] + [(s.to(dtype), student_temp) for s in student]
     for statistics, (logits, temp) in zip(row_statistics.unbind(1), crops, strict=True):
         maxima = logits.amax(-1)
         statistics[0] = maxima
         statistics[1] = ((logits - maxima[:, None]) / temp).exp().sum(-1)
+    if gradient.numel() > 0:
+        gradient.copy_(_reference_gradient(student, teacher, center, None, torch.ones_like(loss), **temps))
     return loss, teacher_mean, teacher_entropy, gradient, row_statistics, kept_center
 
 
@@ -357,16 +394,13 @@ def _reference_gradient(student, teacher, center, row_statistics, upstream, stud
     return (difference * (upstream / (student_temp * B * pairs.sum()))).to(student.dtype).contiguous()
 
 
-def _native_forward(student, teacher, center, student_temp, teacher_temp, differentiable, inplace=False):
+def _native_forward(student, teacher, center, student_temp, teacher_temp, differentiable, outputs):
     from dino_fast import _C
 
-    outputs = _empty_outputs(student, teacher, differentiable, inplace)
     problem, _alive = _native_problem(student, teacher, center, student_temp, teacher_temp)
     addresses = [output.data_ptr() for output in outputs]  # of an empty tensor: 0, "no gradient wanted"
     loss, mean, entropy, gradient, row_statistics, _ = addresses
     _C.dino_loss_forward(*problem, loss, mean, entropy, row_statistics, gradient)
-    if inplace and gradient == student.data_ptr():
-        torch.autograd.graph.increment_version(student)
     return outputs
 
 
@@ -398,12 +432,17 @@ def pair_weights(V: int) -> list[float]:
     return [float(u != v) for u in range(TEACHER_CROPS) for v in range(V)]
 
 
-def _triton_forward(student, teacher, center, student_temp, teacher_temp, differentiable, inplace=False):
+def _triton_forward(student, teacher, center, student_temp, teacher_temp, differentiable, outputs):
     from dino_fast.kernels import dino_loss as kernels
+    from dino_fast.kernels import dino_loss_sweep
 
-    *_, gradient, row_statistics, kept_center = _empty_outputs(student, teacher, differentiable)
+    *_, gradient, row_statistics, kept_center = outputs
     student, teacher = _contiguous_rows(student, teacher)
     center = center.to(torch.float32).contiguous()
+    if gradient.numel() > 0 and dino_loss_sweep.takes(student):
+        temps = student_temp, teacher_temp
+        loss, entropy, mean = dino_loss_sweep.sweep(student, teacher, center, *temps, row_statistics, gradient)
+        return loss, mean, entropy, gradient, row_statistics, kept_center
     loss, entropy = kernels.statistics(student, teacher, center, student_temp, teacher_temp, row_statistics)
     if gradient.numel() > 0:
         one = torch.ones((), device=student.device)

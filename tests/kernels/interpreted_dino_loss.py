@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dino_fast.kernels import dino_loss as kernels
+from dino_fast.kernels import dino_loss_sweep
 from dino_fast.ops import dino_loss as operation
 from dino_fast.ops.dino_loss import dino_loss, dino_loss_reference
 
@@ -50,6 +51,14 @@ def assert_as_good_as_eager(inputs, upstream=1.0):
     assert gradient <= 2 * eager_gradient + 1e-6 * (1 + exact_gradient.abs().max().item())
 
 
+@pytest.fixture(autouse=True, params=["one sweep", "two passes"])
+def way(request, monkeypatch):
+    """The kernel that writes the gradient in the forward, and those of forward and backward, on everything."""
+    if request.param == "two passes":
+        monkeypatch.setattr(dino_loss_sweep, "takes", lambda student: False)
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
     """What a kernel forgets to write is NaN."""
@@ -61,7 +70,12 @@ def poisoned_memory(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", poisoned)
     new_empty = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda t, *a, **k: new_empty(t, *a, **k).fill_(float("nan")))
+
+    def poisoned_new(tensor, *args, **kwargs):
+        tensor = new_empty(tensor, *args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned_new)
 
 
 def test_interpreted():
@@ -74,7 +88,7 @@ def test_interpreted():
         (2, 1, 1),  # nothing but one global pair and one prototype
         (2, 3, 511),  # no local crops, one short tile
         (10, 2, 513),  # one element past a tile
-        (3, 300, 5),  # more images than programs are wanted
+        (3, 140, 5),  # more images than programs are wanted
         (12, 1, 4096),  # one image in several slices
     ],
 )
@@ -114,11 +128,23 @@ def test_rows_apart_and_offset():
 
 def test_gradient_over_the_logits():
     student, teacher, center = logits(5, 2, 700)
-    expected = run((student, teacher, center))[1]
     row_statistics = torch.full((2, 7, 2), float("nan"))
     kernels.statistics(student, teacher, center, 0.1, 0.04, row_statistics)
+    expected = torch.empty_like(student)
+    kernels.gradient(student, teacher, center, row_statistics, torch.ones(()), expected, 0.1, 0.04)
     kernels.gradient(student, teacher, center, row_statistics, torch.ones(()), student, 0.1, 0.04)
     assert torch.equal(student, expected)
+
+
+def test_gradient_in_place_of_the_logits(way):
+    student, teacher, center = logits(5, 2, 700)
+    expected = run((student, teacher, center))[1]
+    leaf = student.clone().requires_grad_()
+    given = leaf.clone()
+    loss = dino_loss(given, teacher, center, **TEMPS, inplace=True, backend="triton").loss
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    assert torch.equal(gradient, expected)
+    assert torch.equal(given, expected) == (way == "one sweep")
 
 
 def test_float16_waits_for_the_loss_scale():
@@ -143,9 +169,38 @@ def test_what_is_not_finite_shows(bad, where):
 def test_row_statistics_are_the_native_kernels():
     student, teacher, center = logits(6, 3, 1300)
     ours, theirs = (
-        operation.FORWARD[name](student, teacher, center, 0.1, 0.04, False)[4] for name in ("triton", "reference")
+        operation._run(student, teacher, center, 0.1, 0.04, True, name, False)[4] for name in ("triton", "reference")
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+
+
+def test_groups_of_images_do_not_change_the_result(monkeypatch):
+    draw = logits(6, 7, 1100)
+    expected = run(draw)
+    for resident in (4, 9, 20):  # one group, several, as many as there are images
+        monkeypatch.setattr(dino_loss_sweep, "resident", lambda device, n=resident: n)
+        values, gradient = run(draw)
+        assert torch.equal(values[0], expected[0][0]) and torch.equal(gradient, expected[1])
+        torch.testing.assert_close(values[1], expected[0][1], rtol=1e-6, atol=1e-7)  # its sum is in another order
+
+
+def test_what_does_not_come_makes_the_result_nan(monkeypatch):
+    """A wait that ends without what it waited for, as if a program had died: nothing finite is made of it."""
+    monkeypatch.setattr(dino_loss_sweep, "WAITS", 3)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, **options: zeros(*size, **options).sub_(2))
+    student, teacher, center = logits(3, 2, 1100)
+    gradient, statistics = torch.empty_like(student), torch.empty(2, 5, 2)
+    loss, *_ = dino_loss_sweep.sweep(student, teacher, center, 0.1, 0.04, statistics, gradient)
+    assert not loss.isfinite() and gradient.isnan().all()
+
+
+def test_an_upstream_gradient_is_multiplied_in_place():
+    values = torch.randn(4096 * 265)  # more blocks than programs
+    for upstream in (1.0, -0.3):
+        expected = values * upstream
+        dino_loss_sweep.scale(values, torch.tensor(upstream))
+        assert torch.equal(values, expected)
 
 
 def test_bytes_are_what_the_kernels_load_and_store(monkeypatch):
@@ -185,3 +240,6 @@ def test_bytes_are_what_the_kernels_load_and_store(monkeypatch):
     counted = 0
     kernels.mean(student, teacher, center, row_statistics)
     assert counted == expected["mean"]
+    counted = 0
+    dino_loss_sweep.sweep(student, teacher, center, 0.1, 0.04, row_statistics, grad)
+    assert counted == dino_loss_sweep.bytes_moved(V, B, K, 4)["L2"]

@@ -20,6 +20,7 @@ triton = pytest.importorskip("triton")
 TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "triton_dino_loss.json"
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may use
 SHAPES = {"2+8 crops": 16, "2 crops": 2}  # rows of a tile: the next power of two
+CROPS = {"2+8 crops": 10, "2 crops": 2}
 
 
 def test_under_the_interpreter():
@@ -39,7 +40,7 @@ def test_no_spills_and_within_the_chips_limits(compiled):
     for name, use in compiled.items():
         arch = int(name.rsplit("sm_", 1)[1])
         assert use["stack"] == 0, f"{name} spills: {use}"
-        assert use["registers"] <= 255, name
+        assert use["registers"] <= (128 if name.startswith("sweep") else 255), name
         assert use["shared"] <= SHARED_MEMORY[arch], name
 
 
@@ -56,6 +57,7 @@ def test_registers_are_those_of_the_table(compiled):
 def compile_all() -> dict[str, dict[str, int]]:
     """Registers, stack and shared memory of every kernel, for bf16 and float32 logits and each chip."""
     from dino_fast.kernels import dino_loss as kernels
+    from dino_fast.kernels import dino_loss_sweep as sweep
 
     found = {}
     for arch in SHARED_MEMORY:
@@ -69,18 +71,27 @@ def compile_all() -> dict[str, dict[str, int]]:
                     ("mean", kernels._gradient, tile | {"WRITE_GRADIENT": False}, kernels.WARPS),
                 ):
                     label = f"{name}, {shape}, {dtype}, sm_{arch}"
-                    found[label] = compile_one(kernel, dtype, constants, warps, arch)
+                    found[label] = compile_one(kernel, dtype, constants, {"num_warps": warps}, arch)
+                if arch == 80 and dtype == "fp32":
+                    continue  # not taken there
+                V = CROPS[shape]
+                options = {"num_warps": sweep.WARPS, "maxnreg": sweep.REGISTERS, "launch_cooperative_grid": True}
+                for K, slices in ((65536, 128), (65537, 129)):
+                    constants = sweep.launch_constants(V, K, slices) | {"STATISTICS": True, "GRADIENT": True}
+                    label = f"sweep{'' if K % 2 == 0 else ' with an odd K'}, {shape}, {dtype}, sm_{arch}"
+                    found[label] = compile_one(sweep._sweep, dtype, constants, options, arch)
     return found
 
 
-def compile_one(kernel, dtype: str, constants: dict, warps: int, arch: int) -> dict[str, int]:
+def compile_one(kernel, dtype: str, constants: dict, options: dict, arch: int) -> dict[str, int]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kinds = {"student": f"*{dtype}", "teacher": f"*{dtype}", "grad": f"*{dtype}"}
-    numbers = {"inverse_student_temp", "inverse_teacher_temp", "factor"}
+    kinds = {"student": f"*{dtype}", "teacher": f"*{dtype}", "grad": f"*{dtype}", "counters": "*i32"}
+    numbers = {"inverse_student_temp", "inverse_teacher_temp", "factor", "log2_student", "log2_teacher"}
+    numbers |= {"loss_scale", "entropy_scale", "mean_scale"}
     integers = {"student_v", "student_b", "teacher_t", "teacher_b", "grad_v", "grad_b", "B", "V", "K", "images"}
-    integers |= {"slices", "slice_k"}
+    integers |= {"slices", "slice_k", "groups"}
     signature = {}
     for name in kernel.arg_names:
         if name in constants:
@@ -93,10 +104,10 @@ def compile_one(kernel, dtype: str, constants: dict, warps: int, arch: int) -> d
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or name in integers - {"B", "V", "images", "slices"}
+        if signature[name].startswith("*") or name in integers - {"B", "V", "images", "slices", "groups"}
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": warps})
+    binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     return {**resources(binary.asm["cubin"]), "shared": binary.metadata.shared}
 
 
