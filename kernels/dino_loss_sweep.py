@@ -149,7 +149,7 @@ def _sweep(
     student_v, student_b, teacher_t, teacher_b, grad_v, grad_b, B, V, K, slices, groups, log2_student, log2_teacher,
     factor, loss_scale, entropy_scale, mean_scale,
     BLOCK_K: tl.constexpr, MANY: tl.constexpr, REST: tl.constexpr, SLICES: tl.constexpr, ROWS: tl.constexpr,
-    WHOLE: tl.constexpr, STATISTICS: tl.constexpr, GRADIENT: tl.constexpr,
+    WHOLE: tl.constexpr, AHEAD: tl.constexpr, STATISTICS: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """Programs [0, groups * slices) are workers (group, slice), the last `groups` merge. `counters`: slices that came
     [B], images merged [B], mergers that ended [1], groups that ended [slices]; all 0 at the start."""
@@ -181,13 +181,42 @@ def _sweep(
         column_sum = tl.zeros([BLOCK_K], tl.float32)
         images = tl.cdiv(B - group, groups)
         for n in range(0, images + BEHIND):
-            if STATISTICS and n < images:
-                b = group + n * groups
+            if STATISTICS and AHEAD:
+                # On their way while the gradient of an earlier image is made; at the end, the last image's once more.
+                b = group + tl.minimum(n, images - 1) * groups
                 rows = student + b.to(tl.int64) * student_b
-                # The next image's logits are on their way while sums and products of the last are made.
                 s_many = _load_rows(rows, many, student_v, V, k, mask, WHOLE)
                 s_rest = _load_rows(rows, rest, student_v, V, k, mask, WHOLE)
+            if GRADIENT and n >= BEHIND:
+                before = group + (n - BEHIND) * groups
+                wide = before.to(tl.int64)
+                here = _wait(merged + before, 1)
+                own = tl.where(here, factor, float("nan"))
+                t0 = _load(teacher + wide * teacher_b, k, mask, WHOLE, 0.0)
+                t1 = _load(teacher + wide * teacher_b + teacher_t, k, mask, WHOLE, 0.0)
+                m0 = tl.load(maxima + before, cache_modifier=".cg")
+                m1 = tl.load(maxima + B + before, cache_modifier=".cg")
+                l0 = tl.load(sums + before, cache_modifier=".cg")
+                l1 = tl.load(sums + B + before, cache_modifier=".cg")
+                q0 = tl.exp2((t0 - c - m0) * log2_teacher) * (own / l0)
+                q1 = tl.exp2((t1 - c - m1) * log2_teacher) * (own / l1)
+                old_rows = student + wide * student_b
+                out = grad + wide * grad_b
+                row_maxima, row_sums = maxima + 2 * B + before, sums + 2 * B + before
+                _write(
+                    old_rows, out, many, student_v, grad_v, V, k, mask, row_maxima, row_sums, B, q0, q1, log2_student,
+                    own, WHOLE,
+                )  # fmt: skip
+                _write(
+                    old_rows, out, rest, student_v, grad_v, V, k, mask, row_maxima, row_sums, B, q0, q1, log2_student,
+                    own, WHOLE,
+                )  # fmt: skip
+            if STATISTICS and n < images:
+                b = group + n * groups
                 t_rows = teacher + b.to(tl.int64) * teacher_b
+                if not AHEAD:
+                    s_many = _load_rows(student + b.to(tl.int64) * student_b, many, student_v, V, k, mask, WHOLE)
+                    s_rest = _load_rows(student + b.to(tl.int64) * student_b, rest, student_v, V, k, mask, WHOLE)
                 part = parts + (b * slices + slice).to(tl.int64) * (4 * V + 6)
                 t0 = _load(t_rows, k, mask, WHOLE, float("-inf"))
                 t1 = _load(t_rows + teacher_t, k, mask, WHOLE, float("-inf"))
@@ -205,29 +234,6 @@ def _sweep(
                 _sum_up(s_many, many, V, mask, p0, p1, log2_student, part, WHOLE)
                 _sum_up(s_rest, rest, V, mask, p0, p1, log2_student, part, WHOLE)
                 _signal(arrived + b)
-            if GRADIENT and n >= BEHIND:
-                b = group + (n - BEHIND) * groups
-                wide = b.to(tl.int64)
-                here = _wait(merged + b, 1)
-                own = tl.where(here, factor, float("nan"))
-                t0 = _load(teacher + wide * teacher_b, k, mask, WHOLE, 0.0)
-                t1 = _load(teacher + wide * teacher_b + teacher_t, k, mask, WHOLE, 0.0)
-                m0 = tl.load(maxima + b, cache_modifier=".cg")
-                m1 = tl.load(maxima + B + b, cache_modifier=".cg")
-                l0 = tl.load(sums + b, cache_modifier=".cg")
-                l1 = tl.load(sums + B + b, cache_modifier=".cg")
-                q0 = tl.exp2((t0 - c - m0) * log2_teacher) * (own / l0)
-                q1 = tl.exp2((t1 - c - m1) * log2_teacher) * (own / l1)
-                rows = student + wide * student_b
-                out = grad + wide * grad_b
-                _write(
-                    rows, out, many, student_v, grad_v, V, k, mask, maxima + 2 * B + b, sums + 2 * B + b, B, q0, q1,
-                    log2_student, own, WHOLE,
-                )  # fmt: skip
-                _write(
-                    rows, out, rest, student_v, grad_v, V, k, mask, maxima + 2 * B + b, sums + 2 * B + b, B, q0, q1,
-                    log2_student, own, WHOLE,
-                )  # fmt: skip
         if STATISTICS:
             tl.store(teacher_sums + group * K + k, column_sum, mask)
             # The last group of a slice adds the groups up, in their order whoever is last.
@@ -296,7 +302,7 @@ def sweep(
         empty(B, slices, 4 * V + 6), empty(2, B), empty(groups, K), empty(K), empty(2)
     )  # fmt: skip
     counters = torch.zeros(2 * B + 1 + slices, dtype=torch.int32, device=student.device)
-    constants = launch_constants(V, K, slices)
+    constants = launch_constants(V, K, slices, student.element_size())
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # there programs run one by one, so nobody may wait
     for halves in ((True, False), (False, True)) if interpreted else ((True, True),):
         _sweep[(groups * slices + groups,)](
@@ -311,7 +317,7 @@ def sweep(
     return scalars[0], scalars[1], mean
 
 
-def launch_constants(V: int, K: int, slices: int) -> dict[str, int | bool]:
+def launch_constants(V: int, K: int, slices: int, element_size: int) -> dict[str, int | bool]:
     """What the kernel is compiled for."""
     many = 1 << (V.bit_length() - 1)
     many = many // 2 if many == V and V > 1 else many  # the second block must have a row
@@ -322,11 +328,13 @@ def launch_constants(V: int, K: int, slices: int) -> dict[str, int | bool]:
         "SLICES": triton.next_power_of_2(slices),
         "ROWS": triton.next_power_of_2(V),
         "WHOLE": K % BLOCK_K == 0,
+        "AHEAD": element_size == 2,  # float32 would spill
     }
 
 
-def bytes_moved(V: int, B: int, K: int, element_size: int) -> dict[str, int]:
-    """Bytes of logits and gradient between the kernel and device memory, and those that it asks L2 for; the sums that
-    programs exchange are thousands of times less."""
-    unit = element_size * B * K
-    return {"device memory": (2 * V + 2) * unit, "L2": (3 * V + 4) * unit}
+def bytes_moved(V: int, B: int, K: int, element_size: int, groups: int) -> dict[str, int]:
+    """Bytes of logits and gradient between the kernel and device memory, and those that it asks L2 for, where in 16
+    bits each group reads its last image's student rows in vain; the sums that programs exchange are the small rest."""
+    unit = element_size * K
+    again = BEHIND.value * V * groups if element_size == 2 else 0
+    return {"device memory": (2 * V + 2) * B * unit, "L2": ((3 * V + 4) * B + again) * unit}

@@ -77,7 +77,10 @@ def compile_all() -> dict[str, dict[str, int]]:
                 V = CROPS[shape]
                 options = {"num_warps": sweep.WARPS, "maxnreg": sweep.REGISTERS, "launch_cooperative_grid": True}
                 for K, slices in ((65536, 128), (65537, 129)):
-                    constants = sweep.launch_constants(V, K, slices) | {"STATISTICS": True, "GRADIENT": True}
+                    constants = sweep.launch_constants(V, K, slices, {"bf16": 2, "fp32": 4}[dtype]) | {
+                        "STATISTICS": True,
+                        "GRADIENT": True,
+                    }
                     label = f"sweep{'' if K % 2 == 0 else ' with an odd K'}, {shape}, {dtype}, sm_{arch}"
                     found[label] = compile_one(sweep._sweep, dtype, constants, options, arch)
     return found

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dino_fast.ops import multi_tensor, multi_tensor_cuda
+from dino_fast.optim import AdamWEMA
 
 ROOT = Path(__file__).parents[2]
 CHUNK = 8192
@@ -200,6 +201,38 @@ def test_where_found_inf_is_infinite_nothing_is_written(kernels):
         found_inf = torch.tensor(value)
         multi_tensor_cuda.ema_update(teachers, before["params"], 0.9, [], found_inf)
         assert any(not torch.equal(t, b) for t, b in zip(teachers, before["teachers"], strict=True)) == moves
+
+
+@pytest.mark.parametrize("clip", [{}, {"clip_grad": 0.5}, {"clip_grad": 0.5, "clip_mode": "global"}])
+def test_a_grad_scaler_s_numbers_stay_tensors_all_the_way(kernels, monkeypatch, clip):
+    """The whole optimizer over the CUDA code: `grad_scale` divides, `found_inf` keeps the weights, nothing is read."""
+    for table, name in (("_EMA_UPDATE", "ema_update"), ("_GRAD_NORMS", "grad_norms"), ("_ADAMW_EMA", "adamw_ema")):
+        monkeypatch.setitem(getattr(multi_tensor, table), "native", getattr(multi_tensor_cuda, name))
+    generator = torch.Generator().manual_seed(12)
+    drawn_once = [torch.randn(n, generator=generator) for n in (5, 0, 8193, 40)]
+    made = []
+    for scale in (1.0, 1024.0):
+        params = [torch.nn.Parameter(x.clone()) for x in drawn_once]
+        teacher = [x.clone() for x in drawn_once]
+        optimizer = AdamWEMA(params, teacher, lr=1e-2, **clip)
+        for step, overflow in enumerate((0.0, 1.0, 0.0)):
+            for p in params:
+                p.grad = scale * torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+            if overflow:
+                before = [p.detach().clone() for p in params]
+                params[-1].grad[0] = torch.inf
+            optimizer.found_inf = torch.tensor(overflow)
+            if scale != 1.0:
+                optimizer.grad_scale = torch.tensor(scale)
+            with monkeypatch.context() as reading:
+                reading.setattr(Tensor, "item", lambda tensor: pytest.fail("the host looked at a tensor"))
+                optimizer.step(momentum=0.9)
+            if overflow:
+                assert all(map(torch.equal, [p.detach() for p in params], before))
+                assert not torch.equal(teacher[-1], params[-1])
+        made.append([*(p.detach() for p in params), *teacher])
+    for unscaled, scaled in zip(*made, strict=True):
+        torch.testing.assert_close(scaled, unscaled, rtol=1e-6, atol=1e-7)
 
 
 def test_nothing_beside_the_tensors_is_written(kernels):
