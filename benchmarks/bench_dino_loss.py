@@ -78,10 +78,8 @@ def comparison(
     def ours(s: Tensor, t: Tensor, c: Tensor) -> Tensor:
         return dino_loss(s, t, c, inplace=inplace, **TEMPS)
 
-    def two_passes(s: Tensor, t: Tensor, c: Tensor) -> Tensor:
-        """As a graph traced by torch.compile calls it: the gradient waits for the backward on a GPU."""
-        temps = TEMPS["student_temp"], TEMPS["teacher_temp"]
-        return torch.ops.dino_fast.dino_loss(s, t, c, *temps, True)[0]
+    def sweep(s: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        return dino_loss(s, t, c, inplace=inplace, backend="triton_sweep", **TEMPS)
 
     def contender(name: str, loss: Callable[[Tensor, Tensor, Tensor], Tensor], **options: bool) -> Contender:
         return Contender(name, forward_backward(loss), prepare=write_logits, **options)
@@ -110,7 +108,7 @@ def comparison(
         output_bytes=student.nbytes,  # the gradient, which every contender must write
         contenders=[
             contender("dino-fast", ours, ours=True),
-            *([contender("dino-fast, gradient in the backward", two_passes)] if device == "cuda" else []),
+            *([contender("dino-fast, triton_sweep", sweep)] if device == "cuda" else []),
             contender("original, eager", original, baseline=True),
             contender("einsum, eager", einsum),
             contender("original, torch.compile", compiler(original)),

@@ -190,6 +190,7 @@ class AdamWEMA(torch.optim.Optimizer):
         keep = 1.0 if momentum is None else momentum
         for rows, multiplier in zip(moving, multipliers, strict=True):
             rows.step(multiplier, _on(rows.device, found_inf), keep)
+            rows.grads = []  # the caller's to free, before the next forward
         for rows in resting:
             rows.follow(keep, _on(rows.device, found_inf))
         return loss

@@ -273,14 +273,20 @@ def resident(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def takes(student: Tensor) -> bool:
-    """Whether logits [V, B, K] are few enough columns and crops for this kernel."""
+def rejects(student: Tensor) -> str | None:
+    """Why this kernel does not take logits [V, B, K], or None."""
     V, B, K = student.shape
     if student.device.type == "cuda":
         chip = torch.cuda.get_device_capability(student.device)
-        if chip < (8, 0) or (chip < (9, 0) and student.dtype == torch.float32):  # there it would spill
-            return False
-    return V <= 16 and programs(K, B, resident(student.device))[1] > 0
+        if chip < (8, 0):
+            return "it needs compute capability 8.0"
+        if chip < (9, 0) and student.dtype == torch.float32:
+            return "float32 logits would spill on this chip"
+    if V > 16:
+        return f"it takes at most 16 crops, not {V}"
+    if programs(K, B, resident(student.device))[1] == 0:
+        return f"K = {K} is more columns than the chip holds at once"
+    return None
 
 
 def sweep(

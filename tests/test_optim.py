@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import weakref
 from functools import partial
 
 import pytest
@@ -113,6 +114,16 @@ def test_without_gradient_only_the_teacher_moves():
     assert all(torch.equal(p.detach(), b) for p, b in pairs(params, before))
     assert_close(teacher, [0.25 * b for b in before])
     assert not optimizer.state
+
+
+def test_gradients_are_freed_before_the_next_forward():
+    params = parameters()
+    optimizer = AdamWEMA(params, copies_of(params), clip_grad=1.0)
+    set_gradients(params, 0)
+    gradients = [weakref.ref(p.grad) for p in params]
+    optimizer.step(momentum=0.9)
+    optimizer.zero_grad()
+    assert not any(gradient() is not None for gradient in gradients)
 
 
 def test_without_momentum_the_teacher_stays():

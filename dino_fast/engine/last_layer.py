@@ -1,9 +1,9 @@
 """The head's last layer and the loss, in one of three ways that give the same numbers to rounding.
 
 fused     `linear_dino_loss`: no logits at all. On a GPU the fastest, and the smallest everywhere
-parts     logits of some images at a time, of which the gradients are left. On a CPU the default: a tenth slower than
-          all logits at once and a third of their memory (64 images, K = 65536, two cores: 284 ms and 256 ms; with
-          the logits made again, `linear_dino_loss`, 372 ms)
+parts     logits of some images at a time, of which the gradients are left. On a CPU the default: the fastest, at a
+          third of the memory of all logits at once (64 images, K = 65536, two cores: 206 ms, those 242 ms; with the
+          logits made again, `linear_dino_loss`, 359 ms)
 logits    those of all images at once, by PyTorch's layer and `dino_loss`
 """
 
@@ -21,7 +21,7 @@ from dino_fast.models import WeightNormLinear
 from dino_fast.ops.dino_loss import dino_loss
 from dino_fast.ops.matmul import matmul
 
-PART = 16 << 20  # floats of logits at a time, 25 images of 10 crops at K = 65536; half of it: 337 ms, twice: 271 ms
+PART = 16 << 20  # floats of logits at a time, 25 images of 10 crops at K = 65536; half of it: 267 ms, twice: 193 ms
 ENTROPY_ROWS = 128  # whose logits are made for the teacher's entropy where the loss needs none
 
 
@@ -57,14 +57,12 @@ def loss_of_rows(
         with torch.autocast(rows.device.type, enabled=False):
             loss, _ = linear_dino_loss(rows, student.weight_v, targets, teacher.weight_v, center, **temps)
         return loss, entropy_of(targets.flatten(0, 1), teacher, center, teacher_temp)
-    with torch.no_grad():
-        teacher_weight = teacher.weight
     if way == "parts":
-        matrices = [x.to(dtype) for x in (rows, student.weight, targets, teacher_weight)]
-        loss, entropy = _Parts.apply(*matrices, center, temps)
+        of_teacher = _Targets(targets.to(dtype), teacher, dtype)
+        loss, entropy = _Parts.apply(rows.to(dtype), student.weight.to(dtype), of_teacher, center, temps)
         return loss, entropy
     with torch.no_grad():
-        target_logits = F.linear(targets, teacher_weight)  # [2, B, K]
+        target_logits = F.linear(targets, teacher.weight)  # [2, B, K]
     logits = F.linear(rows, student.weight)  # [V, B, K]
     # In place: nothing else reads the student's logits.
     result = dino_loss(logits, target_logits, center, inplace=True, **temps)
@@ -81,8 +79,29 @@ def entropy_of(targets: Tensor, teacher: WeightNormLinear, center: Tensor, teach
     return total / len(targets)
 
 
+class _Targets:
+    """The teacher's logits, kept where they are smaller than the weights that they are made with."""
+
+    @torch.no_grad()
+    def __init__(self, targets: Tensor, teacher: WeightNormLinear, dtype: torch.dtype) -> None:
+        self.targets = targets  # [2, B, D]
+        self.weight: Tensor | None = teacher.weight.to(dtype)  # [K, D]
+        self.kept: Tensor | None = None  # [2, B, K]
+        if targets.shape[1] * 2 <= targets.shape[2]:
+            self.kept = self[:]
+            self.weight = None
+
+    def __getitem__(self, images: slice) -> Tensor:
+        if self.weight is None:
+            assert self.kept is not None
+            return self.kept[:, images]
+        rows = self.targets[:, images]
+        # Of rows side by side: a product of separate crops is one for each of them.
+        return matmul(rows.reshape(-1, rows.shape[2]), self.weight.t()).unflatten(0, rows.shape[:2])
+
+
 class _Parts(torch.autograd.Function):
-    """dino_loss(rows W^T, targets W'^T, center) and the mean entropy, some images after the others.
+    """dino_loss(rows W^T, the teacher's logits, center) and the mean entropy, some images after the others.
 
     The gradients are made with the loss, for an upstream gradient of 1, while the logits are in the cache; a scaler's
     factor would come too late for float16.
@@ -93,8 +112,7 @@ class _Parts(torch.autograd.Function):
         ctx: Any,
         rows: Tensor,
         weight: Tensor,
-        targets: Tensor,
-        teacher_weight: Tensor,
+        targets: _Targets,
         center: Tensor,
         temps: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
@@ -102,14 +120,13 @@ class _Parts(torch.autograd.Function):
         wants_rows, wants_weight = ctx.needs_input_grad[:2]
         by_rows = torch.empty_like(rows, memory_format=torch.contiguous_format) if wants_rows else None
         by_weight = torch.empty_like(weight) if wants_weight else None
-        step = max(1, PART // (V * len(weight)))
+        parts = -(-B // max(1, PART // (V * len(weight))))
+        step = -(-B // parts)  # evenly: the largest part is what memory is needed for
         values = []
         for first in range(0, B, step):
-            part, target = rows[:, first : first + step], targets[:, first : first + step]
-            share = part.shape[1] / B
-            # Of rows side by side: a product of separate crops is one for each of them.
-            flat, of_teacher = part.reshape(-1, D), target.reshape(-1, D)
-            target_logits = matmul(of_teacher, teacher_weight.t()).unflatten(0, target.shape[:2])
+            images = slice(first, first + step)
+            part, target_logits = rows[:, images], targets[images]
+            share, flat = part.shape[1] / B, part.reshape(-1, D)
             logits = matmul(flat, weight.t()).requires_grad_(wants_rows)
             with torch.enable_grad():
                 of_crops = logits.unflatten(0, part.shape[:2])
@@ -117,9 +134,11 @@ class _Parts(torch.autograd.Function):
             values.append(torch.stack([result.loss.detach(), result.teacher_entropy]) * share)
             if by_rows is not None:
                 (gradient,) = torch.autograd.grad(result.loss, logits)
-                by_rows[:, first : first + step] = matmul(gradient, weight).unflatten(0, part.shape[:2]) * share
+                by_rows[:, images] = matmul(gradient, weight).unflatten(0, part.shape[:2]) * share
                 if by_weight is not None:
                     matmul(gradient.t(), flat * share, out=by_weight, add=first > 0)
+                del gradient
+            del logits, target_logits, of_crops, result  # before the next ones are made
         ctx.save_for_backward(by_rows, by_weight)
         loss, entropy = torch.stack(values).sum(0)
         ctx.mark_non_differentiable(entropy)
@@ -129,7 +148,7 @@ class _Parts(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor, unused: Tensor) -> tuple[Tensor | None, ...]:
         gradients = [None if x is None else _times(x, upstream) for x in ctx.saved_tensors]
-        return *gradients, None, None, None, None
+        return *gradients, None, None, None
 
 
 def _times(gradient: Tensor, upstream: Tensor) -> Tensor:

@@ -131,8 +131,8 @@ class SwiGLU(nn.Module):
         self.w12 = Linear(dim, 2 * hidden)
         self.w3 = Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.w12(x).chunk(2, dim=-1)
+    def forward(self, x: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
+        gate, value = self.w12(x, norm).chunk(2, dim=-1)
         return self.w3(F.silu(gate) * value)
 
 

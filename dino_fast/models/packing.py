@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -111,13 +111,36 @@ def take(x: Tensor, packing: Packing, kept: Kept) -> Tensor:
 
 def add_to_kept(x: Tensor, branch: Tensor, packing: Packing, kept: Kept) -> Tensor:
     """x [tokens, C] with `branch` added to the kept crops' rows, scaled up so that its mean is that over all crops."""
-    rows = _rows(packing, kept)
-    parts = branch.split([len(indices) for indices in rows])
     scales = [n / len(crops) for (n, _), crops in zip(packing.groups, kept.crops, strict=True)]
+    function = _add_rows if torch.compiler.is_compiling() else _AddRows.apply
+    return cast(Tensor, function(x, branch, scales, *_rows(packing, kept)))
+
+
+def _add_rows(x: Tensor, branch: Tensor, scales: list[float], *rows: Tensor) -> Tensor:
+    parts = branch.split([len(indices) for indices in rows])
     out = x.index_add(0, rows[0], parts[0], alpha=scales[0])
     for indices, part, scale in zip(rows[1:], parts[1:], scales[1:], strict=True):
         out.index_add_(0, indices, part, alpha=scale)
     return out
+
+
+class _AddRows(torch.autograd.Function):
+    """PyTorch's keeps the branch for its backward, to know its shape; here it can be freed."""
+
+    @staticmethod
+    def forward(x: Tensor, branch: Tensor, scales: list[float], *rows: Tensor) -> Tensor:
+        return _add_rows(x, branch, scales, *rows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, _, ctx.scales, *rows = inputs
+        ctx.save_for_backward(*rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows = ctx.saved_tensors
+        parts = [grad.index_select(0, i).mul_(scale) for i, scale in zip(rows, ctx.scales, strict=True)]
+        return grad, joined(parts), None, *(None for _ in rows)
 
 
 def _rows(packing: Packing, kept: Kept) -> list[Tensor]:

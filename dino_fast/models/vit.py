@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dino_fast.errors import UserError
 from dino_fast.models.packing import Kept, Packing, add_to_kept, attend, attend_first, joined, kept_count, pack, take
-from dino_fast.ops.matmul import linear
+from dino_fast.ops.matmul import Norm, linear
 from dino_fast.ops.mlp import mlp
 
 
@@ -211,10 +211,15 @@ class PatchEmbed(nn.Module):
 
 
 class Linear(nn.Linear):
-    """PyTorch's, with products by `dino_fast.ops.matmul`."""
+    """PyTorch's, with products by `dino_fast.ops.matmul`; of `norm(input)` where there is a norm."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return linear(input, self.weight, self.bias)
+    def forward(self, input: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
+        return linear(input, self.weight, self.bias, norm_of(norm))
+
+
+def norm_of(module: nn.LayerNorm | None) -> Norm | None:
+    """The layer norm of a module as operations take it."""
+    return None if module is None else Norm(module.weight, module.bias, module.eps)
 
 
 class Attention(nn.Module):
@@ -224,11 +229,13 @@ class Attention(nn.Module):
         self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor, packing: Packing, classes: bool = False) -> Tensor:
-        """[tokens, C] -> the same; with `classes` the first token of every image alone, [images, C]."""
+    def forward(self, x: Tensor, packing: Packing, classes: bool = False, norm: nn.LayerNorm | None = None) -> Tensor:
+        """[tokens, C], of which `norm` is taken first -> the same; with `classes` the first token of every image alone,
+        [images, C]."""
         if not classes:
-            qkv = self.qkv(x).unflatten(1, (3, self.num_heads, -1))
+            qkv = self.qkv(x, norm).unflatten(1, (3, self.num_heads, -1))
             return self.proj(attend(qkv, packing))
+        x = x if norm is None else norm(x)
         dim, bias = x.shape[1], self.qkv.bias
         of_q, of_kv = (None, None) if bias is None else bias.split([dim, 2 * dim])
         weight_q, weight_kv = self.qkv.weight.split([dim, 2 * dim])
@@ -248,8 +255,8 @@ class Mlp(nn.Module):
         self.fc1 = Linear(dim, hidden)
         self.fc2 = Linear(hidden, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+    def forward(self, x: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
+        return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, norm_of(norm))
 
 
 class Block(nn.Module):
@@ -282,10 +289,10 @@ class Block(nn.Module):
         return add_to_kept(rest, branch, packing_of_rest, single)
 
     def attention_branch(self, x: Tensor, packing: Packing, classes: bool) -> Tensor:
-        return self.attn(self.norm1(x), packing, classes)
+        return self.attn(x, packing, classes, self.norm1)
 
     def mlp_branch(self, x: Tensor) -> Tensor:
-        return self.mlp(self.norm2(x))
+        return self.mlp(x, self.norm2)
 
 
 class DropPath(nn.Module):

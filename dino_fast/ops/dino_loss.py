@@ -57,7 +57,8 @@ def dino_loss(
         inplace: the gradient may take the memory of the student's logits, which then hold it instead. The native
             backend does so where the logits are contiguous float32 or bfloat16 and need a gradient, outside of
             torch.compile. Where an earlier operation kept the logits for its own backward, that backward raises.
-        backend: "auto", "triton", "native" or "reference"; see `dino_fast.backends`.
+        backend: "auto", "triton", "triton_sweep" (a GPU's gradient in the forward, not measured yet), "native" or
+            "reference"; see `dino_fast.backends`.
 
     NaN or infinite logits give a loss and gradients that are not finite, as the formula does; they raise nothing, which
     would cost a pass over the data. Second derivatives are not available.
@@ -158,9 +159,7 @@ def _forward(
 
 def _run(student, teacher, center, student_temp, teacher_temp, differentiable, backend, inplace, eager=False):
     chosen = choose("dino_loss", student, teacher, backend=backend)
-    written = differentiable and gradient_is_written_forward(student)
-    if eager and chosen == "triton" and differentiable:
-        written = _triton_writes(student)
+    written = differentiable and gradient_is_written_forward(student, chosen if eager else None)
     arguments = (student, teacher, center, student_temp, teacher_temp, differentiable)
     outputs = FORWARD[chosen](*arguments, _empty_outputs(student, teacher, differentiable, inplace, written))
     if inplace and written and outputs[3].data_ptr() == student.data_ptr():
@@ -197,18 +196,11 @@ def _empty_outputs(
     )
 
 
-def gradient_is_written_forward(student: Tensor) -> bool:
+def gradient_is_written_forward(student: Tensor, backend: str | None = None) -> bool:
     """Whether the forward writes the gradient. float16 waits for the upstream gradient: 1 / (tau_s B N) underflows.
-    So does an accelerator in a traced graph, which cannot look at the upstream gradient: one pass that scales as it
-    writes costs less than multiplying afterwards. Outside of graphs see `_triton_writes`."""
-    return student.dtype != torch.float16 and student.device.type == "cpu"
-
-
-def _triton_writes(student: Tensor) -> bool:
-    """The same for the Triton backend outside of traced graphs: wherever its kernel of one sweep takes the logits."""
-    from dino_fast.kernels import dino_loss_sweep
-
-    return student.dtype != torch.float16 and dino_loss_sweep.takes(student)
+    So does an accelerator, whose upstream gradient the host cannot see without waiting: one pass that scales as it
+    writes costs less than multiplying afterwards. `triton_sweep` alone, outside of traced graphs, writes it there."""
+    return student.dtype != torch.float16 and (student.device.type == "cpu" or backend == "triton_sweep")
 
 
 @torch.library.custom_op("dino_fast::dino_loss_gradient", mutates_args=())
@@ -353,9 +345,19 @@ def _triton_rejects(student: Tensor | None = None, *others: Tensor) -> str | Non
     return None
 
 
+def _sweep_rejects(student: Tensor | None = None, *others: Tensor) -> str | None:
+    if (reason := _triton_rejects(student, *others)) or student is None:
+        return reason
+    from dino_fast.kernels import dino_loss_sweep
+
+    return dino_loss_sweep.rejects(student)
+
+
+# Programs of `triton_sweep` wait for each other, and none has run on a GPU yet: only who asks for it gets it.
 register(
     "dino_loss",
     Backend("triton", missing=triton_missing, rejects=_triton_rejects),
+    Backend("triton_sweep", missing=triton_missing, rejects=_sweep_rejects),
     Backend("native", missing=native_missing, rejects=_native_rejects),
     Backend("reference"),
 )
@@ -434,21 +436,28 @@ def pair_weights(V: int) -> list[float]:
 
 def _triton_forward(student, teacher, center, student_temp, teacher_temp, differentiable, outputs):
     from dino_fast.kernels import dino_loss as kernels
-    from dino_fast.kernels import dino_loss_sweep
 
     *_, gradient, row_statistics, kept_center = outputs
     student, teacher = _contiguous_rows(student, teacher)
     center = center.to(torch.float32).contiguous()
-    if gradient.numel() > 0 and dino_loss_sweep.takes(student):
-        temps = student_temp, teacher_temp
-        loss, entropy, mean = dino_loss_sweep.sweep(student, teacher, center, *temps, row_statistics, gradient)
-        return loss, mean, entropy, gradient, row_statistics, kept_center
     loss, entropy = kernels.statistics(student, teacher, center, student_temp, teacher_temp, row_statistics)
     if gradient.numel() > 0:
         one = torch.ones((), device=student.device)
         mean = kernels.gradient(student, teacher, center, row_statistics, one, gradient, student_temp, teacher_temp)
     else:
         mean = kernels.mean(student, teacher, center, row_statistics)
+    return loss, mean, entropy, gradient, row_statistics, kept_center
+
+
+def _sweep_forward(student, teacher, center, student_temp, teacher_temp, differentiable, outputs):
+    *_, gradient, row_statistics, kept_center = outputs
+    if gradient.numel() == 0:
+        return _triton_forward(student, teacher, center, student_temp, teacher_temp, differentiable, outputs)
+    from dino_fast.kernels import dino_loss_sweep
+
+    rows = _contiguous_rows(student, teacher)
+    center = center.to(torch.float32).contiguous()
+    loss, entropy, mean = dino_loss_sweep.sweep(*rows, center, student_temp, teacher_temp, row_statistics, gradient)
     return loss, mean, entropy, gradient, row_statistics, kept_center
 
 
@@ -467,5 +476,15 @@ def _contiguous_rows(*logits: Tensor) -> list[Tensor]:
     return [x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in logits]
 
 
-FORWARD = {"triton": _triton_forward, "native": _native_forward, "reference": _reference_forward}
-GRADIENT = {"triton": _triton_gradient, "native": _native_gradient, "reference": _reference_gradient}
+FORWARD = {
+    "triton": _triton_forward,
+    "triton_sweep": _sweep_forward,
+    "native": _native_forward,
+    "reference": _reference_forward,
+}
+GRADIENT = {
+    "triton": _triton_gradient,
+    "triton_sweep": _triton_gradient,
+    "native": _native_gradient,
+    "reference": _reference_gradient,
+}

@@ -15,7 +15,7 @@ where there is little to gain, on other processors, and for other dtypes and dev
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -48,8 +48,38 @@ def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None, *, out: Tensor | No
     return out
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., C] weight^T + bias for weight [D, C], as `torch.nn.functional.linear`; one differentiation."""
+class Norm(NamedTuple):
+    """A layer norm of rows [..., C]: gain [C], bias [C], eps."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The normalised rows, and each row's mean and inverse standard deviation."""
+        return torch.native_layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+    def backward(self, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients by x, weight and bias."""
+        function = torch.ops.aten.native_layer_norm_backward
+        return function(grad, x, x.shape[-1:], mean, rstd, self.weight, self.bias, [True] * 3)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: Norm | None = None) -> Tensor:
+    """x [..., C] weight^T + bias for weight [D, C], as `torch.nn.functional.linear`; one differentiation.
+
+    With `norm` of norm(x), which for float32 and float64 rows [n, C] on a CPU the backward makes again instead of
+    keeping it.
+    """
+    if norm is not None:
+        tensors = (x, weight, bias, norm.weight, norm.bias)
+        wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+        if wanted and x.ndim == 2 and is_plain(x, weight, torch.float32, torch.float64):
+            return cast(Tensor, _NormLinear.apply(*tensors, norm.eps))
+        return linear(norm(x), weight, bias)
     if x.ndim < 2 or not is_plain(x, weight, torch.float32):
         return F.linear(x, weight, bias)
     if x.ndim != 2:
@@ -91,6 +121,32 @@ class _Linear(torch.autograd.Function):
         by_x = None if weight is None else matmul(grad, weight)
         by_weight = None if x is None else matmul(grad.t(), x)
         return by_x, by_weight, grad.sum(0) if ctx.needs_input_grad[2] else None
+
+
+class _NormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gain: Tensor, shift: Tensor, eps: float
+    ) -> Tensor:
+        norm = Norm(gain, shift, eps)
+        ctx.eps = eps
+        ctx.save_for_backward(x, weight, gain, shift)
+        return matmul(norm(x), weight.t(), bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, *of_norm = ctx.saved_tensors
+        norm = Norm(of_norm[0], of_norm[1], ctx.eps)
+        grad = grad.contiguous()
+        rows, mean, rstd = norm.forward(x)
+        gradients = (
+            matmul(grad.t(), rows) if ctx.needs_input_grad[1] else None,
+            grad.sum(0) if ctx.needs_input_grad[2] else None,
+        )
+        del rows
+        by_x, *by_norm = norm.backward(matmul(grad, weight), x, mean, rstd)
+        return by_x, *gradients, *by_norm, None
 
 
 # --- backends ---------------------------------------------------------------------------------------------------------

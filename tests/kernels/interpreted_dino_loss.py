@@ -4,6 +4,7 @@ of its own, because TRITON_INTERPRET must be set before Triton is imported."""
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from dino_fast.ops import dino_loss as operation
 from dino_fast.ops.dino_loss import dino_loss, dino_loss_reference
 
 TEMPS = {"student_temp": 0.1, "teacher_temp": 0.04}
+BACKEND = "triton"  # what the fixture sets
 
 
 def logits(V: int, B: int, K: int, scale: float = 1.0, seed: int = 0):
@@ -36,9 +38,9 @@ def errors(result, upstream, inputs):
     return found, (gradient - student.grad).abs().max().item(), exact, student.grad
 
 
-def run(inputs, upstream=1.0, backend="triton"):
+def run(inputs, upstream=1.0, backend=None):
     student = inputs[0].clone().requires_grad_()
-    result = dino_loss(student, *inputs[1:], **TEMPS, backend=backend)
+    result = dino_loss(student, *inputs[1:], **TEMPS, backend=backend or BACKEND)
     (result.loss * upstream).backward()
     return tuple(x.detach() for x in result), student.grad
 
@@ -51,12 +53,9 @@ def assert_as_good_as_eager(inputs, upstream=1.0):
     assert gradient <= 2 * eager_gradient + 1e-6 * (1 + exact_gradient.abs().max().item())
 
 
-@pytest.fixture(autouse=True, params=["one sweep", "two passes"])
-def way(request, monkeypatch):
-    """The kernel that writes the gradient in the forward, and those of forward and backward, on everything."""
-    if request.param == "two passes":
-        monkeypatch.setattr(dino_loss_sweep, "takes", lambda student: False)
-    return request.param
+@pytest.fixture(autouse=True, params=["triton", "triton_sweep"])
+def backend(request, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "BACKEND", request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -136,15 +135,14 @@ def test_gradient_over_the_logits():
     assert torch.equal(student, expected)
 
 
-def test_gradient_in_place_of_the_logits(way):
+def test_gradient_in_place_of_the_logits():
     student, teacher, center = logits(5, 2, 700)
     expected = run((student, teacher, center))[1]
     leaf = student.clone().requires_grad_()
     given = leaf.clone()
-    loss = dino_loss(given, teacher, center, **TEMPS, inplace=True, backend="triton").loss
+    loss = dino_loss(given, teacher, center, **TEMPS, inplace=True, backend=BACKEND).loss
     (gradient,) = torch.autograd.grad(loss, leaf)
-    assert torch.equal(gradient, expected)
-    assert torch.equal(given, expected) == (way == "one sweep")
+    assert torch.equal(gradient, expected) and torch.equal(given, expected)
 
 
 def test_float16_waits_for_the_loss_scale():
@@ -160,7 +158,7 @@ def test_float16_waits_for_the_loss_scale():
 def test_what_is_not_finite_shows(bad, where):
     student, teacher, center = logits(3, 2, 1200)
     (student if where == "student" else teacher)[1, 0, 700] = bad
-    loss = dino_loss(student, teacher, center, **TEMPS, backend="triton").loss
+    loss = dino_loss(student, teacher, center, **TEMPS, backend=BACKEND).loss
     reference = dino_loss_reference(student, teacher, center, **TEMPS).loss
     # -inf in the teacher is a prototype without probability: finite in the formula, and then the same number.
     assert not loss.isfinite() or (loss - reference).abs() < 1e-5
@@ -169,7 +167,7 @@ def test_what_is_not_finite_shows(bad, where):
 def test_row_statistics_are_the_native_kernels():
     student, teacher, center = logits(6, 3, 1300)
     ours, theirs = (
-        operation._run(student, teacher, center, 0.1, 0.04, True, name, False)[4] for name in ("triton", "reference")
+        operation._run(student, teacher, center, 0.1, 0.04, True, name, False)[4] for name in (BACKEND, "reference")
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
 

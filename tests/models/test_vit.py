@@ -200,6 +200,19 @@ def test_stochastic_depth_leaves_out_a_fixed_number_and_keeps_the_mean():
     assert (seen - 1).abs().max() < 0.2
 
 
+def test_adding_to_the_kept_crops_has_pytorch_s_gradients_and_keeps_no_branch():
+    packing, inner = (pack(groups, torch.device("cpu")) for groups in (((4, 2), (3, 3)), ((3, 2), (2, 3))))
+    kept = Kept((torch.tensor([0, 1, 3]), torch.tensor([0, 2])), inner)
+    x, branch = (torch.randn(n, 5, dtype=torch.float64, requires_grad=True) for n in (17, 12))
+    assert torch.autograd.gradcheck(lambda x, branch: add_to_kept(x, branch, packing, kept), (x, branch))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        add_to_kept(x, branch, packing, kept)
+    assert saved and not any(t.is_floating_point() for t in saved)
+    compiled = torch.compile(lambda x, branch: add_to_kept(x, branch, packing, kept), backend="aot_eager")
+    assert torch.equal(compiled(x, branch), add_to_kept(x, branch, packing, kept))
+
+
 def test_bf16_autocast_is_near_float32():
     ours, _ = pair(drop_path_rate=0.1)
     x = torch.randn(2, 3, 24, 24)
