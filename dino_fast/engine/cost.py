@@ -130,12 +130,12 @@ def parameters(config: Config, channels: int) -> tuple[int, int]:
     return sum(p.numel() for p in model.backbone.parameters()), sum(p.numel() for p in model.head.parameters())
 
 
-def memory_parts(config: Config, channels: int, precision: str, world: int) -> dict[str, float]:
+def memory_parts(config: Config, channels: int, precision: str, world: int, device: str) -> dict[str, float]:
     """Bytes in each process, estimated: weights and moments exactly, what the backward pass keeps roughly.
 
     A block keeps 16 C numbers a token (the inputs of both norms and of four products, queries, keys and values, and
-    the MLP's hidden layer twice), 10 C under selective checkpointing, 1 C under full; the kernels' own buffers and what
-    the allocator cannot use again are not in it.
+    the MLP's hidden layer twice), 10 C under selective checkpointing and in float32 on a CPU, where norms and GELU are
+    always made again, 1 C under full; the kernels' own buffers and what the allocator cannot use again are not in it.
     """
     wide = 4 if precision == "fp32" else 2
     count = sum(parameters(config, channels))
@@ -149,6 +149,8 @@ def memory_parts(config: Config, channels: int, precision: str, world: int) -> d
     }
     sizes = sizes_of(config, channels)
     kept = {"none": 16.0, "selective": 10.0, "full": 1.0}[config.checkpoint_activations]
+    if device == "cpu" and precision == "fp32":
+        kept = min(kept, 10.0)
     if config.last_layer == "logits":
         parts["logits"] = images * (4 + config.local_crops) * config.out_dim * wide
     if sizes is not None:

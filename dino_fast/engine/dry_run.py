@@ -56,7 +56,7 @@ def report(config: Config, environment: dict[str, str]) -> str:
         ("an image", ", ".join(filter(None, (work, tokens)))),
         ("the run", f"{(flops or 0) * steps * config.batch_size:.3g} FLOP"),
     ]
-    parts = memory_parts(config, channels, precision, world)
+    parts = memory_parts(config, channels, precision, world, device.type)
     rows.append(("memory", f"{sum(parts.values()) / 1e9:.2f} GB in each process, estimated:"))
     rows += [("", f"  {size / 1e9:.2f} GB {name}") for name, size in parts.items()]
     if world > 1:

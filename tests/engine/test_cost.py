@@ -61,9 +61,11 @@ def test_bytes_on_the_wire() -> None:
 
 
 def test_memory_is_cut_with_the_weights() -> None:
-    parts = {shard: cost.memory_parts(published(shard=shard), 3, "fp32", 4) for shard in ("none", "full")}
+    parts = {shard: cost.memory_parts(published(shard=shard), 3, "fp32", 4, "cuda") for shard in ("none", "full")}
     weights = [next(iter(part.values())) for part in parts.values()]
     assert weights[0] == 4 * weights[1] == 20 * sum(cost.parameters(published(), 3))
+    kept = [list(cost.memory_parts(published(), 3, "fp32", 1, device).values())[-1] for device in ("cuda", "cpu")]
+    assert kept[1] == 10 / 16 * kept[0]
 
 
 def test_a_dry_run_tells_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

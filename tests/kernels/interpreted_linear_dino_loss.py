@@ -177,6 +177,7 @@ def test_operations_and_bytes_are_those_of_the_formulas(V, T, B, monkeypatch):
     tensors, gains = problem(V, T, B, K, D)
     student, weight, teacher, teacher_weight, center = tensors[:5]
     layers = kernels.Layer(weight, gains["student_gain"]), kernels.Layer(teacher_weight, gains["teacher_gain"])
+    assert all(layer.scale is not None for layer in layers)  # a pass of its own, made before what is counted
     arguments = student, layers[0], teacher, layers[1], center
     attend, weigh = (
         kernels.tiles(table, torch.float32, torch.float32, D)[0]

@@ -150,13 +150,13 @@ def _half_passes(arch: int, dtype: torch.dtype, D: int) -> Iterator[tuple[str, s
     for reads in (True, False):
         for i, tile in enumerate(half.ATTEND_TILES[chip]):
             label = f"16-bit attend{'' if reads else ' without reads'}, {tile.rows}x{tile.prototypes}"
-            yield "_attend", label, half.constants(tile, D, dtype) | scaled | {"READ": reads}, i == 0
+            yield "_attend", label, half.constants(tile, D, dtype, "attend") | scaled | {"READ": reads}, i == 0
         finish = {"SLICES": 32, "WIDTH": half.WIDTH, "READ": reads}
         yield "_finish", f"16-bit merge{'' if reads else ' without reads'}", finish, True
     for aligned, table, problem in ((False, half.WEIGH_TILES, "2+8 crops"), (True, half.ALIGNED_TILES, "rows alone")):
         for i, tile in enumerate(table[chip]):
             label = f"16-bit weigh, {problem}, {tile.rows}x{tile.prototypes}"
-            yield "_weigh", label, half.constants(tile, D, dtype) | scaled | {"ALIGNED": aligned}, i == 0
+            yield "_weigh", label, half.constants(tile, D, dtype, "weigh") | scaled | {"ALIGNED": aligned}, i == 0
 
 
 def compile_one(case: Case) -> dict[str, int]:
