@@ -134,8 +134,9 @@ def memory_parts(config: Config, channels: int, precision: str, world: int, devi
     """Bytes in each process, estimated: weights and moments exactly, what the backward pass keeps roughly.
 
     A block keeps 16 C numbers a token (the inputs of both norms and of four products, queries, keys and values, and
-    the MLP's hidden layer twice), 10 C under selective checkpointing and in float32 on a CPU, where norms and GELU are
-    always made again, 1 C under full; the kernels' own buffers and what the allocator cannot use again are not in it.
+    the MLP's hidden layer twice), 10 C under selective checkpointing, 6 C in float32 on a CPU, where norms and the MLP
+    are always made again, 1 C under full; the kernels' own buffers and what the allocator cannot use again are not in
+    it.
     """
     wide = 4 if precision == "fp32" else 2
     count = sum(parameters(config, channels))
@@ -150,7 +151,7 @@ def memory_parts(config: Config, channels: int, precision: str, world: int, devi
     sizes = sizes_of(config, channels)
     kept = {"none": 16.0, "selective": 10.0, "full": 1.0}[config.checkpoint_activations]
     if device == "cpu" and precision == "fp32":
-        kept = min(kept, 10.0)
+        kept = min(kept, 6.0)
     if config.last_layer == "logits":
         parts["logits"] = images * (4 + config.local_crops) * config.out_dim * wide
     if sizes is not None:

@@ -235,12 +235,11 @@ class Attention(nn.Module):
         if not classes:
             qkv = self.qkv(x, norm).unflatten(1, (3, self.num_heads, -1))
             return self.proj(attend(qkv, packing))
-        x = x if norm is None else norm(x)
         dim, bias = x.shape[1], self.qkv.bias
         of_q, of_kv = (None, None) if bias is None else bias.split([dim, 2 * dim])
         weight_q, weight_kv = self.qkv.weight.split([dim, 2 * dim])
-        q = F.linear(packing.first(x), weight_q, of_q).unflatten(1, (self.num_heads, -1))
-        kv = linear(x, weight_kv, of_kv).unflatten(1, (2, self.num_heads, -1))
+        q = linear(packing.first(x), weight_q, of_q, norm_of(norm)).unflatten(1, (self.num_heads, -1))
+        kv = linear(x, weight_kv, of_kv, norm_of(norm)).unflatten(1, (2, self.num_heads, -1))
         return self.proj(attend_first(q, kv, packing))
 
     def probabilities(self, x: Tensor) -> Tensor:

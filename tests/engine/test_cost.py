@@ -65,7 +65,7 @@ def test_memory_is_cut_with_the_weights() -> None:
     weights = [next(iter(part.values())) for part in parts.values()]
     assert weights[0] == 4 * weights[1] == 20 * sum(cost.parameters(published(), 3))
     kept = [list(cost.memory_parts(published(), 3, "fp32", 1, device).values())[-1] for device in ("cuda", "cpu")]
-    assert kept[1] == 10 / 16 * kept[0]
+    assert kept[1] == 6 / 16 * kept[0]
 
 
 def test_a_dry_run_tells_and_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
