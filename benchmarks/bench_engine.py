@@ -145,9 +145,9 @@ def cpu_rows(sizes: list[Size], *, rounds: int = 3, data: str | None = None) -> 
     found = data or cifar()
     contenders = [
         ("dino-fast", "ours", []),
-        ("dino-fast, bf16", "ours", ["--precision", "bf16"]),
         ("published script", "plain", ["0"]),
         ("published script, 2 workers", "plain", ["2"]),
+        ("dino-fast, bf16", "ours", ["--precision", "bf16"]),
     ]
     rows = []
     for size in sizes:
