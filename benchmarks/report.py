@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import json
+import operator
 import os
 import platform
 import re
@@ -64,9 +65,10 @@ def write(result: dict[str, Any], directory: Path) -> tuple[Path, Path]:
     return path, draw(result, path.with_suffix(".png"))
 
 
-def groups(rows: Iterable[dict[str, Any]]) -> list[tuple[tuple[str, str], list[dict[str, Any]]]]:
-    """Rows by (shape, dtype), in the order measured."""
-    return [(key, list(group)) for key, group in itertools.groupby(rows, key=lambda r: (r["shape"], r["dtype"]))]
+def groups(rows: Iterable[dict[str, Any]]) -> list[tuple[tuple[str, str, str], list[dict[str, Any]]]]:
+    """Rows by (operation, shape, dtype), in the order measured."""
+    by = operator.itemgetter("operation", "shape", "dtype")
+    return [(key, list(group)) for key, group in itertools.groupby(rows, key=by)]
 
 
 def human_bytes(count: int | None) -> str:
@@ -107,10 +109,10 @@ def show(result: dict[str, Any]) -> None:
     from rich.text import Text
 
     console = Console()
-    for (shape, dtype), rows in groups(result["rows"]):
+    for (operation, shape, dtype), rows in groups(result["rows"]):
         allocators = sorted({row["allocator"] for row in rows if row["allocator"]})
         caption = f"{result['device']}, {result['threads']} threads, torch {result['torch']}, allocator: "
-        table = Table(title=f"{result['operation']}  {shape}  {dtype}", caption=caption + " / ".join(allocators))
+        table = Table(title=f"{operation}  {shape}  {dtype}", caption=caption + " / ".join(allocators))
         for i, heading in enumerate(HEADINGS[:-1]):
             table.add_column(heading, justify="right" if i else "left")
         for row in rows:
@@ -134,25 +136,27 @@ def draw(result: dict[str, Any], path: Path) -> Path:
     figure, axes = plt.subplots(
         len(heights), 1, figsize=(8, sum(heights)), squeeze=False, height_ratios=heights, layout="constrained"
     )
-    for ((shape, dtype), rows), ax in zip(panels, axes[:, 0], strict=False):
+    for ((operation, shape, dtype), rows), ax in zip(panels, axes[:, 0], strict=False):
         bars = [row for row in rows if row["role"] != "floor"]
         colours = ["#c2410c" if row["role"] == "ours" else "#94a3b8" for row in bars]
         y = range(len(bars))
         ax.barh(y, [row["ms"] for row in bars], color=colours)
         ax.set_yticks(y, [row["contender"] for row in bars])
-        ax.invert_yaxis()
+        ax.set_ylim(len(bars), -0.6)  # the first on top, room for the floor's name below
         ax.set_xscale("log")
         low = min(row["ms"] for row in rows)
         high = max(row["ms"] for row in rows)
         ax.set_xlim(min(low / 1.6, high / 30), high * 3)
         for i, row in enumerate(bars):
             ratio = "" if row["ratio"] in (None, 1.0) else f"  ({row['ratio']:.1f}x)"
-            ax.text(row["ms"] * 1.03, i, f"{row['ms']:.3g} ms{ratio}", va="center", fontsize=9)
+            time = f"{row['ms']:.3g}" if row["ms"] < 1000 else f"{row['ms']:.0f}"
+            ground = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # over the floor's line
+            ax.text(row["ms"] * 1.05, i, f"{time} ms{ratio}", va="center", fontsize=9, bbox=ground)
         for row in rows:
             if row["contender"] == "floor":
                 ax.axvline(row["ms"], color="black", linestyle="--", linewidth=1)
-                ax.text(row["ms"], -0.62, "floor ", ha="right", va="center", fontsize=8)
-        ax.set_title(f"{result['operation']}   {shape}   {dtype}", fontsize=10, loc="left")
+                ax.text(row["ms"], len(bars) - 0.3, " floor", va="center", fontsize=8)
+        ax.set_title(f"{operation}   {shape}   {dtype}", fontsize=10, loc="left")
         ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_minor_formatter("")
         ax.set_xlabel("ms, logarithmic")

@@ -35,11 +35,11 @@ def table(result: dict[str, Any], shape: str | None = None) -> str:
     """Markdown: one table a shape, under a line that says where it was measured."""
     where = f"{result['device']}, {result['threads']} threads, torch {result['torch']}, {result['date'][:10]}"
     lines = []
-    for (name, dtype), rows in groups(result["rows"]):
+    for (operation, name, dtype), rows in groups(result["rows"]):
         if shape and shape != name:
             continue
         allocators = " / ".join(sorted({row["allocator"] for row in rows if row["allocator"]}))
-        lines += [f"{result['operation']}, {name}, {dtype} ({where}; allocator: {allocators})", ""]
+        lines += [f"{operation}, {name}, {dtype} ({where}; allocator: {allocators})", ""]
         lines += ["| " + " | ".join(HEADINGS) + " |", "|---|" + "---:|" * (len(HEADINGS) - 2) + "---|"]
         lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells(row)) + " |" for row in rows]
         lines.append("")
@@ -52,10 +52,10 @@ def summary(results: dict[str, dict[str, Any]]) -> str:
     """Markdown: for each shape, ours beside the baseline and the best of the others."""
     lines = ["| operation | shape | ours | baseline | best other | of the floor | extra memory, ours / baseline |"]
     lines.append("|---|---|---:|---:|---:|---:|---:|")
-    for name, result in sorted(results.items()):
-        if name in NO_OPERATIONS:
+    for measured, result in sorted(results.items()):
+        if measured in NO_OPERATIONS:
             continue
-        for (shape, dtype), rows in groups(result["rows"]):
+        for (name, shape, dtype), rows in groups(result["rows"]):
             timed = [row for row in rows if row["ratio"]]
             ours = next((row for row in timed if row["role"] == "ours"), None)
             if ours is None:

@@ -210,10 +210,13 @@ def _check_ema(teacher: list[Tensor], student: list[Tensor], momentum: float, co
 
 
 def _check_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, teachers, param_copies, teacher_copies) -> None:
-    for name, tensors in (("grads", grads), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
-        _check_same("params", params, name, tensors)
-    if teachers:
-        _check_same("params", params, "teachers", teachers)
+    shapes = [p.shape for p in params]
+    columns = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "teachers": teachers or params}
+    for name, tensors in columns.items():
+        if [t.shape for t in tensors] != shapes:
+            _check_same("params", params, name, tensors)  # names the first that differs
+    if not all(dtype.is_floating_point for dtype in {t.dtype for t in grads}):
+        _check_same("params", params, "grads", grads)
     _check_copies("param_copies", param_copies, params)
     _check_copies("teacher_copies", teacher_copies, params)
     dtypes = {t.dtype for column in (params, exp_avgs, exp_avg_sqs, teachers) for t in column}
