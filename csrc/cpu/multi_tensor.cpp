@@ -94,32 +94,38 @@ DINO_FAST_INLINE void for_each_vector(int64_t size, const Body& body) {
   if (i < size) body(i, First{static_cast<int>(size - i)});
 }
 
+// Where a loop reads one or two arrays, four parts of each are read side by side, so that more of the processor's own
+// prefetchers run: norms of 176 MB take 7.3 ms on two cores, 7.8 ms front to back; the EMA of as much, with prefetches
+// as well, 13.2 ms and 14.1.
+constexpr int kSideBySide = 4;
+template <typename Body>
+DINO_FAST_INLINE void for_each_vector_side_by_side(int64_t size, const Body& body) {
+  const int64_t part = size / (kSideBySide * Vec::width) * Vec::width;
+  for (int64_t i = 0; i < part; i += Vec::width) {
+    for (int k = 0; k < kSideBySide; ++k) body(k * part + i, k, Whole{});
+  }
+  const int64_t rest = kSideBySide * part;
+  for_each_vector(size - rest, [&](int64_t i, auto whole) { body(rest + i, 0, whole); });
+}
+
 template <typename T, typename S>
 void ema_piece(const EmaScalars& scalars, int64_t size, T* t, const S* s, bf16* copy) {
-  for_each_vector(size, [&](int64_t i, auto part) {
+  for_each_vector_side_by_side(size, [&](int64_t i, int, auto part) {
+    prefetch(t + i);
+    prefetch(s + i);
     const Vec mean = ema_element(scalars, part.get(t + i), part.get(s + i));
     part.put(t + i, mean);
     if (copy) part.put(copy + i, mean);
   });
 }
 
-// Four quarters are read side by side, so that four of the processor's own prefetchers run: 7.3 ms for 176 MB on two
-// cores, 7.8 ms front to back.
 template <typename G>
 double sum_of_squares(int64_t size, const G* g) {
-  Vec sums[4] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
-  const int64_t quarter = size / (4 * Vec::width) * Vec::width;
-  for (int64_t i = 0; i < quarter; i += Vec::width) {
-    for (int k = 0; k < 4; ++k) {
-      prefetch(g + k * quarter + i);
-      const Vec x = load(g + k * quarter + i);
-      sums[k] = fma(x, x, sums[k]);
-    }
-  }
-  const G* rest = g + 4 * quarter;
-  for_each_vector(size - 4 * quarter, [&](int64_t i, auto part) {
-    const Vec x = part.get(rest + i);
-    sums[0] = fma(x, x, sums[0]);
+  Vec sums[kSideBySide] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
+  for_each_vector_side_by_side(size, [&](int64_t i, int k, auto part) {
+    prefetch(g + i);
+    const Vec x = part.get(g + i);
+    sums[k] = fma(x, x, sums[k]);
   });
   return static_cast<double>(reduce_add((sums[0] + sums[1]) + (sums[2] + sums[3])));
 }
