@@ -18,12 +18,13 @@ from torch import Tensor
 
 from dino_fast.errors import UserError
 from dino_fast.eval.features import extract_features
+from dino_fast.ops.matmul import matmul
 
 __all__ = ["evaluate", "extract_features", "knn_accuracy", "knn_grid", "neighbours"]
 
 _SIMILARITIES = 1 << 22  # held at once: 2^22 float32 are 16 MB. 2^20 is a fifth slower, 2^24 hardly faster
 _FEW = 50  # neighbours
-_BLOCK = 32  # similarities whose maximum is looked at first; 16 and 64 take about as long
+_BLOCK = 16  # similarities whose maximum is looked at first; 32 takes as long for k = 20, a fifth longer for k = 200
 
 
 @torch.no_grad()
@@ -36,10 +37,11 @@ def neighbours(bank: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     if not 1 <= k <= len(bank):
         raise UserError(f"k is {k} and the bank has {len(bank)} images; k must be from 1 to {len(bank)}: try --k 1")
     # Few long rows where k is large, so that fewer pieces of the bank have to be merged: k = 200 in 0.44 s for 0.58 s.
-    rows = min(len(queries), max(1, math.isqrt(_SIMILARITIES) // (8 if k <= _FEW else 32)))
-    columns = max(1, _SIMILARITIES // max(1, rows))
+    rows = max(1, min(len(queries), math.isqrt(_SIMILARITIES) // (8 if k <= _FEW else 32)))
+    columns = math.ceil(len(bank) / max(1, round(len(bank) * rows / _SIMILARITIES)))  # pieces of one size
+    rows = max(1, min(len(queries), _SIMILARITIES // columns))
     # One piece of memory for all tiles: fresh pages for each of 64 MB cost 40 % of the product itself.
-    room = queries.new_empty(rows * min(columns, len(bank)))
+    room = queries.new_empty(rows * columns)
     parts = [_search(bank, part, k, columns, room) for part in queries.split(rows)]
     return torch.cat([values for values, _ in parts]), torch.cat([index for _, index in parts])
 
@@ -160,7 +162,7 @@ def _search(bank: Tensor, queries: Tensor, k: int, columns: int, room: Tensor) -
     for start in range(0, len(bank), columns):
         piece = bank[start : start + columns]
         similarity = room[: len(queries) * len(piece)].view(len(queries), len(piece))
-        torch.mm(queries, piece.T, out=similarity)
+        matmul(queries, piece.T, out=similarity)
         value, place = largest(similarity, min(k, similarity.shape[1]))
         place += start
         if values is not None and index is not None:
@@ -173,14 +175,18 @@ def _search(bank: Tensor, queries: Tensor, k: int, columns: int, room: Tensor) -
 
 
 def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """`x.topk(k, dim=1)`. The k largest of a row lie in the k blocks of largest maximum, so only these are sorted."""
+    """`x.topk(k, dim=1)`. The k largest of a row lie in the k blocks of largest maximum, so only these are sorted.
+
+    A block is every (n // _BLOCK)-th number, so that maxima of neighbouring blocks are found side by side.
+    """
     m, n = x.shape
     blocks = n // _BLOCK
     if blocks < 2 * k:
         value, index = x.topk(k, dim=1)
         return value, index
-    chosen = x[:, : blocks * _BLOCK].view(m, blocks, _BLOCK).amax(dim=2).topk(k, dim=1, sorted=False).indices  # [m, k]
-    index = (chosen[:, :, None] * _BLOCK + torch.arange(_BLOCK, device=x.device)).flatten(1)  # [m, k * _BLOCK]
+    chosen = x[:, : blocks * _BLOCK].view(m, _BLOCK, blocks).amax(dim=1).topk(k, dim=1, sorted=False).indices  # [m, k]
+    steps = torch.arange(0, blocks * _BLOCK, blocks, device=x.device)
+    index = (chosen[:, :, None] + steps).flatten(1)  # [m, k * _BLOCK]
     rest = torch.arange(blocks * _BLOCK, n, device=x.device).expand(m, -1)
     index = torch.cat((index, rest), dim=1)
     value, order = x.gather(1, index).topk(k, dim=1)
