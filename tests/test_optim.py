@@ -423,8 +423,8 @@ for mode in ("parameter", "global"):
     for a, b in zip(params + teacher, whole + whole_teacher):
         torch.testing.assert_close(a.full_tensor(), b, rtol=1e-6, atol=1e-6)
 dist.barrier()
-# A thread of gloo may only now let go of the last result. It asks for the interpreter, and an exit that is already taking
-# that down kills it, and the process with it.
+# A thread of gloo may only now let go of the last result. It asks for the interpreter, and an exit that is already
+# taking that down kills it, and the process with it.
 os._exit(0)
 """
 
