@@ -204,19 +204,14 @@ def _(params, grads, exp_avgs, exp_avg_sqs, steps, teachers, param_copies, teach
 def _check_ema(teacher: list[Tensor], student: list[Tensor], momentum: float, copies: list[Tensor]) -> None:
     if not 0.0 <= momentum <= 1.0:
         raise ValueError(f"momentum must lie in [0, 1]: the share of the old teacher that is kept; got {momentum}")
-    _check_same("teacher", teacher, "student", student)
+    _check_same({"teacher": teacher, "student": student})
     _check_copies("copies", copies, teacher)
     _check_devices([*teacher, *student, *copies])
 
 
 def _check_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, teachers, param_copies, teacher_copies) -> None:
-    shapes = [p.shape for p in params]
-    columns = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "teachers": teachers or params}
-    for name, tensors in columns.items():
-        if [t.shape for t in tensors] != shapes:
-            _check_same("params", params, name, tensors)  # names the first that differs
-    if not all(dtype.is_floating_point for dtype in {t.dtype for t in grads}):
-        _check_same("params", params, "grads", grads)
+    columns = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    _check_same(columns | ({"teachers": teachers} if teachers else {}))
     _check_copies("param_copies", param_copies, params)
     _check_copies("teacher_copies", teacher_copies, params)
     dtypes = {t.dtype for column in (params, exp_avgs, exp_avg_sqs, teachers) for t in column}
@@ -241,25 +236,29 @@ def _check_scalars(n: int, multipliers: Tensor | None, lrs, weight_decays, momen
         raise ValueError(f"multipliers must have shape ({n},), one for each gradient; got {tuple(multipliers.shape)}")
 
 
-def _check_same(name: str, tensors: list[Tensor], other_name: str, others: list[Tensor]) -> None:
-    if len(tensors) != len(others):
-        raise ValueError(
-            f"{name} has {len(tensors)} tensors but {other_name} has {len(others)}; they must correspond one to one"
-        )
-    dtypes = {t.dtype for t in tensors} | {t.dtype for t in others}
-    if [t.shape for t in tensors] == [t.shape for t in others] and all(d.is_floating_point for d in dtypes):
-        return
-    for i, (t, other) in enumerate(zip(tensors, others, strict=True)):
-        if t.shape != other.shape:
+def _check_same(columns: dict[str, list[Tensor]]) -> None:
+    """Lists by name, of which each must have the first one's length and shapes, and floating-point tensors."""
+    (name, tensors), *rest = columns.items()
+    shapes = [t.shape for t in tensors]
+    floats = all(dtype.is_floating_point for dtype in {t.dtype for column in columns.values() for t in column})
+    for other_name, others in rest:
+        if len(tensors) != len(others):
             raise ValueError(
-                f"{name}[{i}] has shape {tuple(t.shape)} but {other_name}[{i}] {tuple(other.shape)}; "
-                f"they must correspond one to one, in the same order"
+                f"{name} has {len(tensors)} tensors but {other_name} has {len(others)}; they must correspond one to one"
             )
-        if not (t.is_floating_point() and other.is_floating_point()):
-            raise TypeError(
-                f"{name}[{i}] is {t.dtype} and {other_name}[{i}] {other.dtype}; only floating-point tensors can be "
-                f"averaged or optimized. Leave integer buffers out of the lists, or copy them"
-            )
+        if floats and shapes == [t.shape for t in others]:
+            continue
+        for i, (t, other) in enumerate(zip(tensors, others, strict=True)):
+            if t.shape != other.shape:
+                raise ValueError(
+                    f"{name}[{i}] has shape {tuple(t.shape)} but {other_name}[{i}] {tuple(other.shape)}; "
+                    f"they must correspond one to one, in the same order"
+                )
+            if not (t.is_floating_point() and other.is_floating_point()):
+                raise TypeError(
+                    f"{name}[{i}] is {t.dtype} and {other_name}[{i}] {other.dtype}; only floating-point tensors can be "
+                    f"averaged or optimized. Leave integer buffers out of the lists, or copy them"
+                )
 
 
 def _check_copies(name: str, copies: list[Tensor], tensors: list[Tensor]) -> None:

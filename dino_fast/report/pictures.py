@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 from collections.abc import Iterator
@@ -79,11 +80,9 @@ def checkpoints(run: Path) -> list[tuple[str, Path]]:
     folder = run / "checkpoints"
     found = {int(path.name[5:]): path for path in folder.glob("step-*") if path.name[5:].isdigit()}
     best = None
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError):  # where none was measured yet
         best = json.loads((folder / "best" / "state.json").read_bytes())["step"]
         found.setdefault(best, folder / "best")
-    except (OSError, ValueError, KeyError):
-        pass  # none was measured yet
     return [(f"step {step:,}{' (best)' if step == best else ''}", found[step]) for step in sorted(found)]
 
 
