@@ -10,7 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -48,8 +48,7 @@ setup(
     ext_modules=[Extension("dino_fast._C", [])],
     cmdclass={"build_ext": CMakeBuild},
     packages=[
-        "dino_fast",
-        *(f"dino_fast.{name}" for name in ("commands", "ops", "models", "data", "engine", "eval", "report")),
+        *find_packages(include=["dino_fast", "dino_fast.*"]),
         "dino_fast.kernels",
         "dino_fast.benchmarks",
         "dino_fast.benchmarks.original",

@@ -102,14 +102,14 @@ def train(name: str, data: Path, out: Path) -> None:
     if (out / "export" / "teacher.safetensors").exists():
         return
     words = command(name, str(data), str(out)).split()
-    subprocess.run([sys.executable, "-m", "dino_fast.cli", *words[1:], "--resume"], check=True)
+    subprocess.run([sys.executable, "-m", "dino_fast", *words[1:], "--resume"], check=True)
 
 
 def collect(runs: Path) -> dict[str, Any]:
     """The curves of every run, means of EVERY steps, and where they were measured."""
     import torch
 
-    from dino_fast.engine.run import read_metrics
+    from dino_fast.engine.run_dir import read_metrics
 
     from .report import device_name
 

@@ -62,8 +62,8 @@ def cifar(part: str = "train") -> Path | None:
 
 def ours(size: Size, data: str, options: list[str]) -> list[tuple[float, float]]:
     """`dino-fast train`, the command itself; each step's loss and the time at which it was logged."""
-    from dino_fast import cli
-    from dino_fast.engine.run import Run
+    from dino_fast.cli import main as cli
+    from dino_fast.engine.run_dir import Run
 
     seen: list[tuple[float, float]] = []
     log = Run.log
@@ -190,7 +190,16 @@ def first_step(rounds: int = 3) -> Iterator[Row]:
     seconds = []
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "dino_fast.cli", "train", "--max-steps", "1", "--out", f"{folder}/run"]
+            command = [
+                sys.executable,
+                "-m",
+                "dino_fast",
+                "train",
+                "--max-steps",
+                "1",
+                "--out",
+                f"{folder}/run",
+            ]
             began = time.perf_counter()
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             lines = Path(folder) / "run" / "metrics.jsonl"

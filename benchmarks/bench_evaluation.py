@@ -19,7 +19,7 @@ from dino_fast.benchmarks.original.video import propagate as original_propagate
 from dino_fast.data.loader import mix
 from dino_fast.eval import copy, knn, linear, retrieval, segment, video
 from dino_fast.eval.attention import mass_mask
-from dino_fast.eval.backbones import class_attention
+from dino_fast.eval.common.backbone import class_attention
 from dino_fast.models import VisionTransformer
 
 from .harness import Comparison, Contender, Row, run_all

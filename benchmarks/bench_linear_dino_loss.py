@@ -2,7 +2,7 @@
 
 The layer is weight-normed with a gain of 1, as the original's is. The floor is the matrix products of the layer alone,
 6 operations a student row and 2 a teacher row for each of K D weights: what storing the logits takes. Not storing them
-takes 8 and 6 (see dino_fast/ops/linear_dino_loss.py), so this floor cannot be reached by a loss without logits.
+takes 8 and 6 (see dino_fast/ops/linear_dino_loss), so this floor cannot be reached by a loss without logits.
 """
 
 from __future__ import annotations

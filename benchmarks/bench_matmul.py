@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from dino_fast.ops.matmul import matmul
+from dino_fast.ops.linear.matmul import matmul
 
 from .harness import Comparison, Contender, Row, run_all
 

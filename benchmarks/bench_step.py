@@ -86,7 +86,7 @@ def our_step(size: Size) -> Callable[[], float]:
     """The engine's step from the same weights."""
     from dino_fast.engine.config import Config
     from dino_fast.engine.schedules import Rates
-    from dino_fast.engine.step import build_learner, train_step
+    from dino_fast.engine.train_step import build_learner, train_step
 
     config = Config(
         global_size=32, local_size=16, local_crops=size.local_crops, arch="vit_tiny", patch_size=4,

@@ -78,7 +78,7 @@ def our_step(model: Model, batch: int, device: str, **given: Any) -> Step:
     nothing waits for its loss, as in a run."""
     from dino_fast.engine.config import Config
     from dino_fast.engine.schedules import Rates
-    from dino_fast.engine.step import build_learner, train_step
+    from dino_fast.engine.train_step import build_learner, train_step
     from dino_fast.optim import AdamWEMA
 
     config = Config(
@@ -347,7 +347,7 @@ def accuracy_rows(*, quick: bool = False, device: str = "cuda", seconds: float =
     """
     from dino_fast.engine import train
     from dino_fast.engine.config import build_config
-    from dino_fast.engine.run import read_metrics
+    from dino_fast.engine.run_dir import read_metrics
 
     from .bench_engine import cifar
 

@@ -6,7 +6,7 @@ linear_ibot_loss   3,760 patch rows, K = 131072
 multi_tensor       AdamW, teacher and bf16 copies of ViT-S and ViT-L with heads, without and with the clip on both
                    sides; the teacher's average alone
 packed_attention   2 x 197 + 8 x 37 tokens of 64 images, 6 and 12 heads; then one length at a time, from which the
-                   table of dino_fast/ops/packed_attention.py is filled
+                   table of dino_fast/ops/packed_attention/__init__.py is filled
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dino_fast.engine.config import Config
-from dino_fast.engine.cost import flops_per_image, parameters, wire_bytes
+from dino_fast.engine.estimate import flops_per_image, parameters, wire_bytes
 
 PEAK = 989e12  # FLOP/s of an H100 in bfloat16
 SHARE = 0.40  # of it that a step is taken to reach, between the bars for ViT-B and what larger models allow

@@ -57,10 +57,10 @@ class Stopwatch:
 
 def parts(config: Config, *, seconds: float = 10.0) -> list[Row]:
     """A row for each part of a step as `config` has it, and one of the whole, whose note says what to change."""
-    from dino_fast.engine.learner import build_learner
-    from dino_fast.engine.opening import choose_device, choose_precision, make_loader, open_data
+    from dino_fast.engine.build import choose_device, choose_precision, make_loader, open_data
     from dino_fast.engine.schedules import Schedules
-    from dino_fast.engine.step import train_step
+    from dino_fast.engine.train_state import build_learner
+    from dino_fast.engine.train_step import train_step
 
     device = choose_device(config.device)
     precision = choose_precision(config.precision, device)

@@ -19,8 +19,8 @@ from PIL import Image
 import dino_fast
 from dino_fast.data import open_source
 from dino_fast.engine.config import build_config
-from dino_fast.eval.backbones import open_backbone
-from dino_fast.models.export import export
+from dino_fast.eval.common.backbone import open_backbone
+from dino_fast.models.weights.export import export
 
 CARD = """---
 library_name: transformers

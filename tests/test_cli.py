@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dino_fast import __version__, cli
+from dino_fast import __version__
+from dino_fast.cli import main as cli
 
 
 def test_the_overview_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -42,7 +43,7 @@ def test_every_command_has_help(command: tuple[str, ...], capsys: pytest.Capture
 def test_help_and_version_do_not_wait_for_torch() -> None:
     code = (
         "import contextlib, sys\n"
-        "from dino_fast import cli\n"
+        "from dino_fast.cli import main as cli\n"
         "for words in ([], ['--version'], *([*words, '--help'] for words in cli.COMMANDS)):\n"
         "    with contextlib.suppress(SystemExit):\n"
         "        assert cli.main(words) == 0, words\n"
@@ -88,7 +89,7 @@ def test_mistakes_get_a_sentence(
 
 
 def test_our_warnings_are_notes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    info = importlib.import_module("dino_fast.info")
+    info = importlib.import_module("dino_fast.cli.info")
     monkeypatch.setattr(info, "run", lambda args: warnings.warn_explicit("damaged", UserWarning, info.__file__, 3))
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -98,7 +99,7 @@ def test_our_warnings_are_notes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 
 
 def test_a_signal_becomes_an_exit_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from dino_fast.engine import loop
+    from dino_fast.engine import trainer as loop
 
     def interrupted(config: object) -> None:
         raise loop.Interrupted(15, "interrupted at step 3 and saved")

@@ -75,7 +75,7 @@ def test_the_lightning_module_trains():
 def test_what_goes_to_the_hub_gives_the_features(tmp_path: Path):
     import transformers
 
-    from dino_fast.eval.backbones import open_backbone
+    from dino_fast.eval.common.backbone import open_backbone
 
     folder = hugging_face.main(["--out", str(tmp_path), "--steps", "3", "--images", "200"])
     assert {file.name for file in folder.iterdir()} == {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from dino_fast import info
+from dino_fast.cli import info
 
 
 def test_every_operation_names_its_choice_and_the_reasons(capsys):

@@ -18,10 +18,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dino_fast import cli
+from dino_fast.cli import main as cli
 from dino_fast.engine import train
 from dino_fast.engine.config import build_config
-from dino_fast.engine.run import read_metrics
+from dino_fast.engine.run_dir import read_metrics
 from dino_fast.errors import UserError
 from dino_fast.report import Report
 from dino_fast.report.curves import HEIGHT, WIDTH, Curve, chart, points, ticks
@@ -174,8 +174,8 @@ def test_pictures_are_of_the_run(run: Path, page: str) -> None:
 
 def test_untrained_weights_are_those_the_run_began_with(run: Path) -> None:
     from dino_fast.engine.config import load_config
-    from dino_fast.engine.step import build_learner
-    from dino_fast.eval.backbones import open_backbone
+    from dino_fast.engine.train_step import build_learner
+    from dino_fast.eval.common.backbone import open_backbone
 
     config = load_config(run / "config.yaml")
     found = _untrained(config, open_backbone(run))

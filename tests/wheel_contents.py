@@ -11,7 +11,7 @@ WHEEL_NEEDS = (
     "dino_fast/__init__.py",
     "dino_fast/py.typed",
     "dino_fast/loss.py",
-    "dino_fast/optim.py",
+    "dino_fast/optim/adamw_ema.py",
     "dino_fast/kernels/__init__.py",
     "dino_fast/benchmarks/__init__.py",
     "dino_fast/benchmarks/original/__init__.py",

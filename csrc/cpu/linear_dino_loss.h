@@ -1,4 +1,4 @@
-// The epilogues of the loss without logits; the mathematics is at the head of dino_fast/ops/linear_dino_loss.py.
+// The epilogues of the loss without logits; the mathematics is at the head of dino_fast/ops/linear_dino_loss/__init__.py.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Crops of images, resized, distorted and normalised. See dino_fast/ops/multi_crop.py.
+// Crops of images, resized, distorted and normalised. See dino_fast/ops/multi_crop/__init__.py.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// CPU kernels of multi_tensor: lists of hundreds of tensors in one call. See dino_fast/ops/multi_tensor.py.
+// CPU kernels of multi_tensor: lists of hundreds of tensors in one call. See dino_fast/ops/multi_tensor/__init__.py.
 #pragma once
 
 #include <cstdint>

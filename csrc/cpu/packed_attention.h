@@ -1,4 +1,4 @@
-// Attention within sequences that lie one after the other; the mathematics is in dino_fast/ops/packed_attention.py.
+// Attention within sequences that lie one after the other; the mathematics is in dino_fast/ops/packed_attention/__init__.py.
 #pragma once
 
 #include <cstdint>

@@ -45,13 +45,13 @@ struct Entry {
   uint16_t param_kind;
   uint16_t teacher_kind;
 };
-static_assert(sizeof(Entry) == 72, "packed by dino_fast/ops/multi_tensor_cuda.py");
+static_assert(sizeof(Entry) == 72, "packed by dino_fast/ops/multi_tensor/cuda.py");
 
 struct Gradient {
   uint64_t address;
   uint64_t kind;
 };
-static_assert(sizeof(Gradient) == 16, "packed by dino_fast/ops/multi_tensor_cuda.py");
+static_assert(sizeof(Gradient) == 16, "packed by dino_fast/ops/multi_tensor/cuda.py");
 
 struct Chunk {
   uint32_t tensor;

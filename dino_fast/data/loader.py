@@ -23,8 +23,8 @@ from torch import Tensor
 
 from dino_fast.augment import GLOBALS, IMAGENET_MEAN, IMAGENET_STD, MultiCrop, Size, pair, statistics
 from dino_fast.data.decode import ImageError, Jpeg
-from dino_fast.data.on_gpu import Packed, cut_ahead, pack
-from dino_fast.data.slots import Slot, Slots, WorkersSlots
+from dino_fast.data.gpu_crops import Packed, cut_ahead, pack
+from dino_fast.data.shared_buffers import Slot, Slots, WorkersSlots
 from dino_fast.data.sources import Source
 from dino_fast.errors import UserError
 from dino_fast.ops.multi_crop import from_pillow, to_pillow

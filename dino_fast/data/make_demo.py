@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dino_fast.data.demo import DEMO_FILES
+from dino_fast.data.formats.demo import DEMO_FILES
 
 CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 PARTS = {"train": ("train", 500), "test": ("t10k", 100)}  # prefix of the files, images a class

@@ -160,7 +160,7 @@ def open_source(given: Any) -> Source:
     if not isinstance(given, str | os.PathLike):
         return _open_object(given)
     if str(given) == "demo":
-        from dino_fast.data.demo import open_demo
+        from dino_fast.data.formats.demo import open_demo
 
         return open_demo()
     path = Path(given).expanduser()
@@ -218,7 +218,7 @@ def _open_object(given: Any) -> Source:
         opened = [open_source(part) for part in parts if part is not None]
         return _pair(*opened) if len(opened) == 2 else opened[0]
     if hasattr(given, "with_format") and hasattr(given, "column_names"):
-        from dino_fast.data.hugging_face import DatasetSource
+        from dino_fast.data.formats.hugging_face import DatasetSource
 
         return DatasetSource(given)
     images, labels = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
@@ -247,12 +247,12 @@ def _open_folder(root: Path) -> Source:
     train = next((root / name for name in TRAIN_DIRS if (root / name).is_dir()), None)
     test = next((root / name for name in TEST_DIRS if (root / name).is_dir()), None)
     if (root / "dataset_info.json").is_file() or (root / "dataset_dict.json").is_file():
-        from dino_fast.data.hugging_face import saved
+        from dino_fast.data.formats.hugging_face import saved
 
         return _open_object(saved(root))
     if train and test:
         return _pair(_open_folder(train), _open_folder(test))
-    from dino_fast.data.folder import EXTENSIONS, open_images, walk
+    from dino_fast.data.formats.folder import EXTENSIONS, open_images, walk
 
     images = open_images(root)
     if images is not None:
@@ -283,7 +283,7 @@ def _open_file(path: Path) -> Source:
             f"{path} is a compressed tar, of which single images cannot be read. Unpack it to a .tar (images are "
             "compressed already, so it will hardly be larger), or to a folder"
         )
-    from dino_fast.data.folder import open_list
+    from dino_fast.data.formats.folder import open_list
 
     return open_list(path)
 
@@ -297,17 +297,17 @@ def _mapped(path: Path) -> np.ndarray:
 
 def _open_files(paths: list[Path], given: str) -> Source:
     """Shards of one kind, or single images."""
-    from dino_fast.data.folder import EXTENSIONS, open_paths
+    from dino_fast.data.formats.folder import EXTENSIONS, open_paths
 
     if not paths:
         raise UserError(f"{given} matches no file")
     suffixes = {path.suffix.lower() for path in paths}
     if suffixes == {".parquet"}:
-        from dino_fast.data.parquet import ParquetSource
+        from dino_fast.data.formats.parquet import ParquetSource
 
         return ParquetSource(paths)
     if suffixes == {".tar"}:
-        from dino_fast.data.tars import open_tars
+        from dino_fast.data.formats.tar import open_tars
 
         return open_tars(paths)
     if suffixes <= EXTENSIONS:

@@ -13,6 +13,6 @@ __all__ = ["train"]
 
 def train(config: Config) -> Path:
     """Train as configured; returns the run directory. See `dino_fast.engine.config.Config` for the settings."""
-    from dino_fast.engine.loop import train as run  # imports torch
+    from dino_fast.engine.trainer import train as run  # imports torch
 
     return run(config)

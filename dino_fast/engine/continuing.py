@@ -6,12 +6,12 @@ import time
 import warnings
 
 from dino_fast.engine import checkpoint
-from dino_fast.engine import ranks as many
+from dino_fast.engine import distributed as many
 from dino_fast.engine.config import to_dict
 from dino_fast.engine.findings import settle
 from dino_fast.engine.job import Job
 from dino_fast.engine.monitor import Progress
-from dino_fast.engine.step import learner_state, restore_learner
+from dino_fast.engine.train_step import learner_state, restore_learner
 from dino_fast.errors import UserError
 
 

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from dino_fast.backends import native_missing
+from dino_fast.engine.build import choose_device, choose_precision, make_loader, open_data
 from dino_fast.engine.config import Config, validate
-from dino_fast.engine.cost import flops_per_image, memory_parts, parameters, peak_flops, sizes_of, wire_bytes
+from dino_fast.engine.distributed import place
+from dino_fast.engine.estimate import flops_per_image, memory_parts, parameters, peak_flops, sizes_of, wire_bytes
 from dino_fast.engine.monitor import clock
-from dino_fast.engine.opening import choose_device, choose_precision, make_loader, open_data
-from dino_fast.engine.ranks import place
 from dino_fast.engine.schedules import Schedules
-from dino_fast.engine.step import Crops, build_learner, train_step
+from dino_fast.engine.train_step import Crops, build_learner, train_step
 from dino_fast.errors import UserError
 
 # Floating-point operations that the trial steps may take: some seconds of two CPU cores at 50 GFLOP/s.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dino_fast.engine import ranks as many
+from dino_fast.engine import distributed as many
 from dino_fast.engine.job import Job, Unread
 from dino_fast.engine.monitor import memory
 from dino_fast.errors import UserError

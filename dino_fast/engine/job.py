@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 import torch
 
 from dino_fast.data import Batch, TrainLoader
+from dino_fast.engine.build import Data
 from dino_fast.engine.config import Config
-from dino_fast.engine.cost import flops_per_image, peak_flops, sizes_of
+from dino_fast.engine.estimate import flops_per_image, peak_flops, sizes_of
 from dino_fast.engine.later import Found
 from dino_fast.engine.monitor import Health, Progress
-from dino_fast.engine.opening import Data
-from dino_fast.engine.run import Run
+from dino_fast.engine.run_dir import Run
 from dino_fast.engine.saving import Writer
 from dino_fast.engine.schedules import Rates, Schedules
-from dino_fast.engine.step import Learner
-from dino_fast.engine.stop import Stop
+from dino_fast.engine.signals import Stop
+from dino_fast.engine.train_step import Learner
 
 # Saving takes at most this share of the time, however short the epochs are.
 SAVE_SHARE = 0.1

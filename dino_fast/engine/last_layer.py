@@ -19,7 +19,7 @@ from dino_fast.backends import choose
 from dino_fast.loss import linear_dino_loss
 from dino_fast.models import WeightNormLinear
 from dino_fast.ops.dino_loss import dino_loss
-from dino_fast.ops.matmul import matmul
+from dino_fast.ops.linear.matmul import matmul
 
 PART = 16 << 20  # floats of logits at a time, 25 images of 10 crops at K = 65536; half of it: 267 ms, twice: 193 ms
 ENTROPY_ROWS = 128  # whose logits are made for the teacher's entropy where the loss needs none

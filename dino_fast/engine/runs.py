@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from dino_fast.engine.run import read_metrics
+from dino_fast.engine.run_dir import read_metrics
 from dino_fast.errors import UserError
 
 # Settings that say where and how a run was made rather than what it is.

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from dino_fast.errors import UserError
 from dino_fast.loss import DINOLoss
 from dino_fast.models import DINOv2, MultiCropWrapper, VisionTransformer
-from dino_fast.models.checkpoints import backbone_state, load_weights
 from dino_fast.models.networks import Networks, read_networks
+from dino_fast.models.weights.read import backbone_state, load_weights
 
 
 @torch.no_grad()

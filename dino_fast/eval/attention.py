@@ -17,8 +17,8 @@ from torch import Tensor
 
 from dino_fast.data import ImageError
 from dino_fast.errors import UserError, make_folder, unwritable
-from dino_fast.eval.backbones import Frozen, class_attention, open_backbone
-from dino_fast.eval.frames import (
+from dino_fast.eval.common.backbone import Frozen, class_attention, open_backbone
+from dino_fast.eval.common.frames import (
     VIDEOS,
     can_write_video,
     fit_to_patches,

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino_fast.errors import UserError
-from dino_fast.eval.backbones import Frozen, open_backbone
-from dino_fast.eval.frames import list_images, read_image, resize
+from dino_fast.eval.common.backbone import Frozen, open_backbone
+from dino_fast.eval.common.frames import list_images, read_image, resize
 from dino_fast.eval.retrieval import Question, mean_precision, scores
 from dino_fast.progress import watched
 

@@ -25,7 +25,7 @@ from dino_fast.augment import statistics
 from dino_fast.data import ImageError, Source, eval_batches
 from dino_fast.data.loader import epoch_order, mix
 from dino_fast.errors import UserError
-from dino_fast.eval.crops import random_crop
+from dino_fast.eval.common.crops import random_crop
 from dino_fast.models import VisionTransformer, set_drop_path_seed
 
 _AUGMENT, _CROP, _ERASE, _MIX, _HEAD = range(10, 15)  # what a draw is for, apart from the loader's
@@ -256,8 +256,8 @@ def evaluate(
     A `batch_size` above the number of training images is lowered to it. Returns (`top1`, `top5`, `train`, `test`,
     `left_out` and the settings; the trained network).
     """
-    from dino_fast.eval.backbones import open_backbone
-    from dino_fast.eval.labelled import left_out, open_labelled
+    from dino_fast.eval.common.backbone import open_backbone
+    from dino_fast.eval.common.labels import left_out, open_labelled
 
     recipe = recipe or Recipe()
     recipe.check()

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino_fast.errors import UserError
-from dino_fast.eval.features import extract_features
-from dino_fast.ops.matmul import matmul
+from dino_fast.eval.common.features import extract_features
+from dino_fast.ops.linear.matmul import matmul
 
 __all__ = ["evaluate", "extract_features", "knn_accuracy", "knn_grid", "neighbours"]
 
@@ -124,9 +124,9 @@ def evaluate(
     `top1` and `top5` (fractions), `k` and `temperature` of the best pair, `results` with all of them, `bank` and
     `queries` (numbers of images), `left_out`, `feature`, `which`, `image_size`, `checkpoint`.
     """
-    from dino_fast.eval.backbones import open_backbone, tokens_feature
-    from dino_fast.eval.features import labelled_features
-    from dino_fast.eval.labelled import left_out, open_labelled
+    from dino_fast.eval.common.backbone import open_backbone, tokens_feature
+    from dino_fast.eval.common.features import labelled_features
+    from dino_fast.eval.common.labels import left_out, open_labelled
 
     ks = [k] if isinstance(k, int) else list(k)
     temperatures = [temperature] if isinstance(temperature, int | float) else list(temperature)

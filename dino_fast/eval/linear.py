@@ -129,10 +129,10 @@ def evaluate(
     published; the backbone runs every epoch). Returns (`top1` and `top5` of the best learning rate, `rate`, `results`
     with every rate, `train`, `test`, `left_out`, `feature`, and the settings; the trained layers).
     """
-    from dino_fast.eval.backbones import open_backbone, tokens_feature
-    from dino_fast.eval.crops import random_batches
-    from dino_fast.eval.features import extract_features, labelled_features
-    from dino_fast.eval.labelled import left_out, open_labelled
+    from dino_fast.eval.common.backbone import open_backbone, tokens_feature
+    from dino_fast.eval.common.crops import random_batches
+    from dino_fast.eval.common.features import extract_features, labelled_features
+    from dino_fast.eval.common.labels import left_out, open_labelled
 
     if crops not in ("centre", "random"):
         raise UserError(f"crops is '{crops}'; it is 'centre' or 'random'")

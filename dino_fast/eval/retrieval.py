@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino_fast.data import Source, open_source
-from dino_fast.data.folder import FileSource
+from dino_fast.data.formats.folder import FileSource
 from dino_fast.errors import UserError, nearest
-from dino_fast.eval.backbones import Frozen, open_backbone
-from dino_fast.eval.frames import list_images, read_image, resize
+from dino_fast.eval.common.backbone import Frozen, open_backbone
+from dino_fast.eval.common.frames import list_images, read_image, resize
 from dino_fast.progress import watched
 
 SCALES = (1.0, 2**-0.5, 0.5)

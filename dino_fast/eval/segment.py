@@ -17,8 +17,8 @@ from torch import Tensor
 
 from dino_fast.errors import UserError
 from dino_fast.eval.attention import MASS, attention_maps, mass_mask
-from dino_fast.eval.backbones import open_backbone
-from dino_fast.eval.frames import list_images, read_image
+from dino_fast.eval.common.backbone import open_backbone
+from dino_fast.eval.common.frames import list_images, read_image
 from dino_fast.progress import watched
 
 _VOID = 255

@@ -8,7 +8,7 @@ from dino_fast.errors import UserError, nearest
 from dino_fast.models import dinov2
 from dino_fast.models.dinov2 import DINOv2
 from dino_fast.models.head import DINOHead, WeightNormLinear
-from dino_fast.models.multi_crop import MultiCropWrapper
+from dino_fast.models.multi_crop_wrapper import MultiCropWrapper
 from dino_fast.models.vit import VisionTransformer, set_drop_path_seed
 
 # name -> embed_dim, depth, num_heads

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dino_fast.errors import UserError, nearest
 from dino_fast.models import ARCHITECTURES, VisionTransformer
-from dino_fast.models.checkpoints import architectures, backbone_from, backbone_state, extras_of, read, sizes_of
+from dino_fast.models.weights.read import architectures, backbone_from, backbone_state, extras_of, read, sizes_of
 
 
 class Networks(NamedTuple):

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from dino_fast.errors import UserError
 from dino_fast.models.packing import Kept, Packing, add_to_kept, attend, attend_first, joined, kept_count, pack, take
-from dino_fast.ops.matmul import Norm, linear
-from dino_fast.ops.mlp import mlp
+from dino_fast.ops.linear.matmul import Norm, linear
+from dino_fast.ops.linear.mlp import mlp
 
 
 class VisionTransformer(nn.Module):
@@ -211,7 +211,7 @@ class PatchEmbed(nn.Module):
 
 
 class Linear(nn.Linear):
-    """PyTorch's, with products by `dino_fast.ops.matmul`; of `norm(input)` where there is a norm."""
+    """PyTorch's, with products by `dino_fast.ops.linear.matmul`; of `norm(input)` where there is a norm."""
 
     def forward(self, input: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
         return linear(input, self.weight, self.bias, norm_of(norm))

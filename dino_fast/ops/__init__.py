@@ -1,1 +1,1 @@
-"""One file an operation: its schema, its reference in plain PyTorch, fake rule, autograd, and choice of backend."""
+"""One folder an operation: schema, reference in plain PyTorch, fake rule, autograd, choice of backend, and backends."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dino_fast.engine.config import Config
-from dino_fast.engine.run import read_metrics
+from dino_fast.engine.run_dir import read_metrics
 from dino_fast.errors import UserError
 from dino_fast.report.curves import Curve, Row, chart, points
 
@@ -85,7 +85,7 @@ class Report:
         return self._drawn[1]
 
     def _environment_of(self) -> str:
-        from dino_fast.info import as_text, collect
+        from dino_fast.cli.info import as_text, collect
 
         self._environment = self._environment or as_text(collect())  # a second, and the same every time
         return f"<p>Of the machine that drew this page.</p><pre>{escape(self._environment)}</pre>"

@@ -22,8 +22,8 @@ from dino_fast.data.sources import split
 from dino_fast.engine.config import Config
 from dino_fast.errors import UserError
 from dino_fast.eval.attention import attention_maps, overlay
-from dino_fast.eval.backbones import Frozen, open_backbone, tokens_feature
-from dino_fast.eval.features import extract_features
+from dino_fast.eval.common.backbone import Frozen, open_backbone, tokens_feature
+from dino_fast.eval.common.features import extract_features
 from dino_fast.models import VisionTransformer
 
 SEED = 0  # the same images every time, so that two reports of one run can be compared
@@ -99,7 +99,7 @@ def _checkpoints(run: Path, device: str | None) -> Iterator[tuple[str, Frozen]]:
 
 def _untrained(config: Config | None, trained: Frozen) -> Frozen | None:
     """The run's first weights, drawn anew from its seed."""
-    from dino_fast.engine.learner import build_model
+    from dino_fast.engine.train_state import build_model
 
     if config is None or config.init_from is not None or not isinstance(trained.backbone, VisionTransformer):
         return None

@@ -12,9 +12,9 @@ import yaml
 
 from dino_fast.benchmarks import bench_step, command, step_parts
 from dino_fast.engine.config import Config, to_dict
-from dino_fast.engine.learner import build_learner
 from dino_fast.engine.schedules import Schedules
-from dino_fast.engine.step import train_step
+from dino_fast.engine.train_state import build_learner
+from dino_fast.engine.train_step import train_step
 from dino_fast.errors import UserError
 from tests.engine.test_step import _batch, _config
 

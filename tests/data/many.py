@@ -13,7 +13,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from dino_fast.data import folder, index, open_source
+from dino_fast.data import index_cache as index
+from dino_fast.data import open_source
+from dino_fast.data.formats import folder
 from dino_fast.data.loader import epoch_order
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dino_fast.data import folder, index, open_source
-from dino_fast.data.folder import FileSource
+from dino_fast.data import index_cache as index
+from dino_fast.data import open_source
+from dino_fast.data.formats import folder
+from dino_fast.data.formats.folder import FileSource
 from dino_fast.data.loader import epoch_order
 
 from .test_sources import save

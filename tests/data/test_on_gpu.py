@@ -10,12 +10,13 @@ from PIL import Image
 
 from dino_fast.augment import MultiCrop
 from dino_fast.backends import cuda_missing
-from dino_fast.data import ArraySource, ImageError, Source, on_gpu, open_source, train_loader
+from dino_fast.data import ArraySource, ImageError, Source, open_source, train_loader
 from dino_fast.data import decode as decode_module
+from dino_fast.data import gpu_crops as on_gpu
 from dino_fast.data.decode import Jpeg
+from dino_fast.engine.build import choose_cropping
 from dino_fast.engine.config import build_config
-from dino_fast.engine.loop import train
-from dino_fast.engine.opening import choose_cropping
+from dino_fast.engine.trainer import train
 from dino_fast.errors import UserError
 
 from .test_loader import CROPS, Broken, images, same
@@ -145,16 +146,16 @@ def test_a_run_without_a_gpu_stops_before_anything_is_written(mixed: Source, tmp
 
 def test_a_gpu_whose_kernels_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
-    monkeypatch.setattr("dino_fast.engine.opening.cuda_missing", lambda: "this build has no CUDA kernels")
+    monkeypatch.setattr("dino_fast.engine.build.cuda_missing", lambda: "this build has no CUDA kernels")
     assert choose_cropping("auto", "cpu", gpu) is None
     with pytest.raises(UserError, match="--augment-on gpu: this build has no CUDA kernels"):
         choose_cropping("gpu", "cpu", gpu)
-    monkeypatch.setattr("dino_fast.engine.opening.cuda_missing", lambda: None)
+    monkeypatch.setattr("dino_fast.engine.build.cuda_missing", lambda: None)
     assert choose_cropping("auto", "cpu", gpu) == choose_cropping("gpu", "cpu", gpu) == gpu
     assert choose_cropping("cpu", "cpu", gpu) is None
     with pytest.raises(UserError, match="--decode-on gpu: the crops are made on the CPU"):
         choose_cropping("cpu", "gpu", gpu)
-    monkeypatch.setattr("dino_fast.engine.opening.nvjpeg_missing", lambda device: "no nvjpeg")
+    monkeypatch.setattr("dino_fast.engine.build.nvjpeg_missing", lambda device: "no nvjpeg")
     with pytest.raises(UserError, match=r"--decode-on gpu: torchvision cannot \(no nvjpeg\)"):
         choose_cropping("auto", "gpu", gpu)
 

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from dino_fast.augment import MultiCrop
-from dino_fast.data import ImageError, open_source, parquet, train_loader
+from dino_fast.data import ImageError, open_source, train_loader
+from dino_fast.data.formats import parquet
 from dino_fast.errors import UserError
 
 from .test_sources import hugging_face, png, save

@@ -9,7 +9,7 @@ import torch
 
 from dino_fast.augment import MultiCrop
 from dino_fast.data import ArraySource, train_loader
-from dino_fast.data.slots import Slots, WorkersSlots
+from dino_fast.data.shared_buffers import Slots, WorkersSlots
 
 from . import soak
 from .test_loader import images, load, same

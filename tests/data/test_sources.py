@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from dino_fast.augment import MultiCrop
-from dino_fast.commands import data_check, data_preview
+from dino_fast.cli import data_check, data_preview
 from dino_fast.data import ArraySource, ImageError, check, held_out, open_source, split, train_loader
 from dino_fast.errors import UserError
 

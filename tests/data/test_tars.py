@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from dino_fast.augment import MultiCrop
-from dino_fast.data import ImageError, held_out, index, open_source, train_loader
-from dino_fast.data.tars import TarSource
+from dino_fast.data import ImageError, held_out, open_source, train_loader
+from dino_fast.data import index_cache as index
+from dino_fast.data.formats.tar import TarSource
 from dino_fast.errors import UserError
 
 from .test_sources import png
@@ -154,7 +155,7 @@ def test_the_index_is_kept_until_a_shard_changes(tmp_path: Path, monkeypatch: py
 
 
 def test_more_shards_than_are_kept_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dino_fast.data import tars
+    from dino_fast.data.formats import tar as tars
 
     monkeypatch.setattr(tars, "_OPEN", 2)
     paths = [shard(tmp_path / f"{i}.tar", i, 1) for i in range(5)]

@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dino_fast.engine import job, loop
-from dino_fast.engine import ranks as many
+from dino_fast.engine import distributed as many
+from dino_fast.engine import job
+from dino_fast.engine import trainer as loop
 from dino_fast.engine.config import Config, build_config
-from dino_fast.engine.ranks import Ranks
+from dino_fast.engine.distributed import Ranks
 from dino_fast.engine.schedules import Schedules
-from dino_fast.engine.step import Learner, build_learner, learner_state, train_step
-from dino_fast.ops.linear_dino_loss_ranks import linear_dino_loss_ranks
+from dino_fast.engine.train_step import Learner, build_learner, learner_state, train_step
+from dino_fast.ops.linear_dino_loss.sharded import linear_dino_loss_ranks
 
 PER_EPOCH, STEPS, BATCH = 5, 20, 12
 TINY: dict[str, Any] = {

@@ -47,9 +47,10 @@ import torch.distributed.tensor
 import torch.utils.tensorboard
 from PIL import Image
 
-from dino_fast import cli
-from dino_fast.engine import checkpoint, loop
-from dino_fast.engine.run import read_metrics
+from dino_fast.cli import main as cli
+from dino_fast.engine import checkpoint
+from dino_fast.engine import trainer as loop
+from dino_fast.engine.run_dir import read_metrics
 
 STEPS = 40
 SETTINGS: dict[str, Any] = {

@@ -9,7 +9,7 @@ import torch
 
 from dino_fast.engine import compute
 from dino_fast.engine.schedules import Schedules
-from dino_fast.engine.step import learner_state, restore_learner, train_step
+from dino_fast.engine.train_step import learner_state, restore_learner, train_step
 from dino_fast.errors import UserError
 from dino_fast.models import VisionTransformer, set_drop_path_seed
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dino_fast.engine import cost
+from dino_fast.engine import estimate as cost
 from dino_fast.engine.config import Config, build_config
 from dino_fast.engine.dry_run import report
-from dino_fast.engine.learner import build_model
+from dino_fast.engine.train_state import build_model
 from dino_fast.errors import UserError
 from tests import original
 

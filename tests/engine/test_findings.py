@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dino_fast.engine import checkpoint, continuing, job, loop, train
+from dino_fast.engine import checkpoint, continuing, job, train
+from dino_fast.engine import trainer as loop
 from dino_fast.engine.later import Found
-from dino_fast.engine.run import read_metrics
-from dino_fast.engine.stop import Interrupted
+from dino_fast.engine.run_dir import read_metrics
+from dino_fast.engine.signals import Interrupted
 from dino_fast.errors import UserError
 from tests.engine.test_loop import _assert_equal, _config
 from tests.engine.test_loop import images as images  # the fixture

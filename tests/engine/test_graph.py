@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dino_fast.engine.graph import WARM_UP, StepGraph, graph_for
+from dino_fast.engine.cuda_graph import WARM_UP, StepGraph, graph_for
 from dino_fast.engine.schedules import Schedules
-from dino_fast.engine.step import Learner, learner_state, train_step
+from dino_fast.engine.train_step import Learner, learner_state, train_step
 from dino_fast.errors import UserError
-from dino_fast.ops import multi_tensor, multi_tensor_cuda
+from dino_fast.ops import multi_tensor
+from dino_fast.ops.multi_tensor import cuda as multi_tensor_cuda
 from tests.engine.test_step import PER_EPOCH, _batch, _config, _learner, _leaves
 from tests.ops.test_multi_tensor_on_host import HostKernels
 from tests.ops.test_multi_tensor_on_host import kernels as kernels

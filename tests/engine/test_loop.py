@@ -19,13 +19,14 @@ import pytest
 import torch
 from PIL import Image
 
-from dino_fast.engine import checkpoint, findings, loop, train
+from dino_fast.engine import checkpoint, findings, train
+from dino_fast.engine import trainer as loop
+from dino_fast.engine.build import choose_workers
 from dino_fast.engine.config import Config, build_config
 from dino_fast.engine.job import Job
-from dino_fast.engine.opening import choose_workers
-from dino_fast.engine.run import read_metrics
+from dino_fast.engine.run_dir import read_metrics
 from dino_fast.errors import UserError
-from dino_fast.models.checkpoints import load_backbone
+from dino_fast.models.weights.read import load_backbone
 
 STEPS = 90
 KEYS = {
@@ -59,7 +60,17 @@ def _config(images: Path, out: Path, **given: Any) -> Config:
 def _start(images: Path, out: Path, *words: str, workers: int = 0) -> subprocess.Popen[str]:
     settings = out.with_suffix(".yaml")
     settings.write_text(json.dumps({**MODEL, "data": str(images), "workers": workers, "save_every": 1}))
-    command = [sys.executable, "-m", "dino_fast.cli", "train", "--config", str(settings), "--out", str(out), *words]
+    command = [
+        sys.executable,
+        "-m",
+        "dino_fast",
+        "train",
+        "--config",
+        str(settings),
+        "--out",
+        str(out),
+        *words,
+    ]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
@@ -167,7 +178,7 @@ def test_a_signal_saves_first(images: Path, undisturbed: Path, tmp_path: Path, n
     step = len(read_metrics(out))
     assert (out / "checkpoints" / f"step-{step:08d}").exists()  # nothing is lost
     # the command that the message names, with nothing else
-    command = [sys.executable, "-m", "dino_fast.cli", "train", "--resume", "--out", str(out)]
+    command = [sys.executable, "-m", "dino_fast", "train", "--resume", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     _assert_same_run(out, undisturbed)

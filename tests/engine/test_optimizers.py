@@ -10,7 +10,7 @@ import torch
 
 from dino_fast.engine.optimizers import LARSEMA, SGDEMA, build_optimizer
 from dino_fast.engine.schedules import Schedules
-from dino_fast.engine.step import learner_state, restore_learner, train_step
+from dino_fast.engine.train_step import learner_state, restore_learner, train_step
 from tests import original
 from tests.engine.test_step import PER_EPOCH, _assert_near, _batch, _config, _learner, _original, _run
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from dino_fast.benchmarks import original
 from dino_fast.engine.config import Config
 from dino_fast.engine.schedules import Schedules
-from dino_fast.engine.step import build_learner, train_step
+from dino_fast.engine.train_step import build_learner, train_step
 
 EPOCHS, STEPS_PER_EPOCH, BATCH, LOCAL = 5, 4, 8, 3
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from dino_fast.engine import checkpoint, train
 from dino_fast.engine.config import build_config
-from dino_fast.engine.ranks import ALONE, first_host, place
-from dino_fast.engine.run import read_metrics
+from dino_fast.engine.distributed import ALONE, first_host, place
+from dino_fast.engine.run_dir import read_metrics
 from dino_fast.ops.linear_dino_loss import linear_dino_loss_reference
 from tests.engine.ranks_worker import CASES, LOSSES, STEPS, TINY, loss_case, run_with_bad_steps, trained
 
@@ -175,14 +175,14 @@ def test_a_checkpoint_of_two_processes_resumes_on_one_and_on_three(tmp_path: Pat
     assert len(expected) == 12
 
     (tmp_path / "settings.yaml").write_text(json.dumps(config))
-    command = ("-m", "dino_fast.cli", "train", "--config", str(tmp_path / "settings.yaml"))
+    command = ("-m", "dino_fast", "train", "--config", str(tmp_path / "settings.yaml"))
     outputs = finish(start(2, *command, "--out", str(tmp_path / "two"), "--max-steps", "6", "--shard", "full"))
     assert "2 processes (shard full)" in outputs[0] and not outputs[1]
     assert len(read_metrics(tmp_path / "two")) == 6
     shutil.copytree(tmp_path / "two", tmp_path / "three")
     more = ("--resume", "--max-steps", "12")
     train(build_config({"out": str(tmp_path / "two"), "resume": True, "max_steps": 12, "shard": "none"}))
-    finish(start(3, "-m", "dino_fast.cli", "train", "--out", str(tmp_path / "three"), "--shard", "grads", *more))
+    finish(start(3, "-m", "dino_fast", "train", "--out", str(tmp_path / "three"), "--shard", "grads", *more))
     (_, whole) = checkpoint.load(tmp_path / "one" / "checkpoints") or pytest.fail("no checkpoint")
     for name in ("two", "three"):
         rows = read_metrics(tmp_path / name)
@@ -200,12 +200,12 @@ def test_torchrun_starts_the_processes_anew_when_one_is_lost(tmp_path: Path) -> 
     out = tmp_path / "run"
     words = ["train", "--resume", "--out", str(out), "--max-steps", "150", "--shard", "full", "--knn-every", "0"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "--max-restarts", "1", "-m", "dino_fast.cli", *words, "--save-every", "0.05"]
+    command = [*launcher, "--max-restarts", "1", "-m", "dino_fast", *words, "--save-every", "0.05"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not list((out / "checkpoints").glob("step-*")) and process.poll() is None:
         time.sleep(0.05)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    workers = [pid for pid in children if "dino_fast.cli" in Path(f"/proc/{pid}/cmdline").read_text()]
+    workers = [pid for pid in children if "dino_fast" in Path(f"/proc/{pid}/cmdline").read_text()]
     os.kill(int(workers[-1]), signal.SIGKILL)
     (output,) = finish([process])
     assert "continuing at step" in output
@@ -215,7 +215,7 @@ def test_torchrun_starts_the_processes_anew_when_one_is_lost(tmp_path: Path) -> 
 def test_processes_refuse_a_directory_together(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text("")
-    outputs = finish(start(2, "-m", "dino_fast.cli", "train", "--out", str(tmp_path / "run")), code=2)
+    outputs = finish(start(2, "-m", "dino_fast", "train", "--out", str(tmp_path / "run")), code=2)
     assert all("already holds a run" in text for text in outputs)
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
-from dino_fast.engine import run as run_module
-from dino_fast.engine.run import open_run, read_metrics
+from dino_fast.engine import run_dir as run_module
+from dino_fast.engine.run_dir import open_run, read_metrics
 from dino_fast.errors import UserError
 
 CONFIG = {"epochs": 2, "data": Path("/photos"), "scale": (0.4, 1.0), "model": {"arch": "vit_tiny"}, "lr": None}
@@ -178,5 +178,5 @@ def test_full_disk_while_logging(tmp_path: Path) -> None:
 
 
 def test_importing_does_not_load_tensorboard() -> None:
-    code = "import sys, dino_fast.engine.run; print('tensorboard' in sys.modules)"
+    code = "import sys, dino_fast.engine.run_dir; print('tensorboard' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dino_fast import cli
+from dino_fast.cli import main as cli
 from dino_fast.engine import runs
 
 

@@ -11,11 +11,11 @@ import timm
 import torch
 
 from dino_fast.engine import checkpoint, train
-from dino_fast.engine.step import Learner, learner_state
+from dino_fast.engine.train_step import Learner, learner_state
 from dino_fast.errors import UserError
 from dino_fast.models import DINOv2, VisionTransformer
-from dino_fast.models.checkpoints import export_backbone, load_backbone
-from dino_fast.models.export import export
+from dino_fast.models.weights.export import export
+from dino_fast.models.weights.read import export_backbone, load_backbone
 from tests import original
 from tests.engine.test_loop import _config as run_config
 from tests.engine.test_loop import images  # noqa: F401

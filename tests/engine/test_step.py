@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dino_fast.engine.config import Config, build_config
 from dino_fast.engine.schedules import Schedules
-from dino_fast.engine.step import (
+from dino_fast.engine.train_step import (
     Learner,
     build_learner,
     learner_state,
@@ -373,7 +373,7 @@ def test_without_centering_the_centre_stays_zero() -> None:
 def test_a_convolutional_backbone_trains(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    from dino_fast.models.checkpoints import export_backbone
+    from dino_fast.models.weights.read import export_backbone
 
     config = _config(
         arch="torchvision/resnet18", embed_dim=None, depth=None, heads=None, init="published", global_size=37,

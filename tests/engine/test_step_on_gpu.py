@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from dino_fast.backends import cuda_missing
-from dino_fast.engine.graph import WARM_UP
+from dino_fast.engine.cuda_graph import WARM_UP
 from dino_fast.engine.schedules import Schedules
-from dino_fast.engine.step import Learner, build_learner, train_step
+from dino_fast.engine.train_step import Learner, build_learner, train_step
 from tests.engine.test_step import Crops, _batch, _config, _leaves
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(cuda_missing() is not None, reason=str(cuda_missing()))]
@@ -80,7 +80,7 @@ def test_a_replayed_step_that_is_not_finite_changes_nothing() -> None:
 def test_a_run_on_the_demo(graph: str, tmp_path: Path) -> None:
     from dino_fast.engine import train
     from dino_fast.engine.config import build_config
-    from dino_fast.engine.run import read_metrics
+    from dino_fast.engine.run_dir import read_metrics
 
     given = {"data": "demo", "device": "cuda", "max_steps": 40, "knn_every": 0, "cuda_graph": graph}
     out = train(build_config({**given, "out": str(tmp_path / "run")}))

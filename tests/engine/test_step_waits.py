@@ -13,9 +13,9 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dino_fast.engine import step as step_module
+from dino_fast.engine import train_step as step_module
 from dino_fast.engine.schedules import Schedules
-from dino_fast.engine.step import Learner, build_learner, train_step
+from dino_fast.engine.train_step import Learner, build_learner, train_step
 from dino_fast.models import packing
 from tests.engine.test_step import PER_EPOCH, _batch, _config
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dino_fast.models import VisionTransformer
-from dino_fast.models.checkpoints import export_backbone
+from dino_fast.models.weights.read import export_backbone
 
 DATA = Path(os.environ.get("DINO_FAST_TEST_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dino_fast import cli
+from dino_fast.cli import main as cli
 from dino_fast.errors import UserError
 from dino_fast.eval import attention
-from dino_fast.eval.backbones import class_attention, open_backbone
-from dino_fast.eval.frames import fit_to_patches, read_image, read_video, write_video
+from dino_fast.eval.common.backbone import class_attention, open_backbone
+from dino_fast.eval.common.frames import fit_to_patches, read_image, read_video, write_video
 
 
 def mask_by_hand(row, mass):

@@ -10,7 +10,7 @@ import torch
 import transformers
 from PIL import Image
 
-from dino_fast.cli import main
+from dino_fast.cli.main import main
 
 
 def pictures(folder, names, size=(32, 32)):

@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image, ImageEnhance
 
-from dino_fast import cli
+from dino_fast.cli import main as cli
 from dino_fast.errors import UserError
 from dino_fast.eval import copy
-from dino_fast.eval.backbones import open_backbone
+from dino_fast.eval.common.backbone import open_backbone
 
 
 def test_the_feature_is_the_class_token_and_the_pooled_patches():

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from dino_fast import cli
+from dino_fast.cli import main as cli
 from dino_fast.data import open_source
 from dino_fast.data.loader import mix
 from dino_fast.errors import UserError
 from dino_fast.eval import finetune
-from dino_fast.eval.crops import random_crop
-from dino_fast.models.checkpoints import load_backbone
+from dino_fast.eval.common.crops import random_crop
+from dino_fast.models.weights.read import load_backbone
 
 PLAIN = finetune.Recipe(
     epochs=3, batch_size=4, lr=0.05, warmup_epochs=1, drop_path=0.0, mixup=0, cutmix=0, operations=0, erase=0.0, seed=5

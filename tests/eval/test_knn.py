@@ -11,13 +11,14 @@ import pytest
 import torch
 from PIL import Image
 
-from dino_fast.commands import eval_knn
+from dino_fast.cli import eval_knn
 from dino_fast.data import eval_batches, open_source
 from dino_fast.errors import UserError
-from dino_fast.eval import features, knn
-from dino_fast.eval.backbones import open_backbone
+from dino_fast.eval import knn
+from dino_fast.eval.common import features
+from dino_fast.eval.common.backbone import open_backbone
 from dino_fast.models import VisionTransformer
-from dino_fast.models.checkpoints import export_backbone, load_backbone
+from dino_fast.models.weights.read import export_backbone, load_backbone
 from tests.original import knn as original
 
 

@@ -11,13 +11,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
-from dino_fast import cli
+from dino_fast.cli import main as cli
 from dino_fast.data import eval_batches, open_source
 from dino_fast.data.loader import mix
 from dino_fast.errors import UserError
 from dino_fast.eval import linear
-from dino_fast.eval.backbones import tokens_feature
-from dino_fast.eval.crops import random_batches
+from dino_fast.eval.common.backbone import tokens_feature
+from dino_fast.eval.common.crops import random_batches
 
 
 def by_torch(x, y, classes, rate, epochs, batch_size, seed):

@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image, ImageFilter
 
-from dino_fast import cli
+from dino_fast.cli import main as cli
 from dino_fast.errors import UserError
 from dino_fast.eval import retrieval
-from dino_fast.eval.backbones import open_backbone
-from dino_fast.eval.frames import read_image
+from dino_fast.eval.common.backbone import open_backbone
+from dino_fast.eval.common.frames import read_image
 
 
 def walked(similarity, relevant, ignored):

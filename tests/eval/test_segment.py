@@ -9,11 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dino_fast import cli
+from dino_fast.cli import main as cli
 from dino_fast.errors import UserError
 from dino_fast.eval import segment
-from dino_fast.eval.backbones import open_backbone
-from dino_fast.eval.frames import fit_to_patches, read_image
+from dino_fast.eval.common.backbone import open_backbone
+from dino_fast.eval.common.frames import fit_to_patches, read_image
 
 
 def counted(mask, truth):

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from dino_fast import cli
+from dino_fast.cli import main as cli
 from dino_fast.errors import UserError
 from dino_fast.eval import video
-from dino_fast.eval.backbones import open_backbone
 from dino_fast.eval.boundary import dilate, f_measure, outline
+from dino_fast.eval.common.backbone import open_backbone
 from dino_fast.eval.segment import read_mask
 from tests.original import video as original
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from dino_fast.commands import export
+from dino_fast.cli import export
 from dino_fast.engine import checkpoint
 from dino_fast.errors import UserError
 from dino_fast.models import DINOHead, MultiCropWrapper, VisionTransformer, vit_tiny
-from dino_fast.models import checkpoints as files
+from dino_fast.models.weights import read as files
 from tests import original
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 1}

@@ -10,10 +10,10 @@ import transformers
 from safetensors.torch import save_file
 
 from dino_fast.errors import UserError
-from dino_fast.eval.backbones import class_attention
+from dino_fast.eval.common.backbone import class_attention
 from dino_fast.models import DINOv2, build_backbone
-from dino_fast.models import checkpoints as files
-from dino_fast.models.names import to_transformers
+from dino_fast.models.weights import read as files
+from dino_fast.models.weights.key_mapping import to_transformers
 
 SMALL = {"img_size": 56, "embed_dim": 64, "depth": 3, "num_heads": 2}
 KINDS = {

@@ -11,12 +11,13 @@ import timm
 import torch
 import transformers
 
-from dino_fast.commands import export as command
+from dino_fast.cli import export as command
 from dino_fast.errors import UserError
-from dino_fast.eval.backbones import open_backbone
-from dino_fast.models import DINOv2, VisionTransformer, names
-from dino_fast.models import checkpoints as files
-from dino_fast.models.export import FORMATS, export
+from dino_fast.eval.common.backbone import open_backbone
+from dino_fast.models import DINOv2, VisionTransformer
+from dino_fast.models.weights import key_mapping as names
+from dino_fast.models.weights import read as files
+from dino_fast.models.weights.export import FORMATS, export
 from tests.models.test_dinov2 import KINDS, SMALL, randomised, same
 
 PLAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}

@@ -12,8 +12,8 @@ from dino_fast.engine import checkpoint, train
 from dino_fast.engine.config import build_config
 from dino_fast.errors import UserError
 from dino_fast.eval import knn, linear
-from dino_fast.eval.backbones import open_backbone
-from dino_fast.models import checkpoints as files
+from dino_fast.eval.common.backbone import open_backbone
+from dino_fast.models.weights import read as files
 
 
 @pytest.fixture(scope="module")

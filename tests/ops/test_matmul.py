@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dino_fast.backends import OPERATIONS, Backend, BackendError, choose
-from dino_fast.ops import matmul as module
-from dino_fast.ops.matmul import Norm, linear, matmul
+from dino_fast.ops.linear import matmul as module
+from dino_fast.ops.linear.matmul import Norm, linear, matmul
 
 amx = pytest.mark.skipif(module._missing() is not None, reason=f"the backend amx: {module._missing()}")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dino_fast.ops import mlp as operation
-from dino_fast.ops.matmul import Norm
+from dino_fast.ops.linear import mlp as operation
+from dino_fast.ops.linear.matmul import Norm
 
 
 def _inputs(rows, dtype=torch.float64, width=6, hidden=20, out=5):

@@ -19,9 +19,10 @@ import pytest
 import torch
 from PIL import Image
 
-from dino_fast import _C, info
+from dino_fast import _C
 from dino_fast.augment import MultiCrop
 from dino_fast.backends import BackendError
+from dino_fast.cli import info
 from dino_fast.data.decode import decode
 from dino_fast.ops.multi_crop import from_pillow, planar, to_pillow
 

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from dino_fast.augment import MultiCrop
-from dino_fast.ops import multi_crop, multi_crop_cuda
+from dino_fast.ops import multi_crop
+from dino_fast.ops.multi_crop import cuda as multi_crop_cuda
 
 from .test_multi_crop import CASES, OFF, SMALL, pictures
 

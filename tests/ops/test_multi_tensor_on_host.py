@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dino_fast.ops import multi_tensor, multi_tensor_cuda
+from dino_fast.ops import multi_tensor
+from dino_fast.ops.multi_tensor import cuda as multi_tensor_cuda
 from dino_fast.optim import AdamWEMA
 
 ROOT = Path(__file__).parents[2]

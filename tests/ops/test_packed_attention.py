@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dino_fast.attention import packed_attention
 from dino_fast.backends import BackendError
 from dino_fast.ops.packed_attention import packed_attention_reference
-from dino_fast.ops.packed_attention_lengths import by_length
+from dino_fast.ops.packed_attention.by_length import by_length
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("native", "sdpa", "reference")

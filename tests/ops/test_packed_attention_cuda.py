@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from dino_fast.attention import packed_attention
 from dino_fast.backends import OPERATIONS, choose
 from dino_fast.ops import packed_attention as operation
-from dino_fast.ops import packed_attention_cuda as peers
-from dino_fast.ops import packed_attention_lengths as lengths_of
+from dino_fast.ops.packed_attention import by_length as lengths_of
+from dino_fast.ops.packed_attention import cuda as peers
 from dino_fast.ops.packed_attention import packed_attention_reference
 
 on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -1,0 +1,136 @@
+"""The command line: `dino-fast COMMAND [options]`. Only the module of the command that is called is imported."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from dino_fast import __version__
+from dino_fast.errors import UserError, nearest
+
+# Words of a command -> (module with `add_arguments(parser)` and `run(args)`, what the command does).
+# Those modules import nothing slow: `--help` needs their options only.
+COMMANDS = {
+    ("train",): ("dino_fast.cli.train", "pretrain a vision transformer on images without labels"),
+    ("eval", "knn"): ("dino_fast.cli.eval_knn", "classify held-out images by their nearest neighbours' labels"),
+    ("eval", "linear"): ("dino_fast.cli.eval_linear", "classify them with a linear layer on frozen features"),
+    ("eval", "finetune"): ("dino_fast.cli.eval_finetune", "train the whole network with labels and classify them"),
+    ("eval", "attention"): ("dino_fast.cli.eval_attention", "draw what the class token attends to"),
+    ("eval", "segment"): ("dino_fast.cli.eval_segment", "compare the attention's masks with true masks"),
+    ("eval", "video"): ("dino_fast.cli.eval_video", "carry objects' masks through videos by patch similarity"),
+    ("eval", "retrieval"): ("dino_fast.cli.eval_retrieval", "search a database of images with queries"),
+    ("eval", "copy"): ("dino_fast.cli.eval_copy", "find the originals of distorted copies"),
+    ("runs",): ("dino_fast.cli.runs", "list and compare runs, with a plot of their curves"),
+    ("report",): ("dino_fast.cli.report", "write a page about a run: curves, attention, neighbours, settings"),
+    ("export",): (
+        "dino_fast.cli.export",
+        "write a checkpoint's backbone for timm, torch.hub, transformers, ONNX or torch.export",
+    ),
+    ("data", "check"): ("dino_fast.cli.data_check", "read every image and list those that cannot be used"),
+    ("data", "preview"): ("dino_fast.cli.data_preview", "draw the crops that training would see"),
+    ("bench",): ("dino_fast.benchmarks.command", "time the operations beside what else there is"),
+    ("info",): ("dino_fast.cli.info", "versions, devices, and which implementation of each operation runs here"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns its exit status: 0, 2 for what the user can correct, 130 or 143 for a signal."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    plain, warnings.formatwarning = warnings.formatwarning, _note
+    try:
+        return _run(words)
+    except UserError as error:
+        print(f"dino-fast: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stop:
+        print(f"dino-fast: {stop or 'interrupted'}", file=sys.stderr)
+        return getattr(stop, "code", 130)
+    finally:
+        warnings.formatwarning = plain
+
+
+def _note(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None) -> str:
+    """Our own warnings are written for the person at the terminal, who needs no line of code."""
+    if Path(filename).is_relative_to(Path(__file__).parents[1]):
+        return f"dino-fast: note: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    group = [command for command in COMMANDS if len(command) == 2 and command[0] == words[0]]
+    if group and words[1:2] in (["-h"], ["--help"], ["help"]):
+        print("\n".join([f"usage: dino-fast {words[0]} COMMAND [options]", "", *_summaries(group)]))
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"dino-fast {__version__}")
+        return 0
+    command, rest = _command(words)
+    module_name, summary = COMMANDS[command]
+    module = importlib.import_module(module_name)
+    parser = argparse.ArgumentParser(prog=" ".join(("dino-fast", *command)), description=summary, allow_abbrev=False)
+    module.add_arguments(parser)
+    args, unknown = parser.parse_known_args(rest)
+    if unknown and not unknown[0].startswith("-"):
+        raise UserError(
+            f"{parser.prog} does not know what to do with {unknown[0]!r}: no option before it takes (another) value. "
+            f"'{parser.prog} --help' shows how many each takes"
+        )
+    if unknown:
+        options = [option for action in parser._actions for option in action.option_strings]
+        word = unknown[0].partition("=")[0]
+        raise UserError(
+            f"{parser.prog} has no option {word!r}{nearest(word, options) or '.'} '{parser.prog} --help' lists all"
+        )
+    return int(module.run(args) or 0)
+
+
+def _command(words: list[str]) -> tuple[tuple[str, ...], list[str]]:
+    """The command that the words begin with, and the words after it."""
+    for length in (1, 2):
+        if tuple(words[:length]) in COMMANDS:
+            return tuple(words[:length]), words[length:]
+    group = [command[1] for command in COMMANDS if len(command) == 2 and command[0] == words[0]]
+    if group and len(words) > 1:
+        raise UserError(
+            f"dino-fast {words[0]} has no {words[1]!r}{nearest(words[1], group) or '.'} There is: {', '.join(group)}"
+        )
+    if group:
+        raise UserError(
+            f"dino-fast {words[0]} needs one of: {', '.join(group)} ('dino-fast {words[0]} --help' explains them)"
+        )
+    names = list(dict.fromkeys(command[0] for command in COMMANDS))
+    raise UserError(
+        f"there is no command {words[0]!r}{nearest(words[0], names) or '.'} Commands: {', '.join(names)} "
+        "('dino-fast --help' explains them)"
+    )
+
+
+def _summaries(commands: Iterable[tuple[str, ...]]) -> list[str]:
+    shown = {" ".join(command): COMMANDS[command][1] for command in commands}
+    width = max(map(len, shown))
+    return [f"  {name:<{width}}   {summary}" for name, summary in shown.items()]
+
+
+def _overview() -> str:
+    return "\n".join(
+        [
+            "usage: dino-fast COMMAND [options]",
+            "",
+            "Pretrain vision transformers by self-distillation (DINO), with fused kernels.",
+            "",
+            *_summaries(COMMANDS),
+            "",
+            "'dino-fast COMMAND --help' lists a command's options. To begin: dino-fast train",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

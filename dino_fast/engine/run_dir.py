@@ -1,0 +1,289 @@
+"""What a run leaves on the disk: one directory, complete in itself.
+
+config.yaml       the configuration as it was used
+metrics.jsonl     one JSON object a step, flushed at once
+log.txt           messages and warnings with their time
+events.out.*      TensorBoard
+checkpoints/      see `dino_fast.engine.checkpoint`
+export/           the trained backbone
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import uuid
+import zlib
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import IO, Any
+
+from dino_fast.engine.distributed import ALONE, Ranks
+from dino_fast.errors import UserError, unwritable
+
+# What makes a directory a run: any of these. A folder with other things in it may be used.
+_MARKS = ("config.yaml", "metrics.jsonl", "checkpoints")
+
+# TensorBoard groups curves by what comes before the slash.
+_TAGS = {
+    "lr": "schedule/lr",
+    "weight_decay": "schedule/weight_decay",
+    "momentum": "schedule/momentum",
+    "teacher_temp": "schedule/teacher_temp",
+    "images_per_second": "speed/images_per_second",
+    "data_wait": "speed/data_wait",
+    "memory": "speed/memory",
+    "tokens_per_second": "speed/tokens_per_second",
+    "tflops": "speed/tflops",
+    "mfu": "speed/mfu",
+    "knn": "eval/knn_teacher",
+    "knn_student": "eval/knn_student",
+}
+_UNPLOTTED = {"step"}
+
+
+def open_run(out: Path | None, config: dict[str, Any], resume: bool, ranks: Ranks = ALONE) -> Run:
+    """Make or reopen a run directory and write `config` (plain values) to its config.yaml.
+
+    `out` None makes `runs/<date-time>` below the working directory. With `resume` the run in `out` is continued, or
+    begun where there is none. Raises `UserError` for an `out` that holds a run (without `resume`), is a file, or cannot
+    be written to; nothing is changed then. Of several processes the first makes it, and alone writes to it.
+    """
+    path = ranks.from_first(lambda: _make_run(out, config, resume))
+    return Run(path, writes=ranks.first)
+
+
+def _make_run(out: Path | None, config: dict[str, Any], resume: bool) -> Path:
+    if out is None:
+        if resume:
+            raise UserError("--resume needs the run's directory: add --out DIR" + _newest_run())
+        path = _fresh(Path("runs"))
+    else:
+        path = Path(out)
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--out {path} is a file; give a directory, new or empty")
+        held = [name for name in _MARKS if (path / name).exists()]
+        if held and not resume:
+            raise UserError(
+                f"--out {path} already holds a run ({', '.join(held)}). Continue it with --resume, "
+                "or give another --out to start a new one"
+            )
+    with _writable(path):
+        for folder in (path, path / "checkpoints", path / "export"):
+            folder.mkdir(parents=True, exist_ok=True)
+        Run(path)._write_config(config)
+    return path
+
+
+class Run:
+    """An open run directory. `path`, `checkpoints` and `export` are its folders. Close it, or use it in a `with`.
+
+    Where not `writes`, metrics go nowhere; messages are still noted.
+    """
+
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        self.writes = writes
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.export = path / "export"
+        self._metrics: IO[str] | None = None
+        self._board: Any = None
+        self._wandb: Any = None
+        self._purge: int | None = None
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl and the numbers to TensorBoard.
+
+        Values are numbers (also one-element tensors), strings, booleans or None; `step` is required. inf and NaN become
+        null, since JSON has neither. The line is handed to the system at once: a killed process loses nothing.
+        """
+        if not self.writes:
+            return
+        row = {name: _plain(value) for name, value in metrics.items()}
+        if type(row.get("step")) is not int:
+            raise ValueError(f"metrics need an integer `step`, got {metrics.get('step')!r}")
+        with _writable(self.path):
+            if self._metrics is None:
+                self._metrics = open(self.path / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+            self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
+            self._metrics.flush()
+        self._plot(row)
+        if self._wandb is not None:
+            self._wandb.log(
+                {_TAGS.get(name, f"train/{name}"): x for name, x in row.items() if name != "step"}, step=row["step"]
+            )
+
+    def follow(self, project: str, config: dict[str, Any]) -> None:
+        """Log to Weights & Biases as well; a run that is continued goes on under the name of its directory.
+
+        Raises UserError where the package is not installed.
+        """
+        if not self.writes:
+            return
+        try:
+            import wandb
+        except ImportError:
+            raise UserError("--wandb needs the package of that name: pip install 'dino-fast[wandb]'") from None
+        identity = f"{self.path.resolve().name}-{zlib.crc32(str(self.path.resolve()).encode()):08x}"
+        plain = {name: _yaml_value(value) for name, value in config.items()}
+        self._wandb = wandb.init(
+            project=project, name=self.path.name, id=identity, resume="allow", dir=str(self.path), config=plain
+        )
+
+    def cut_back(self, step: int) -> None:
+        """Drop every metrics line beyond `step` and a torn last one, so that a resumed run has each step once."""
+        if not self.writes:
+            return
+        self._close_metrics()
+        path = self.path / "metrics.jsonl"
+        if path.exists():
+            kept = [row for row in read_metrics(path) if row["step"] <= step]
+            _replace(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._close_board()
+        self._purge = step + 1
+
+    def note(self, text: str) -> None:
+        """Append a message with the time to log.txt."""
+        with _writable(self.path), open(self.path / "log.txt", "a", encoding="utf-8") as file:
+            file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}\n")
+
+    def close(self) -> None:
+        self._close_metrics()
+        self._close_board()
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _write_config(self, config: dict[str, Any]) -> None:
+        import yaml
+
+        path = self.path / "config.yaml"
+        plain = {name: _yaml_value(value) for name, value in config.items()}
+        if path.exists():
+            try:
+                before = yaml.safe_load(path.read_text(encoding="utf-8"))
+            except (yaml.YAMLError, UnicodeDecodeError):
+                before = None  # cut off by a crash; it is written anew
+            before = before if isinstance(before, dict) else {}
+            names = [name for name in {**before, **plain} if before.get(name) != plain.get(name)]
+            for name in names:
+                self.note(f"resumed with {name}: {plain.get(name)!r} (was {before.get(name)!r})")
+        _replace(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+
+    def _plot(self, row: dict[str, Any]) -> None:
+        if self._board is None:
+            from torch.utils.tensorboard import SummaryWriter  # a second to import, so not before the first step
+
+            self._board = SummaryWriter(str(self.path), purge_step=self._purge, flush_secs=10)
+        for name, value in row.items():
+            if name not in _UNPLOTTED and isinstance(value, int | float) and not isinstance(value, bool):
+                self._board.add_scalar(_TAGS.get(name, f"train/{name}"), value, row["step"])
+
+    def _close_metrics(self) -> None:
+        if self._metrics is not None:
+            self._metrics.close()
+            self._metrics = None
+
+    def _close_board(self) -> None:
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl (or of the run directory it lies in); a torn last line is left out.
+
+    Raises `UserError` naming the line for damage elsewhere.
+    """
+    path = Path(path)
+    path = path / "metrics.jsonl" if path.is_dir() else path
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there; give a run directory or its metrics.jsonl") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line) if line.strip() else None
+        except ValueError:
+            row = {}
+        if row is None:
+            continue
+        if isinstance(row, dict) and type(row.get("step")) is int:
+            rows.append(row)
+        elif number < len(lines):  # whole lines end in a newline, so only a torn one is last
+            raise UserError(f"{path}, line {number} is not a line of metrics: {line[:60]!r}. Delete this line")
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "item"):  # tensors and NumPy numbers
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"a metric is a number, string, boolean or None, got {type(value).__name__}")
+
+
+def _yaml_value(value: Any) -> Any:
+    """What YAML can hold without tags: paths as text, tuples as lists."""
+    if isinstance(value, dict):
+        return {str(key): _yaml_value(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_yaml_value(item) for item in value]
+    return str(value) if isinstance(value, os.PathLike) else value
+
+
+def _fresh(parent: Path) -> Path:
+    """`parent/<date-time>`, with -2, -3 ... where it is taken. Made here, so that two runs cannot share it."""
+    name = f"{datetime.now():%Y-%m-%d-%H%M%S}"
+    with _writable(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        number = 1
+        while True:
+            path = parent / (name if number == 1 else f"{name}-{number}")
+            try:
+                path.mkdir()
+                return path
+            except FileExistsError:
+                number += 1
+
+
+def _newest_run() -> str:
+    runs = sorted(path for path in Path("runs").glob("*") if (path / "config.yaml").exists())
+    return f" (the newest here is {runs[-1]})" if runs else ""
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that a reader, or a crash, meets the old or the new text and nothing between."""
+    temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    """Turn what the system says about a directory that takes no files into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"the disk of {path} is full; free some space and continue with --resume") from error
+        raise unwritable(path, error) from error

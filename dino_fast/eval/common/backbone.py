@@ -1,0 +1,136 @@
+"""The frozen network of an evaluation, and what each evaluation takes from it.
+
+Three places can name one: a run of ours, a file with the original's names, or `timm:NAME`. What is taken is a function
+of images `[B, C, H, W]` to features `[B, dim]`, or the attention of the class token, which is computed from the queries
+and keys of the last block: attention that keeps no matrix (fused, packed) gives it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dino_fast.augment import IMAGENET_MEAN, IMAGENET_STD
+from dino_fast.errors import UserError
+from dino_fast.models import VisionTransformer
+
+Feature = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A backbone in evaluation mode on its device, with the statistics its images are normalised by."""
+
+    backbone: VisionTransformer
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    name: str
+    which: str
+    device: torch.device
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 `[B, C, H, W]` -> float32 on the backbone's device, as it was trained."""
+        from dino_fast.augment import statistics
+
+        offset, scale = statistics(self.mean, self.std, images.shape[1])
+        return images.float().div(255).sub(offset).div(scale).to(self.device)
+
+    def size(self, image_size: int | None) -> tuple[int, int]:
+        """Height and width in pixels: those asked for, or those the position embeddings were learned for."""
+        height, width = self.backbone.img_size if image_size is None else (image_size, image_size)
+        patch = self.backbone.patch_size
+        if height % patch or width % patch or min(height, width) < patch:
+            near = max(1, round(height / patch)) * patch
+            raise UserError(f"--image-size {height} is not a multiple of the patch size {patch}; try {near}")
+        return height, width
+
+
+def pick_device(device: str | None) -> torch.device:
+    """The device of that name, or the GPU where there is one. Raises UserError for one that is not there."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+        torch.empty(0, device=picked)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"the device '{device}' cannot be used ({reason}); try --device cpu") from error
+    return picked
+
+
+def open_backbone(
+    checkpoint: str | Path, which: str = "teacher", device: str | None = None, tokens: bool = True
+) -> Frozen:
+    """Opens a run, a checkpoint, a weights file or folder, `hub:NAME` of torch.hub, or `timm:NAME` that timm downloads.
+
+    Raises UserError where it is not a vision transformer as DINO names it, or a key does not fit. An evaluation that
+    needs no `tokens` takes convolutional networks too, a ResNet-50 of the original's or a run's.
+    """
+    from dino_fast.models.networks import timm_backbone
+    from dino_fast.models.weights.read import describe, load_backbone
+
+    where = pick_device(device)
+    if str(checkpoint).startswith("timm:"):
+        backbone, facts = timm_backbone(str(checkpoint).removeprefix("timm:"))
+    else:
+        facts = describe(checkpoint, which=which)
+        backbone = load_backbone(checkpoint, which=which)
+    if tokens and not isinstance(backbone, VisionTransformer):
+        raise UserError(
+            f"{checkpoint} is a {type(backbone).__name__}, which has no tokens and no attention; it can be judged with "
+            "'dino-fast eval' knn, linear and retrieval"
+        )
+    backbone.eval().requires_grad_(False).to(where)
+    mean, std = (tuple(facts.get(name, default)) for name, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)))
+    return Frozen(backbone, mean, std, str(checkpoint), which, where)
+
+
+def tokens_feature(backbone: VisionTransformer, blocks: int = 1, patch_mean: bool = False) -> tuple[Feature, str]:
+    """(images -> the normalised class tokens of the last `blocks` blocks side by side `[B, blocks * dim]`, with
+    `patch_mean` also the mean of the last block's patch tokens `[B, (blocks + 1) * dim]`; what to call it)."""
+    if not isinstance(backbone, VisionTransformer):
+        if patch_mean:
+            raise UserError("--patch-mean needs patch tokens, which a convolutional network has not")
+        return backbone, f"pooled features [{backbone.embed_dim}]"
+    depth = len(backbone.blocks)
+    if not 1 <= blocks <= depth:
+        raise UserError(
+            f"the class tokens of {blocks} blocks were asked for; the backbone has {depth}: give 1 to {depth}"
+        )
+
+    def feature(images: Tensor) -> Tensor:
+        layers = backbone.get_intermediate_layers(images, blocks)
+        parts = [layer[:, 0] for layer in layers]
+        if patch_mean:
+            parts.append(layers[-1][:, 1:].mean(dim=1))
+        return torch.cat(parts, dim=1)
+
+    width = backbone.embed_dim * (blocks + patch_mean)
+    named = f"class token of the last {blocks} blocks" if blocks > 1 else "class token"
+    return feature, f"{named}{' and mean patch token' if patch_mean else ''} [{width}]"
+
+
+@torch.no_grad()
+def class_attention(backbone: nn.Module, images: Tensor) -> Tensor:
+    """How much the class token attends to each patch in the last block: `[B, heads, N]`, each row at most 1 in sum
+    (the rest goes to the class token itself and to registers).
+
+    Read off the packed queries and keys as they leave `blocks[-1].attn.qkv`, so memory is linear in N, whatever
+    computes the attention.
+    """
+    attention: Any = backbone.blocks[-1].attn  # type: ignore[index, union-attr]
+    caught: list[Tensor] = []
+    hook = attention.qkv.register_forward_hook(lambda module, given, out: caught.append(out))
+    try:
+        backbone.forward_features(images)  # type: ignore[operator]  # which runs all of the last block
+    finally:
+        hook.remove()
+    qkv = caught[0].unflatten(-1, (3, attention.num_heads, -1))  # [..., 3, H, d], all tokens of all images
+    q, k, _ = qkv.reshape(len(images), -1, *qkv.shape[-3:]).permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, 1 + N, d]
+    scores = (q[:, :, :1].float() @ k.float().transpose(-2, -1)).squeeze(2) * q.shape[-1] ** -0.5  # [B, H, 1 + N]
+    return scores.softmax(dim=-1)[:, :, 1 + getattr(backbone, "registers", 0) :]

@@ -1,0 +1,129 @@
+"""Features of a whole source, kept in files between evaluations.
+
+A file of features is found again by what it was computed from: the weights, the kind of feature, the image size and the
+list of images with their sizes and times. Anything else is another file, so a stale one is never read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dino_fast.data import ArraySource, ImageError, Source, Subset, eval_batches
+from dino_fast.data.formats.folder import FileSource
+from dino_fast.errors import UserError
+from dino_fast.eval.common.backbone import Feature, Frozen
+from dino_fast.progress import watched
+
+
+@torch.no_grad()
+def extract_features(
+    backbone: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], feature: Feature | None = None
+) -> tuple[Tensor, Tensor]:
+    """Batches (images `[B, C, H, W]`, labels `[B]`) -> (float32 features `[N, dim]`, int64 labels `[N]`), on the CPU.
+
+    `feature` is what to take of the images, by default `backbone` itself, which is put in evaluation mode for the time.
+    Raises UserError for features that are not finite.
+    """
+    training = backbone.training
+    device = next(backbone.parameters()).device
+    features, labels = [], []
+    backbone.eval()
+    try:
+        for images, label in batches:
+            features.append((feature or backbone)(images.to(device)).float().cpu())
+            labels.append(label)
+    finally:
+        backbone.train(training)
+    if not features:
+        raise UserError("no images to extract features from")
+    stacked = torch.cat(features)
+    if not stacked.isfinite().all():
+        raise UserError("the backbone gives features that are not finite: its weights are damaged or have diverged")
+    return stacked, torch.cat(labels)
+
+
+def labelled_features(
+    frozen: Frozen,
+    source: Source,
+    size: tuple[int, int],
+    feature: Feature,
+    kind: str,
+    batch_size: int = 128,
+    cache: Path | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Features `[N, dim]` and labels `[N]` of the labelled, readable images of `source`, from `cache` if there.
+
+    `kind` names the feature. Raises UserError where not one image has both a label and readable pixels.
+    """
+    source.channels = frozen.backbone.in_chans
+    path = None if cache is None else cache / f"{_fingerprint(frozen, source, size, kind)}.safetensors"
+    found = None if path is None or not path.exists() else _read(path)
+    if found is None:
+        batches = eval_batches(source, size, frozen.mean, frozen.std, batch_size)
+        batches = watched(batches, -(-len(source) // batch_size), "batches of features")
+        found = extract_features(frozen.backbone, batches, feature)
+        if path is not None:
+            _write(path, *found)
+    features, labels = found
+    if not (labels >= 0).any():
+        raise UserError("no image that can be read has a label")
+    return features[labels >= 0], labels[labels >= 0]
+
+
+def _fingerprint(frozen: Frozen, source: Source, size: tuple[int, int], kind: str) -> str:
+    digest = hashlib.sha256(repr((kind, size, frozen.mean, frozen.std, len(source), source.channels)).encode())
+    for name, tensor in frozen.backbone.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    if source.labels is not None:
+        digest.update(source.labels.tobytes())
+    for index in range(len(source)):
+        digest.update(_identity(source, index))
+    return digest.hexdigest()[:32]
+
+
+def _identity(source: Source, index: int) -> bytes:
+    """Changes with the image: its file's name, size and time, or its bytes."""
+    if isinstance(source, Subset):
+        return _identity(source.source, int(source.indices[index]))
+    if isinstance(source, FileSource):
+        path = source.path(index)
+        try:
+            stat = path.stat()
+        except OSError:
+            return repr((str(path), None)).encode()
+        return repr((str(path.resolve()), stat.st_size, stat.st_mtime_ns)).encode()
+    if isinstance(source, ArraySource):
+        return source.images[index].numpy().tobytes()
+    try:
+        return hashlib.sha256(source.data(index)).digest()
+    except ImageError as error:
+        return str(error).encode()
+
+
+def _read(path: Path) -> tuple[Tensor, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+        return tensors["features"], tensors["labels"]
+    except (SafetensorError, OSError, KeyError) as error:
+        raise UserError(f"the cached features {path} are damaged ({error}); delete the file") from error
+
+
+def _write(path: Path, features: Tensor, labels: Tensor) -> None:
+    from safetensors.torch import save_file
+
+    temporary = path.with_suffix(".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"features": features, "labels": labels}, temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot keep features in {path.parent}: {error.strerror or error}") from error

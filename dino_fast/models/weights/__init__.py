@@ -1,0 +1,1 @@
+"""Weights: reading checkpoints, other libraries' names for them, downloading and exporting."""

@@ -1,0 +1,464 @@
+"""The head's last layer and the loss together: the logits of V crops by K prototypes are never stored.
+
+With student rows z[v, b] and teacher rows z'[u, b] of width D, last layers W and W' [K, D], pair weights A [T, V], an
+image's weight r[b], centre c and temperatures tau, tau':
+
+    s = W z,   t = W' z',   p(u, b) = softmax((t - c) / tau')
+    loss = sum over b, u, v of  r(b) A(u, v) * -<p(u, b), log_softmax(s(v, b) / tau)>
+
+DINO has A = 1 but 0 where u = v, and r = 1 / (B sum A); the patch loss of iBOT has T = V = 1 and a weight per row.
+
+The head is attention over prototypes: with E(u, b) = sum_k p_k W_k the read of a teacher's row, keys W' and values W,
+E(v, b) that of softmax(s / tau), m(v) = max_k s / tau, l(v) = sum_k e^(s / tau - m) and w(v) = sum_u A(u, v),
+
+    loss    = sum r (w log l - sum_u A(u, v) d(u, v)),   d(u, v) = sum_k p_k(u) (s_k(v) / tau - m(v))
+    dloss/dz(v, b) = r / tau (w E(v, b) - sum_u A(u, v) E(u, b))
+    dloss/dW       = sum over v, b  r / tau (w softmax(s / tau) - sum_u A(u, v) p(u, b)) z(v, b)^T
+
+d could be had from E, as <p, s> = z . E, but then the loss is a difference of z . E and m + log l, which for a row that
+fits its target is far smaller than either and inherits their errors. Summed from the very logits that l is summed from,
+below their maximum, it has no such difference: an error of a logit counts only as far as p and the softmax differ.
+
+Two passes over the prototypes, all rows of an image at a time, in floating-point operations per K D:
+    forward   4 a row (2 where dz is not wanted): loss, dz, row maxima and sums
+    backward  4 a student row, 2 a teacher row: dW, from logits made again; not run where the last layer is frozen
+against 6 and 2 for a layer and a loss that store logits. `flops` is this formula.
+
+With a gain g, the layer is weight-normed: W_k = g_k v_k / |v_k|, and dg_k = dW_k . v_k / |v_k|,
+dv_k = g_k / |v_k| (dW_k - dg_k v_k / |v_k|).
+"""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dino_fast.backends import Backend, choose, native_missing, register, triton_missing
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (*KERNEL_DTYPES, torch.float64)
+
+
+class LinearDinoLoss(NamedTuple):
+    """What `linear_dino_loss` returns."""
+
+    loss: Tensor  # scalar, float32 (float64 for a float64 student)
+    teacher_mean: Tensor  # [K], mean of the raw teacher logits over its T B rows, detached
+
+
+def linear_dino_loss(
+    student: Tensor,
+    student_weight: Tensor,
+    teacher: Tensor,
+    teacher_weight: Tensor,
+    center: Tensor,
+    pair_weights: Tensor,
+    row_weights: Tensor,
+    *,
+    student_temp: float,
+    teacher_temp: float,
+    student_gain: Tensor | None = None,
+    teacher_gain: Tensor | None = None,
+    backend: str = "auto",
+) -> LinearDinoLoss:
+    """The loss and the mean of the teacher's logits from the inputs of the head's last layer.
+
+    Args:
+        student: [V, B, D], float32, bfloat16, float16 or (reference only) float64. Any strides.
+        student_weight: [K, D], the same kinds, not necessarily the student's; with `student_gain` [K], weight-normed.
+        teacher, teacher_weight, teacher_gain: [T, B, D], [K, D], [K]. Not differentiated.
+        center: [K], taken from the teacher's logits. Not differentiated.
+        pair_weights: [T, V], how much a pair counts; row_weights: [B]. The loss is the sum with these weights, so
+            whoever wants a mean divides them. Not differentiated.
+        student_temp, teacher_temp: positive temperatures.
+        backend: "auto" or a name that `dino-fast info` lists.
+
+    Differentiable by `student`, `student_weight` and `student_gain`, once. Rows that are not finite give a loss and
+    gradients that are not finite.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or temperatures that do not fit, said in the message.
+        BackendError: an explicitly chosen backend cannot run these inputs.
+    """
+    tensors = (student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center)
+    problem = what_is_wrong(*tensors, pair_weights, row_weights, student_temp, teacher_temp)
+    if problem is not None:
+        raise ValueError(f"linear_dino_loss: {problem}")
+    fixed = [None if x is None else x.detach() for x in (*tensors[3:], pair_weights, row_weights)]
+    differentiable = student.requires_grad and torch.is_grad_enabled()
+    loss, teacher_mean, _, _ = torch.ops.dino_fast.linear_dino_loss(
+        *tensors[:3], *fixed, student_temp, teacher_temp, differentiable, backend
+    )
+    return LinearDinoLoss(loss, teacher_mean)
+
+
+def what_is_wrong(
+    student: Tensor,
+    student_weight: Tensor,
+    student_gain: Tensor | None,
+    teacher: Tensor,
+    teacher_weight: Tensor,
+    teacher_gain: Tensor | None,
+    center: Tensor,
+    pair_weights: Tensor,
+    row_weights: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+) -> str | None:
+    """Why these inputs cannot be used, for the person who gave them, or None."""
+    if student.dim() != 3 or teacher.dim() != 3 or student_weight.dim() != 2:
+        return (
+            f"student and teacher are [crops, images, D] and the weights [K, D]; got student {list(student.shape)}, "
+            f"teacher {list(teacher.shape)}, student weight {list(student_weight.shape)}"
+        )
+    V, B, D = student.shape
+    T, K = teacher.shape[0], student_weight.shape[0]
+    if 0 in (V, B, D, T, K):
+        return f"there is nothing to average over; got student {[V, B, D]}, teacher {list(teacher.shape)}, K = {K}"
+    expected = {
+        "student": (student, (V, B, D)),
+        "student weight": (student_weight, (K, D)),
+        "student gain": (student_gain, (K,)),
+        "teacher": (teacher, (T, B, D)),
+        "teacher weight": (teacher_weight, (K, D)),
+        "teacher gain": (teacher_gain, (K,)),
+        "centre": (center, (K,)),
+        "pair weights": (pair_weights, (T, V)),
+        "row weights": (row_weights, (B,)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            return f"the {name} must be {list(shape)}, as student [V, B, D] = {[V, B, D]} and K = {K} say; " + (
+                f"got {list(tensor.shape)}"
+            )
+        if tensor.dtype not in DTYPES:
+            known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            return f"the {name}'s dtype is {tensor.dtype}; accepted are {known}"
+        if tensor.device != student.device:
+            return f"the {name} is on {tensor.device} but the student on {student.device}; move one of them"
+    if not (student_temp > 0 and teacher_temp > 0):
+        return f"temperatures must be positive; got student {student_temp}, teacher {teacher_temp}"
+    return None
+
+
+def linear_dino_loss_reference(
+    student: Tensor,
+    student_weight: Tensor,
+    teacher: Tensor,
+    teacher_weight: Tensor,
+    center: Tensor,
+    pair_weights: Tensor,
+    row_weights: Tensor,
+    *,
+    student_temp: float,
+    teacher_temp: float,
+    student_gain: Tensor | None = None,
+    teacher_gain: Tensor | None = None,
+) -> LinearDinoLoss:
+    """The definition in plain PyTorch, with logits, in float64 for a float64 student and float32 for all others."""
+    dtype = result_dtype(student)
+    student_logits = student.to(dtype) @ effective_weight(student_weight, student_gain, dtype).T  # [V, B, K]
+    with torch.no_grad():
+        teacher_logits = teacher.to(dtype) @ effective_weight(teacher_weight, teacher_gain, dtype).T  # [T, B, K]
+        targets = torch.softmax((teacher_logits - center.to(dtype)) / teacher_temp, dim=-1)
+    log_predictions = torch.log_softmax(student_logits / student_temp, dim=-1)
+    pairs = -torch.einsum("ubk,vbk->uvb", targets, log_predictions)
+    loss = torch.einsum("uvb,uv,b->", pairs, pair_weights.to(dtype), row_weights.to(dtype))
+    return LinearDinoLoss(loss, teacher_logits.mean(dim=(0, 1)))
+
+
+def result_dtype(student: Tensor) -> torch.dtype:
+    return torch.float64 if student.dtype == torch.float64 else torch.float32
+
+
+def effective_weight(weight: Tensor, gain: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The last layer's matrix [K, D]: the weight, or with a gain [K] its rows scaled to those lengths."""
+    weight = weight.to(dtype)
+    if gain is None:
+        return weight
+    return weight * (gain.to(dtype) / torch.linalg.vector_norm(weight, dim=1))[:, None]
+
+
+def flops(V: int, T: int, B: int, K: int, D: int, *, student: bool = True, weight: bool = True) -> int:
+    """Floating-point operations of the matrix products: the forward, with or without dz, and dW where it is wanted."""
+    forward = (4 if student else 2) * (V + T)
+    return (forward + (4 * V + 2 * T if weight else 0)) * B * K * D
+
+
+# --- the operator ---------------------------------------------------------------------------------------------------
+# `student_gradient` is for an upstream gradient of 1, in the result's dtype, and empty where none is wanted.
+# `row_statistics` [2, T + V, B]: each row's largest (teacher: centred) logit and sum of exponentials, teacher first.
+
+
+@torch.library.custom_op("dino_fast::linear_dino_loss", mutates_args=())
+def _operator(
+    student: Tensor,
+    student_weight: Tensor,
+    student_gain: Tensor | None,
+    teacher: Tensor,
+    teacher_weight: Tensor,
+    teacher_gain: Tensor | None,
+    center: Tensor,
+    pair_weights: Tensor,
+    row_weights: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+    differentiable: bool,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    chosen = choose("linear_dino_loss", student, student_weight, teacher, teacher_weight, backend=backend)
+    tensors = (student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center)
+    with torch.autocast(student.device.type, enabled=False):
+        statistics, pairs, difference, teacher_mean = FORWARD[chosen](
+            *tensors, pair_weights, student_temp, teacher_temp, differentiable
+        )
+        loss = _loss_of_rows(pair_weights, row_weights, statistics, pairs)
+        gradient = student.new_empty((0,), dtype=statistics.dtype)
+        if differentiable:
+            scale = (row_weights.double() / student_temp)[None, :, None]
+            gradient = (difference * scale).to(statistics.dtype)
+    return loss, teacher_mean, gradient, statistics
+
+
+@_operator.register_fake
+def _(student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center, pair_weights, row_weights,
+      student_temp, teacher_temp, differentiable, backend="auto"):  # fmt: skip
+    result = result_dtype(student)
+    (V, B, D), T, K = student.shape, teacher.shape[0], student_weight.shape[0]
+    return (
+        student.new_empty((), dtype=result),
+        student.new_empty((K,), dtype=result),
+        student.new_empty((V, B, D) if differentiable else (0,), dtype=result),
+        student.new_empty((2, T + V, B), dtype=result),
+    )
+
+
+def _loss_of_rows(pair_weights: Tensor, row_weights: Tensor, statistics: Tensor, pairs: Tensor) -> Tensor:
+    """The loss from [T + V, B] row statistics and the [T, V, B] products d, few enough to take them in float64."""
+    T = pairs.shape[0]
+    weights, rows = pair_weights.double(), row_weights.double()
+    log_sums = weights.sum(0)[:, None] * statistics[1, T:].double().log()  # [V, B]
+    products = torch.where(weights[..., None] == 0, 0.0, weights[..., None] * pairs.double()).sum(0)
+    return ((log_sums - products) * rows).sum().to(statistics.dtype)
+
+
+@torch.library.custom_op("dino_fast::linear_dino_loss_weight_gradient", mutates_args=())
+def _weight_gradient_operator(
+    student: Tensor,
+    student_weight: Tensor,
+    student_gain: Tensor | None,
+    teacher: Tensor,
+    teacher_weight: Tensor,
+    teacher_gain: Tensor | None,
+    center: Tensor,
+    pair_weights: Tensor,
+    row_weights: Tensor,
+    row_statistics: Tensor,
+    upstream: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The gradients by the student's weight and gain (empty without one), times `upstream`."""
+    chosen = choose("linear_dino_loss", student, student_weight, teacher, teacher_weight, backend=backend)
+    tensors = (student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center)
+    with torch.autocast(student.device.type, enabled=False):
+        # What multiplies e^(logit - maximum) of a student's row, and that of each teacher's beside it.
+        T, dtype = teacher.shape[0], row_statistics.dtype
+        scale = row_weights.double() * upstream.double() / student_temp  # [B]
+        sums, pairs = row_statistics[1].double(), pair_weights.double()
+        factors = (pairs.sum(0)[:, None] * scale / sums[T:]).to(dtype)  # [V, B]
+        pair_factors = (pairs[..., None] * (scale / sums[:T])[:, None]).to(dtype)  # [T, V, B]
+        return WEIGHT_GRADIENT[chosen](*tensors, row_statistics, factors, pair_factors, student_temp, teacher_temp)
+
+
+@_weight_gradient_operator.register_fake
+def _(student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center, pair_weights, row_weights,
+      row_statistics, upstream, student_temp, teacher_temp, backend="auto"):  # fmt: skip
+    return _empty_weight_gradients(student_weight, student_gain)
+
+
+def _empty_weight_gradients(weight: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor]:
+    return weight.new_empty(weight.shape), weight.new_empty((0,)) if gain is None else gain.new_empty(gain.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, student_temp, teacher_temp, differentiable, backend = inputs
+    _, teacher_mean, student_gradient, row_statistics = output
+    ctx.mark_non_differentiable(teacher_mean, student_gradient, row_statistics)
+    ctx.set_materialize_grads(False)
+    ctx.differentiable = differentiable
+    ctx.temps_and_backend = student_temp, teacher_temp, backend
+    tensors[6] = tensors[6].clone()  # the centre is updated in place before the backward
+    ctx.save_for_backward(*tensors, student_gradient, row_statistics)
+
+
+def _backward(ctx, upstream, *unused):
+    gradients: list[Tensor | None] = [None] * 13
+    if upstream is None:
+        return tuple(gradients)
+    *tensors, student_gradient, row_statistics = ctx.saved_tensors
+    if ctx.needs_input_grad[0]:
+        if not ctx.differentiable:
+            raise RuntimeError("dino_fast::linear_dino_loss was called with differentiable=False; it kept no gradient")
+        gradients[0] = (student_gradient * upstream).to(tensors[0].dtype)
+    if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+        by_weight, by_gain = torch.ops.dino_fast.linear_dino_loss_weight_gradient(
+            *tensors, row_statistics, upstream, *ctx.temps_and_backend
+        )
+        gradients[1] = by_weight if ctx.needs_input_grad[1] else None
+        gradients[2] = by_gain if ctx.needs_input_grad[2] else None
+    return tuple(gradients)
+
+
+_operator.register_autograd(_backward, setup_context=_setup_context)
+
+
+# --- backends, fastest first ----------------------------------------------------------------------------------------
+# Forward: (row statistics [2, T + V, B], products d [T, V, B], differences w E(v) - sum_u A(u, v) E(u) [V, B, D] or
+# None, teacher mean); without pair weights the reads E [T + V, B, D] themselves instead of the differences. Weight
+# gradient: (dW, dg), from a factor for each student row [V, B], and one for each teacher row beside it [T, V, B].
+
+
+def _native_rejects(*tensors: Tensor) -> str | None:
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            return f"it runs on the CPU, the inputs are on {tensor.device}"
+        if tensor.dtype not in KERNEL_DTYPES:
+            return f"it takes float32, bfloat16 and float16, not {tensor.dtype}"
+    return None
+
+
+def _triton_rejects(*tensors: Tensor) -> str | None:
+    student, _, teacher, _ = tensors
+    for tensor in tensors:
+        if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            return f"it runs on CUDA (on the CPU under TRITON_INTERPRET=1), the inputs are on {tensor.device}"
+        if tensor.dtype not in KERNEL_DTYPES:
+            return f"it takes float32, bfloat16 and float16, not {tensor.dtype}"
+        if sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) >= 2**31:
+            return "it counts elements in 32 bits, and one of the inputs spans 2^31 or more"
+    if max(len(student), len(teacher)) > 16:
+        return f"it takes at most 16 crops of an image, not {max(len(student), len(teacher))}"
+    rows, D = torch.promote_types(student.dtype, teacher.dtype), student.shape[-1]
+    widest = 256 if rows == torch.float32 else 512
+    if widest < D:
+        return f"it takes {str(rows).removeprefix('torch.')} rows of at most {widest} elements, not {D}"
+    return None
+
+
+register(
+    "linear_dino_loss",
+    Backend("triton", missing=triton_missing, rejects=_triton_rejects),
+    Backend("native", missing=native_missing, rejects=_native_rejects),
+    Backend("reference"),
+)
+
+
+def _reference_forward(student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center,
+                       pair_weights, student_temp, teacher_temp, differentiable):  # fmt: skip
+    dtype = result_dtype(student)
+    weight = effective_weight(student_weight, student_gain, dtype)
+    raw = teacher.to(dtype) @ effective_weight(teacher_weight, teacher_gain, dtype).T
+    logits = (raw - center.to(dtype), student.to(dtype) @ weight.T)
+    maxima = [x.amax(-1) for x in logits]
+    e = [
+        ((x - m[..., None]) / temp).exp()
+        for x, m, temp in zip(logits, maxima, (teacher_temp, student_temp), strict=True)
+    ]
+    sums = [x.sum(-1) for x in e]
+    targets, predictions = (x / total[..., None] for x, total in zip(e, sums, strict=True))
+    pairs = torch.einsum("ubk,vbk->uvb", targets, (logits[1] - maxima[1][..., None]) / student_temp)
+    statistics = torch.stack([torch.cat(maxima), torch.cat(sums)])
+    if pair_weights is None:
+        return statistics, pairs, torch.cat([targets, predictions]) @ weight, raw.mean(dim=(0, 1))
+    A = pair_weights.to(dtype)
+    difference = A.sum(0)[:, None, None] * predictions - torch.einsum("uv,ubk->vbk", A, targets)
+    return statistics, pairs, difference @ weight if differentiable else None, raw.mean(dim=(0, 1))
+
+
+def _reference_weight_gradient(student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center,
+                               row_statistics, factors, pair_factors, student_temp, teacher_temp):  # fmt: skip
+    dtype, T = result_dtype(student), teacher.shape[0]
+    s = student.to(dtype) @ effective_weight(student_weight, student_gain, dtype).T
+    t = teacher.to(dtype) @ effective_weight(teacher_weight, teacher_gain, dtype).T - center.to(dtype)
+    maxima = row_statistics[0][..., None]
+    predictions = ((s - maxima[T:]) / student_temp).exp() * factors[..., None]
+    targets = torch.einsum("uvb,ubk->vbk", pair_factors, ((t - maxima[:T]) / teacher_temp).exp())
+    gradient = torch.einsum("vbk,vbd->kd", predictions - targets, student.to(dtype))
+    by_gain = project_weight_gradient(gradient, student_weight, student_gain)
+    return gradient.to(student_weight.dtype), by_gain
+
+
+def project_weight_gradient(gradient: Tensor, weight: Tensor, gain: Tensor | None) -> Tensor:
+    """The gradient by the effective weight becomes that by `weight`, in place; returns the gain's, or nothing in it."""
+    if gain is None:
+        return weight.new_empty((0,))
+    v = weight.to(gradient.dtype)
+    length = torch.linalg.vector_norm(v, dim=1)
+    by_gain = (gradient * v).sum(1) / length
+    gradient.addcmul_(v, (by_gain / length)[:, None], value=-1).mul_((gain.to(gradient.dtype) / length)[:, None])
+    return by_gain.to(gain.dtype)
+
+
+def _native_forward(*arguments):
+    from dino_fast.ops.linear_dino_loss.native import forward
+
+    return forward(*arguments)
+
+
+def _native_weight_gradient(*arguments):
+    from dino_fast.ops.linear_dino_loss.native import weight_gradient
+
+    return weight_gradient(*arguments)
+
+
+def _triton_forward(student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center, pair_weights,
+                    student_temp, teacher_temp, differentiable):  # fmt: skip
+    from dino_fast.kernels import linear_dino_loss as kernels
+
+    T = len(teacher)
+    rows = _rows_of_one_dtype(student, teacher)
+    student_layer = kernels.Layer(student_weight, student_gain)
+    teacher_layer = kernels.Layer(teacher_weight, teacher_gain, teacher.to(torch.float32).mean(dim=(0, 1)))
+    statistics, pairs, read = kernels.attend(
+        rows[0], student_layer, rows[1], teacher_layer, center.to(torch.float32).contiguous(), student_temp,
+        teacher_temp, wanted=differentiable,
+    )  # fmt: skip
+    if not differentiable or pair_weights is None:
+        return statistics, pairs, read, teacher_layer.logits
+    A, wide = pair_weights.double(), read.double()
+    difference = A.sum(0)[:, None, None] * wide[T:] - torch.einsum("uv,ubd->vbd", A, wide[:T])
+    return statistics, pairs, difference, teacher_layer.logits
+
+
+def _triton_weight_gradient(student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center,
+                            row_statistics, factors, pair_factors, student_temp, teacher_temp):  # fmt: skip
+    from dino_fast.kernels import linear_dino_loss as kernels
+
+    rows = _rows_of_one_dtype(student, teacher)
+    layers = (kernels.Layer(student_weight, student_gain), kernels.Layer(teacher_weight, teacher_gain))
+    gradient, by_gain = kernels.weight_gradient(
+        rows[0], layers[0], rows[1], layers[1], center.to(torch.float32).contiguous(), row_statistics, factors,
+        pair_factors, student_temp, teacher_temp,
+    )  # fmt: skip
+    return gradient, student_weight.new_empty(0) if student_gain is None else by_gain.to(student_gain.dtype)
+
+
+def _rows_of_one_dtype(student: Tensor, teacher: Tensor) -> list[Tensor]:
+    """The same, contiguous, both of the wider dtype."""
+    dtype = torch.promote_types(student.dtype, teacher.dtype)
+    return [x.detach().to(dtype).contiguous() for x in (student, teacher)]
+
+
+FORWARD = {"triton": _triton_forward, "native": _native_forward, "reference": _reference_forward}
+WEIGHT_GRADIENT = {
+    "triton": _triton_weight_gradient,
+    "native": _native_weight_gradient,
+    "reference": _reference_weight_gradient,
+}

@@ -1,0 +1,293 @@
+"""Operation multi_crop: boxes of uint8 images -> resized, distorted, normalised crops.
+
+In this order, with 8 bits after every step: crop and resize (antialiased bicubic), horizontal flip, brightness,
+contrast, saturation and hue in the given order, grey, Gaussian blur, solarize at 128, (x / 255 - mean) / std.
+Saturation, hue and grey leave images without three channels as they are.
+
+The reference is the installed Pillow, as the published pipeline uses it. The native backend (csrc/cpu/multi_crop.cpp)
+gives the same 8 bits on every machine and for any number of threads, and so does the CUDA backend
+(csrc/cuda/multi_crop.cu), of the same arithmetic. There is one difference between versions of Pillow, and it follows
+the installed one: since 13, boxes that lose far more height than width are resized along their columns first, where
+older versions always began with the rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image, ImageFilter
+from torch import Tensor
+
+from dino_fast.backends import Backend, choose, cuda_missing, native_missing, register
+
+MAY_GO_DOWN_FIRST = int(PIL.__version__.split(".")[0]) >= 13  # see above
+
+
+@torch.library.custom_op("dino_fast::multi_crop", mutates_args=())
+def multi_crop(
+    images: list[Tensor],
+    boxes: Tensor,
+    switches: Tensor,
+    order: Tensor,
+    factors: Tensor,
+    radius: Tensor,
+    n_global: int,
+    global_size: list[int],
+    local_size: list[int],
+    mean: Tensor,
+    std: Tensor,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """V crops of each of n images: global [n_global, n, C, h, w] and local [V - n_global, n, C, h, w] of `dtype`.
+
+    images: n of uint8 [C, H, W], all on the CPU or all on one GPU, where the crops then are; the parameters are CPU
+    tensors: boxes [n, V, 4] int64 (top, left, height, width), inside the image; switches [n, V, 4] bool (flip, grey,
+    blur, solarize); order [n, V, 4] int64, which of brightness 0, contrast 1, saturation 2 and hue 3
+    come one after the other, -1 for none; factors [n, V, 4] float32 of those four (1 leaves as is; hue in turns);
+    radius [n, V] float32, the blur's standard deviation in pixels; sizes (height, width); mean and std [C] float32;
+    dtype float32 or bfloat16. Raises ValueError for another dtype or device, shapes that disagree and boxes outside
+    their image. On a GPU all work is queued on the current stream and nothing is waited for.
+    """
+    crops = _empty(images, boxes, n_global, global_size, local_size, dtype)
+    multi_crop_into(crops, images, boxes, switches, order, factors, radius, mean, std, backend)
+    return crops
+
+
+def multi_crop_into(
+    crops: tuple[Tensor, Tensor],
+    images: list[Tensor],
+    boxes: Tensor,
+    switches: Tensor,
+    order: Tensor,
+    factors: Tensor,
+    radius: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    backend: str = "auto",
+) -> None:
+    """`multi_crop`, its results written to `crops`: contiguous, of the shapes that it returns."""
+    _check(images, boxes, switches, order, factors, radius, mean, std, crops[0].dtype)
+    run = _RUN[choose("multi_crop", *images, backend=backend)]
+    run(images, boxes, switches, order, factors, radius, mean, std, *crops)
+
+
+@multi_crop.register_fake
+def _(images, boxes, switches, order, factors, radius, n_global, global_size, local_size, mean, std,
+      dtype=torch.float32, backend="auto"):  # fmt: skip
+    return _empty(images, boxes, n_global, global_size, local_size, dtype)
+
+
+def _empty(
+    images: list[Tensor],
+    boxes: Tensor,
+    n_global: int,
+    global_size: list[int],
+    local_size: list[int],
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    (n, V), C = boxes.shape[:2], images[0].shape[0]
+    return (
+        torch.empty(n_global, n, C, *global_size, dtype=dtype, device=images[0].device),
+        torch.empty(V - n_global, n, C, *local_size, dtype=dtype, device=images[0].device),
+    )
+
+
+def _check(images, boxes, switches, order, factors, radius, mean, std, dtype) -> None:  # type: ignore[no-untyped-def]
+    n, V = len(images), boxes.shape[1]
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"multi_crop: dtype is {dtype}; torch.float32 and torch.bfloat16 are supported")
+    if not all(image.dtype == torch.uint8 and image.dim() == 3 and len(image) == len(images[0]) for image in images):
+        raise ValueError("multi_crop: images are uint8 [C, H, W] with one C")
+    if not all(image.device == images[0].device for image in images):
+        raise ValueError("multi_crop: the images are on several devices; put them on one")
+    for name, given, shape in (
+        ("boxes", boxes, (n, V, 4)),
+        ("switches", switches, (n, V, 4)),
+        ("order", order, (n, V, 4)),
+        ("factors", factors, (n, V, 4)),
+        ("radius", radius, (n, V)),
+        ("mean", mean, (images[0].shape[0],)),
+        ("std", std, (images[0].shape[0],)),
+    ):
+        if tuple(given.shape) != shape:
+            raise ValueError(f"multi_crop: {name} is {list(given.shape)}; {list(shape)} is needed")
+        if given.device.type != "cpu":
+            raise ValueError(f"multi_crop: {name} is on {given.device}; the CPU reads the parameters, keep them there")
+    if int(order.min()) < -1 or int(order.max()) > 3:
+        raise ValueError("multi_crop: order has entries other than -1, 0, 1, 2, 3")
+    extent = torch.tensor([image.shape[1:] for image in images])[:, None]  # [n, 1, 2]
+    corner, size = boxes[..., :2], boxes[..., 2:]
+    if not bool(((corner >= 0) & (size > 0) & (corner + size <= extent)).all()):
+        raise ValueError("multi_crop: a box is empty or reaches outside its image")
+
+
+def planar(image: Tensor) -> Tensor:
+    """The image, contiguous. Decoders write pixel by pixel, of which PyTorch's strided copy makes planes slowly."""
+    channels, height, width = image.shape
+    if image.is_contiguous() or image.is_cuda or channels != 3 or image.stride() != (1, 3 * width, 3):
+        return image.contiguous()
+    from dino_fast import _C
+
+    planes = torch.empty((3, height, width), dtype=torch.uint8)
+    _C.multi_crop_planes(image.data_ptr(), planes.data_ptr(), height * width)
+    return planes
+
+
+class Tasks(NamedTuple):
+    """What the compiled backends take; `keep` are the tensors that the addresses are of."""
+
+    arguments: tuple  # type: ignore[type-arg]
+    keep: tuple  # type: ignore[type-arg]
+
+
+def tasks(images, boxes, switches, order, factors, radius, mean, std, global_crops, local_crops) -> Tasks:  # type: ignore[no-untyped-def]
+    """Tables of V n crops, see csrc/bindings.cpp."""
+    images = [planar(image) for image in images]
+    mean, std = mean.float().contiguous(), std.float().contiguous()
+    (n, V), (C, T) = boxes.shape[:2], (images[0].shape[0], len(global_crops))
+    source = np.array([(image.data_ptr(), image.shape[1], image.shape[2]) for image in images], dtype=np.int64)
+    table = np.empty((V, n, 18), dtype=np.int64)  # crop-major: the large crops come first and balance the threads
+    table[..., 0:3] = source
+    table[..., 3:7] = boxes.numpy().swapaxes(0, 1)
+    for crops, views in ((global_crops, slice(0, T)), (local_crops, slice(T, V))):
+        table[views, :, 7:9] = crops.shape[3:]
+        rows = np.arange(crops.shape[0] * n, dtype=np.int64).reshape(-1, n)
+        table[views, :, 9] = crops.data_ptr() + rows * (C * crops.shape[3] * crops.shape[4] * crops.element_size())
+    table[..., 10:14] = switches.numpy().swapaxes(0, 1)
+    table[..., 14:18] = order.numpy().swapaxes(0, 1)
+    numbers = np.empty((V, n, 5), dtype=np.float32)
+    numbers[..., :4] = factors.numpy().swapaxes(0, 1)
+    numbers[..., 4] = radius.numpy().T
+    half = global_crops.dtype == torch.bfloat16
+    arguments = (V * n, table, numbers, C, half, MAY_GO_DOWN_FIRST, mean.data_ptr(), std.data_ptr())
+    return Tasks(arguments, (images, mean, std))
+
+
+def _native(*arguments) -> None:  # type: ignore[no-untyped-def]
+    from dino_fast import _C
+
+    given = tasks(*arguments)
+    _C.multi_crop(*given.arguments, torch.get_num_threads())
+
+
+def _cuda(*arguments) -> None:  # type: ignore[no-untyped-def]
+    from dino_fast.ops.multi_crop import cuda as multi_crop_cuda
+
+    multi_crop_cuda.multi_crop(*arguments)
+
+
+def multi_crop_reference(images, boxes, switches, order, factors, radius, mean, std, global_crops, local_crops) -> None:  # type: ignore[no-untyped-def]
+    """Fills global_crops and local_crops by way of Pillow; the arguments are the operator's."""
+    views = [*global_crops.unbind(), *local_crops.unbind()]  # V of [n, C, h, w]
+    mean, std = mean.view(-1, 1, 1), std.view(-1, 1, 1)
+    on, orders, strengths, radii = switches.tolist(), order.tolist(), factors.tolist(), radius.tolist()
+    for i, image in enumerate(images):
+        whole = to_pillow(image.cpu())
+        for v, (top, left, h, w) in enumerate(boxes[i].tolist()):
+            out = views[v][i]
+            size = (out.shape[2], out.shape[1])
+            area = (left, top, left + w, top + h)
+            planes = [plane.crop(area).resize(size, Image.Resampling.BICUBIC) for plane in whole]
+            planes = _distort(planes, on[i][v], orders[i][v], strengths[i][v], radii[i][v])
+            pixels = from_pillow(planes)
+            if on[i][v][3]:
+                pixels = torch.minimum(pixels, 255 - pixels)
+            out.copy_(pixels.float().div_(255).sub_(mean).div_(std))
+
+
+def _distort(
+    planes: list[Image.Image], switches: list[bool], order: list[int], factors: list[float], radius: float
+) -> list[Image.Image]:
+    flip, grey, blur, _ = switches
+    if flip:
+        planes = [plane.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for plane in planes]
+    for operation in order:
+        if operation >= 0:
+            planes = _JITTER[operation](planes, factors[operation])
+    if grey and planes[0].mode == "RGB":
+        planes = [_grey(planes[0])]
+    return [plane.filter(ImageFilter.GaussianBlur(radius)) for plane in planes] if blur else planes
+
+
+def to_pillow(image: Tensor) -> list[Image.Image]:
+    """One RGB image for three channels, else one 8-bit plane a channel (Pillow has no other layout without alpha)."""
+    pixels = image.numpy()
+    if len(pixels) == 3:
+        return [Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))]
+    return [Image.fromarray(plane) for plane in pixels]
+
+
+def from_pillow(planes: list[Image.Image]) -> Tensor:
+    """The inverse of `to_pillow`."""
+    if planes[0].mode == "RGB":
+        return torch.from_numpy(np.asarray(planes[0]).transpose(2, 0, 1).copy())
+    return torch.from_numpy(np.stack([np.asarray(plane) for plane in planes]))
+
+
+def _brightness(planes: list[Image.Image], factor: float) -> list[Image.Image]:
+    return [Image.blend(_black(p.mode, p.size), p, factor) for p in planes]
+
+
+@functools.lru_cache
+def _black(mode: str, size: tuple[int, int]) -> Image.Image:
+    return Image.new(mode, size, 0)
+
+
+def _contrast(planes: list[Image.Image], factor: float) -> list[Image.Image]:
+    """Towards the mean of the luma, or of all channels where there is no luma."""
+    lumas = [p if p.mode == "L" else p.convert("L") for p in planes]
+    total = sum(int(np.frombuffer(luma.tobytes(), np.uint8).sum()) for luma in lumas)
+    mean = int(total / (len(planes) * planes[0].width * planes[0].height) + 0.5)
+    return [Image.blend(Image.new(p.mode, p.size, (mean,) * len(p.mode)), p, factor) for p in planes]
+
+
+def _saturation(planes: list[Image.Image], factor: float) -> list[Image.Image]:
+    return [Image.blend(_grey(p), p, factor) if p.mode == "RGB" else p for p in planes]
+
+
+def _hue(planes: list[Image.Image], factor: float) -> list[Image.Image]:
+    if planes[0].mode != "RGB":
+        return planes
+    pixels = bytearray(planes[0].convert("HSV").tobytes())
+    hue = np.frombuffer(pixels, np.uint8)[::3]
+    hue += np.uint8(int(factor * 255) % 256)  # towards zero, then modulo 256, as the original's cast to 8 bits
+    return [Image.frombytes("HSV", planes[0].size, pixels).convert("RGB")]
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    return image.convert("L").convert("RGB")
+
+
+_JITTER: tuple[Callable[[list[Image.Image], float], list[Image.Image]], ...] = (
+    _brightness,
+    _contrast,
+    _saturation,
+    _hue,
+)
+
+
+def _cuda_rejects(*images: Tensor) -> str | None:
+    other = next((image.device for image in images if not image.is_cuda), None)
+    return None if other is None else f"the CUDA kernels take images on a GPU; one is on {other}"
+
+
+def _native_rejects(*images: Tensor) -> str | None:
+    other = next((image.device for image in images if image.device.type != "cpu"), None)
+    return None if other is None else f"the native code takes images on the CPU; one is on {other}"
+
+
+_RUN = {"cuda": _cuda, "native": _native, "reference": lambda *arguments: multi_crop_reference(*arguments)}
+
+# Each device has its own; the CPU's first, so that forked workers need not ask for a GPU, which they cannot.
+register(
+    "multi_crop",
+    Backend("native", native_missing, _native_rejects),
+    Backend("cuda", cuda_missing, _cuda_rejects),
+    Backend("reference"),
+)

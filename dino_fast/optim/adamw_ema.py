@@ -1,0 +1,399 @@
+"""The student's optimizer and the teacher's moving average, in one pass over memory.
+
+optimizer = AdamWEMA(student.parameters(), teacher.parameters(), clip_grad=3.0)
+...
+loss.backward()
+optimizer.step(momentum=0.996)      # clips, updates the student, then the teacher
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dino_fast.ops.multi_tensor.param_batch import Last, Rows, local, multipliers_of
+
+CLIP_MODES = ("parameter", "global")
+
+# What a group carries beside torch.optim.AdamW's keys: the modules' own tensors, which no state dict repeats.
+_COMPANIONS = ("teacher_params", "bf16_params", "bf16_teacher")
+
+
+@torch.no_grad()
+def ema_update(
+    teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: float, *, hold: Tensor | None = None
+) -> None:
+    """teacher <- momentum * teacher + (1 - momentum) * student, tensor by tensor, in place and in one call.
+
+    Args:
+        teacher, student: as many tensors of the same shapes in the same order, on one device, of any mix of float
+            dtypes; the arithmetic is float32 (float64 where a tensor is). DTensors are averaged shard by shard.
+        momentum: share of the old teacher that is kept, in [0, 1]. At 0.996 a bfloat16 teacher rounds to no change:
+            keep it in float32.
+        hold: a boolean scalar on the device: where it is true nothing changes. Nothing waits for it.
+
+    Raises:
+        ValueError: lists, shapes or devices that disagree, or a momentum outside [0, 1].
+        TypeError: a tensor that is not floating point.
+    """
+    old, new = [local(t) for t in teacher], [local(p) for p in student]
+    if old or new:
+        torch.ops.dino_fast.ema_update(old, new, momentum, [], found_inf=as_found_inf(hold))
+
+
+def as_found_inf(hold: Tensor | None, found_inf: Tensor | None = None) -> Tensor | None:
+    """What the operations take: 0, positive after an overflow (the teacher moves on), infinite where all must stay."""
+    if hold is None:
+        return found_inf
+    none = torch.zeros((), device=hold.device) if found_inf is None else found_inf.reshape(())
+    return none.masked_fill(hold.to(none.device), torch.inf)
+
+
+def _on(device: torch.device, found_inf: Tensor | None) -> Tensor | None:
+    return None if found_inf is None else found_inf.to(device, non_blocking=True)
+
+
+class AdamWEMA(torch.optim.Optimizer):
+    """AdamW (Loshchilov & Hutter, 2019) with gradient clipping and the teacher's EMA in the same pass over memory.
+
+    The numbers are those of clipping, then `torch.optim.AdamW`, then `t <- m t + (1 - m) p`. A parameter without a
+    gradient is left alone, but its teacher still follows it. Learning rate, weight decay and momentum may change at
+    every step: set `group["lr"]` and `group["weight_decay"]`, and give `step` the momentum.
+
+    Args:
+        params: parameters, or groups (dicts with `params`, and any of `lr`, `betas`, `eps`, `weight_decay`,
+            `teacher_params`, `bf16_params`, `bf16_teacher`).
+        teacher_params: the teacher's counterparts in the same order: one flat list, or groups as `params`. None where
+            the groups bring theirs, or where there is no teacher.
+        clip_grad: largest 2-norm of a gradient; 0 does not clip.
+        clip_mode: "parameter" clips each parameter's gradient by its own norm, as the original DINO does, "global" all
+            of them by their common norm, as `torch.nn.utils.clip_grad_norm_`.
+        bf16_params, bf16_teacher: bfloat16 tensors, one for each parameter, that hold rounded copies of student and
+            teacher: written here, at every step, and by `refresh_copies`. A copy may be what the forward pass uses;
+            its `.grad` then counts where the parameter itself has none.
+
+    Dtypes: float32 (float64 runs on the reference). A bfloat16 parameter or teacher keeps a float32 master in the
+    state (`master`, `teacher_master`), which is what is updated; the module holds its rounding. Masters are saved in
+    the state dict, and made from the module where a loaded one has none; call `rebuild_masters` after changing
+    such a module's weights by hand.
+
+    Mixed precision: `torch.amp.GradScaler.step(optimizer, momentum=m)` works with or without `unscale_`. Without it
+    the gradients are unscaled on the way (`.grad` itself keeps the scale) before they are clipped. After an overflow
+    weights, moments and step counts stay, and the EMA still runs. Nothing waits for the device.
+
+    The state dict is torch.optim.AdamW's, both ways (no amsgrad, no maximize). DTensors are updated shard by shard.
+    """
+
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler then passes grad_scale and found_inf instead of waiting
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        teacher_params: Iterable[Any] | None,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.04,
+        *,
+        clip_grad: float = 0.0,
+        clip_mode: str = "parameter",
+        bf16_params: Iterable[Tensor] | None = None,
+        bf16_teacher: Iterable[Tensor] | None = None,
+    ) -> None:
+        if clip_mode not in CLIP_MODES:
+            raise ValueError(f"clip_mode must be one of {', '.join(CLIP_MODES)}; got {clip_mode!r}")
+        if not clip_grad >= 0.0:
+            raise ValueError(f"clip_grad must be 0 (no clipping) or the largest norm allowed; got {clip_grad}")
+        self.clip_grad, self.clip_mode = clip_grad, clip_mode
+        self._last: Last | None = None
+        self._norms: list[Tensor] = []
+        groups = _as_groups(params)
+        companions = (("teacher_params", teacher_params), ("bf16_params", bf16_params), ("bf16_teacher", bf16_teacher))
+        for name, tensors in companions:
+            if tensors is not None:
+                _deal(groups, name, tensors)
+        # AdamW's own keys, whatever this torch has, so that state dicts are interchangeable.
+        adamw = torch.optim.AdamW([torch.empty(0)], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(groups, dict(adamw.defaults))
+        self.refresh_copies()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in every optimizer; the group may bring `teacher_params`, `bf16_params` and `bf16_teacher`."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            for p in group["params"]:
+                if p.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+                    raise TypeError(
+                        f"parameters must be float32, bfloat16 or float64; got {p.dtype}. For float16, keep float32 "
+                        f"parameters and use torch.autocast with torch.amp.GradScaler"
+                    )
+            for name in _COMPANIONS:
+                group[name] = list(group.get(name) or ())
+                _check_companions(name, group[name], group["params"])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {
+            **super().__getstate__(),
+            "clip_grad": self.clip_grad,
+            "clip_mode": self.clip_mode,
+            "_last": None,
+            "_norms": [],
+        }
+
+    def __repr__(self) -> str:
+        shown = ("lr", "betas", "eps", "weight_decay")
+        groups = [
+            f"  {len(g['params'])} tensors: " + ", ".join(f"{k}={g[k]}" for k in shown) for g in self.param_groups
+        ]
+        return "\n".join([f"AdamWEMA(clip_grad={self.clip_grad}, clip_mode={self.clip_mode!r})", *groups])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients of the parameters, and of their bfloat16 copies."""
+        super().zero_grad(set_to_none)
+        for copy in chain.from_iterable(group["bf16_params"] for group in self.param_groups):
+            copy.grad = None if set_to_none or copy.grad is None else copy.grad.zero_()
+
+    @torch.no_grad()
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        momentum: float | None = None,
+        hold: Tensor | None = None,
+    ) -> Any:
+        """Clip, update the parameters, then the teacher.
+
+        Args:
+            closure: re-evaluates the model and returns the loss, as in every optimizer.
+            momentum: share of the old teacher that is kept, in [0, 1]; None leaves the teacher as it is.
+            hold: a boolean scalar on the device: where it is true, as for a loss that is not finite, the step changes
+                nothing, the teacher neither. Nothing waits for it.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        _check_momentum(self.param_groups, momentum)
+        moving, resting = self._batches(momentum is not None)
+        found_inf, grad_scale = as_found_inf(hold, getattr(self, "found_inf", None)), getattr(self, "grad_scale", None)
+        gradients = [rows.grads for rows in moving]
+        multipliers, self._norms = multipliers_of(gradients, grad_scale, self.clip_grad, self.clip_mode)
+        keep = 1.0 if momentum is None else momentum
+        for rows, multiplier in zip(moving, multipliers, strict=True):
+            rows.step(multiplier, _on(rows.device, found_inf), keep)
+            rows.grads = []  # the caller's to free, before the next forward
+        for rows in resting:
+            rows.follow(keep, _on(rows.device, found_inf))
+        return loss
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The 2-norm of all gradients of the last step, before they were clipped, a scalar on the device; None where
+        nothing is clipped, since no norms are made then."""
+        if not self._norms:
+            return None
+        return torch.linalg.vector_norm(torch.cat([norms.to(self._norms[0].device) for norms in self._norms]))
+
+    def write_hyperparameters(self, momentum: float | None = None) -> None:
+        """Before each replay of a CUDA graph that holds `step(momentum=...)`: bring the groups' present learning rates
+        and weight decays, and the momentum, to the device. Nothing else is computed.
+
+        Run one step before the capture, and leave the gradients (or their set of Nones) as they were captured.
+        """
+        from dino_fast.ops.multi_tensor.cuda import writing_hyper_only
+
+        with writing_hyper_only():
+            self.step(momentum=momentum)
+
+    @torch.no_grad()
+    def refresh_copies(self) -> None:
+        """Write the bfloat16 copies from the parameters and teachers, as `step` does. Call it after loading weights."""
+        for group in self.param_groups:
+            for sources, name in (("params", "bf16_params"), ("teacher_params", "bf16_teacher")):
+                for source, copy in zip(group[sources], group[name], strict=False):
+                    copy.copy_(source)
+
+    def rebuild_masters(self) -> None:
+        """Forget the float32 masters of bfloat16 tensors; the next step makes them from the modules' weights."""
+        self._last = None
+        for state in self.state.values():
+            state.pop("master", None)
+            state.pop("teacher_master", None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch.optim.AdamW's state dict, with float32 masters where a module is bfloat16; the teacher is not in it."""
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            for name in _COMPANIONS:
+                group.pop(name, None)
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class or of torch.optim.AdamW (default, fused, foreach or capturable)."""
+        for option in ("amsgrad", "maximize"):
+            if any(group.get(option) for group in state_dict["param_groups"]):
+                raise ValueError(f"the state dict is of an AdamW with {option}=True, which AdamWEMA does not offer")
+        companions = [{name: group[name] for name in _COMPANIONS} for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, kept in zip(self.param_groups, companions, strict=True):
+            group.update(kept)
+        self._keep_float32(state_dict)
+        self._last = None
+
+    def _keep_float32(self, state_dict: dict[str, Any]) -> None:
+        """Undo the base class's casts to the parameter's dtype; bring step counts to the parameter's device."""
+        saved = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        for index, p in zip(saved, params, strict=True):
+            if index not in state_dict["state"]:
+                continue
+            state, source = self.state[p], state_dict["state"][index]
+            step = torch.as_tensor(source["step"], dtype=torch.float32, device=p.device)
+            state["step"] = step.clone() if step is source["step"] else step
+            for name in ("exp_avg", "exp_avg_sq", "master", "teacher_master"):
+                if p.dtype == torch.bfloat16 and name in source:
+                    state[name] = source[name].to(p.device, torch.float32, copy=True)
+
+    def _batches(self, with_teacher: bool) -> tuple[list[Rows], list[Rows]]:
+        """What to step, in one batch for each device and setting of AdamW, and teachers of parameters at rest.
+
+        Made anew only where tensors, settings or which of the parameters have gradients changed; otherwise this sets
+        the gradients, learning rates and weight decays of the last ones.
+        """
+        groups = self.param_groups
+        params = [p for group in groups for p in group["params"]]
+        grads = [p.grad for p in params]
+        copies = [copy for group in groups for copy in group["bf16_params"] or [None] * len(group["params"])]
+        if any(group["bf16_params"] for group in groups):
+            grads = [c.grad if g is None and c is not None else g for g, c in zip(grads, copies, strict=True)]
+        settings = [with_teacher, *((*group["betas"], group["eps"]) for group in groups), *(g is None for g in grads)]
+        tensors = [*params, *(t for group in groups for name in _COMPANIONS for t in group[name])]
+        last = self._last
+        if not (last and last.settings == settings and _identical(last.tensors, tensors) and last.state_is_current()):
+            last = self._last = Last(settings, tensors, *self._assemble(groups, grads, with_teacher))
+        rates = [(float(group["lr"]), float(group["weight_decay"])) for group in groups]
+        for rows in last.moving:
+            rows.grads = [grads[i] for i in rows.index]
+            rows.lrs = [rates[g][0] for g in rows.group]
+            rows.weight_decays = [rates[g][1] for g in rows.group]
+        return last.moving, last.resting
+
+    def _assemble(
+        self, groups: list[dict[str, Any]], grads: list[Tensor | None], with_teacher: bool
+    ) -> tuple[list[Rows], list[Rows]]:
+        moving: dict[Any, Rows] = {}
+        resting: dict[Any, Rows] = {}
+        index = -1
+        for group_index, group in enumerate(groups):
+            beta1, beta2 = group["betas"]
+            eps = group["eps"]
+            shadows, teachers, teacher_shadows = group["bf16_params"], group["teacher_params"], group["bf16_teacher"]
+            for i, p in enumerate(group["params"]):
+                index += 1
+                moves = grads[index] is not None
+                teacher = teachers[i] if teachers and with_teacher else None
+                if not moves and teacher is None:
+                    continue
+                key = (p.device, beta1, beta2, eps, teacher is None)
+                rows = (moving if moves else resting).setdefault(key, Rows(p.device, beta1, beta2, eps))
+                if moves:
+                    rows.add_state(index, group_index, self._started(p))
+                shadow = shadows[i] if shadows else None
+                rows.add(self._master(p, p, "master"), p if p.dtype == torch.bfloat16 else shadow)
+                if teacher is not None:
+                    shadow = teacher_shadows[i] if teacher_shadows else None
+                    master = self._master(p, teacher, "teacher_master")
+                    rows.add_teacher(master, teacher if teacher.dtype == torch.bfloat16 else shadow)
+        return list(moving.values()), list(resting.values())
+
+    def _started(self, p: Tensor) -> dict[str, Any]:
+        """The parameter's state, made at its first use. Moments of a bfloat16 parameter are float32."""
+        state = self.state[p]
+        if "step" not in state:
+            wide = torch.float32 if p.dtype == torch.bfloat16 else p.dtype
+            state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+            state["exp_avg"] = torch.zeros_like(p, dtype=wide, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(p, dtype=wide, memory_format=torch.preserve_format)
+        return state
+
+    def _master(self, p: Tensor, module_tensor: Tensor, name: str) -> Tensor:
+        """The tensor that is updated: the module's own, or the float32 master of a bfloat16 one."""
+        if module_tensor.dtype != torch.bfloat16:
+            return module_tensor
+        state = self._started(p)
+        if name not in state:
+            state[name] = module_tensor.detach().float()
+        return state[name]
+
+
+# ---- arguments ----
+
+
+def _identical(some: list[Tensor], others: list[Tensor]) -> bool:
+    return len(some) == len(others) and all(map(operator.is_, some, others))
+
+
+def _as_groups(params: Iterable[Any]) -> list[dict[str, Any]]:
+    entries = list(params)
+    if not entries:
+        raise ValueError("AdamWEMA got no parameters")
+    groups = [dict(e) for e in entries] if isinstance(entries[0], dict) else [{"params": entries}]
+    for group in groups:
+        group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+    return groups
+
+
+def _deal(groups: list[dict[str, Any]], name: str, tensors: Iterable[Any]) -> None:
+    """Give each group its share of a flat list, or of a list of groups."""
+    flat: list[Any] = []
+    for entry in tensors:
+        flat.extend(entry["params"] if isinstance(entry, dict) else [entry])
+    wanted = sum(len(group["params"]) for group in groups)
+    if len(flat) != wanted:
+        raise ValueError(f"{name} has {len(flat)} tensors for {wanted} parameters; give one for each, in their order")
+    for group in groups:
+        if name in group:
+            raise ValueError(f"{name} was given as an argument and in a group; give it once")
+        group[name], flat = flat[: len(group["params"])], flat[len(group["params"]) :]
+
+
+def _check_companions(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    if not tensors:
+        return
+    if len(tensors) != len(params):
+        raise ValueError(f"{name} has {len(tensors)} tensors for {len(params)} parameters; give one for each")
+    for i, (t, p) in enumerate(zip(tensors, params, strict=True)):
+        if t.shape != p.shape or t.device != p.device:
+            raise ValueError(
+                f"{name}[{i}] is {tuple(t.shape)} on {t.device}, but its parameter {tuple(p.shape)} on {p.device}; "
+                f"is the list in the parameters' order?"
+            )
+        if name != "teacher_params" and (t.dtype != torch.bfloat16 or p.dtype == torch.bfloat16):
+            raise TypeError(
+                f"{name}[{i}] is {t.dtype} and its parameter {p.dtype}; the copies are bfloat16 ones of float32 "
+                f"parameters (a bfloat16 parameter has its float32 master in the optimizer, and needs no copy)"
+            )
+        accepted = (torch.float64,) if p.dtype == torch.float64 else (torch.float32, torch.bfloat16)
+        if name == "teacher_params" and t.dtype not in accepted:
+            raise TypeError(
+                f"teacher_params[{i}] is {t.dtype} and its parameter {p.dtype}; "
+                f"the teacher must be {' or '.join(map(str, accepted))}"
+            )
+
+
+def _check_momentum(groups: list[dict[str, Any]], momentum: float | None) -> None:
+    if momentum is None:
+        return
+    if not 0.0 <= momentum <= 1.0:
+        raise ValueError(f"momentum must lie in [0, 1]: the share of the old teacher that is kept; got {momentum}")
+    if not any(group["teacher_params"] for group in groups):
+        raise ValueError("step(momentum=...) moves a teacher, but there is none; give AdamWEMA teacher_params")
