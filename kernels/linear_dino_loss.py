@@ -13,6 +13,11 @@ gradient on chip and walks over all images; the tangent projection of weight nor
 belong to which student rows is a small matrix product on chip, or nothing where there is one crop each (`ALIGNED`).
 No atomics, no locks: the order of each sum is fixed by the shapes and the tables below.
 
+`_weigh` makes the logits again, in tiles of another shape, so that they differ from the forward's by about eps |x| and
+e^y by eps |x| / tau of itself; a row that one prototype has to itself would get a probability of 1 +- eps |x| / tau in
+place of 1. Where |m| / tau is large (`LIMIT`), `_sums` therefore sums e^y anew over the very logits of `_weigh`, and
+the probabilities of each row add up to 1 again. Rows of 16 bits need it least: their g is rounded to 8 or 11 bits.
+
 Logits are float32 from the product on; only e^y and g are rounded to the rows' type for the second product (times 4096
 for float16, whose smallest numbers they would fall below). float32 products, and those of pairs in any type, are made
 of three in TF32, which keeps nearly all of float32's bits: one alone cuts 13 bits off each factor, always downwards,
@@ -38,6 +43,8 @@ from dino_fast.kernels.autotune import pick
 # Programs of `_attend`: about one for each multiprocessor. More would only enlarge the workspace.
 TARGET_PROGRAMS = 132
 COLUMNS = 32  # prototypes of a program of `_columns`
+# The largest |m| / tau up to which the backward takes the forward's sums: weight norm with a gain of 1 stays below it.
+LIMIT = 32.0
 
 
 @triton.jit
@@ -249,6 +256,55 @@ def _weigh(
     tl.store(grad + k[:, None] * D + d[None, :], acc.to(grad.dtype.element_ty), tile)
 
 
+@triton.jit
+def _sums(
+    student, student_weight, student_scale, student_max, student_sum,
+    teacher, teacher_weight, teacher_scale, teacher_max, teacher_sum, center, part_sum,
+    V, T, B, images, K, D, student_k, teacher_k, slice_k, inverse_student_temp, inverse_teacher_temp, limit,
+    BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    SCALED: tl.constexpr, TEACHER_SCALED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (i, j): the sums of e^y of the images of block i over slice j of K, from logits made as `_weigh` makes
+    them. Where no |m| / tau of the block passes `limit` it makes none: slice 0 takes the sums of the forward."""
+    i = tl.program_id(0)
+    j = tl.program_id(1)
+    s = tl.arange(0, BLOCK_S)
+    t = tl.arange(0, BLOCK_T)
+    s_image, t_image = s // V, t // T
+    s_b, t_b = i * images + s_image, i * images + t_image
+    s_mask = (s_image < images) & (s_b < B)
+    t_mask = (t_image < images) & (t_b < B)
+    s_row, t_row = (s % V) * B + s_b, (t % T) * B + t_b
+    m = tl.load(student_max + s_row, s_mask, 0.0)
+    m_t = tl.load(teacher_max + t_row, t_mask, 0.0)
+    largest = tl.max(tl.abs(m) * inverse_student_temp, 0)
+    largest = tl.maximum(largest, tl.max(tl.abs(m_t) * inverse_teacher_temp, 0))
+    l = tl.load(student_sum + s_row, s_mask & (j == 0), 0.0)
+    l_t = tl.load(teacher_sum + t_row, t_mask & (j == 0), 0.0)
+    if largest > limit:
+        l = tl.zeros([BLOCK_S], tl.float32)
+        l_t = tl.zeros([BLOCK_T], tl.float32)
+        for start in tl.range(j * slice_k, tl.minimum((j + 1) * slice_k, K), BLOCK_K, num_stages=1):
+            k = start + tl.arange(0, BLOCK_K)
+            mask = k < K
+            x = _logits(
+                teacher, t_row, t_mask, teacher_weight, k, mask, D, teacher_k, BLOCK_T, BLOCK_K, WIDTH, CHUNK, PRECISION
+            )
+            if TEACHER_SCALED:
+                x = x * tl.load(teacher_scale + k, mask, 0.0)[:, None]
+            x = x - tl.load(center + k, mask, 0.0)[:, None]
+            l_t += tl.sum(tl.where(mask[:, None], tl.exp((x - m_t[None, :]) * inverse_teacher_temp), 0.0), 0)
+            x = _logits(
+                student, s_row, s_mask, student_weight, k, mask, D, student_k, BLOCK_S, BLOCK_K, WIDTH, CHUNK, PRECISION
+            )
+            if SCALED:
+                x = x * tl.load(student_scale + k, mask, 0.0)[:, None]
+            l += tl.sum(tl.where(mask[:, None], tl.exp((x - m[None, :]) * inverse_student_temp), 0.0), 0)
+    rows = (T + V) * B
+    tl.store(part_sum + j * rows + t_row, l_t, t_mask)
+    tl.store(part_sum + j * rows + T * B + s_row, l, s_mask)
+
+
 class Tile(NamedTuple):
     """BLOCK_S student rows, BLOCK_K prototypes, CHUNK of the width in the first products, and warps."""
 
@@ -365,10 +421,8 @@ def attend(
 def _attend_with(tile, student, student_layer, teacher, teacher_layer, center, student_temp, teacher_temp, wanted):
     (V, B, D), T, K = student.shape, len(teacher), len(student_layer.weight)
     images, options = constants(tile, V, T, D, student.dtype)
-    blocks, columns = triton.cdiv(B, images), triton.cdiv(K, tile.prototypes)
-    slices = max(1, min(columns, TARGET_PROGRAMS // blocks))
-    slice_k = triton.cdiv(columns, slices) * tile.prototypes
-    slices, rows = triton.cdiv(K, slice_k), (T + V) * B
+    blocks, slices, slice_k = _split(tile, images, B, K)
+    rows = (T + V) * B
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=student.device)
@@ -404,24 +458,28 @@ def weight_gradient(
     # The largest weight of a row leaves the loop and joins again in float32: what is rounded is then of order 1.
     unit = (factors * row_statistics[1, T:]).abs().amax().clamp_min(1e-30)
     shares = (factors / unit).contiguous(), (pair_factors / unit).contiguous()
-    maxima = row_statistics[0].contiguous()
+    row_statistics = row_statistics.contiguous()
     if half.takes(student, student_layer.weight, teacher_layer.weight):
         layers = (student, student_layer, teacher, teacher_layer, center)
-        return half.weight_gradient(*layers, maxima, *shares, unit, student_temp, teacher_temp)
+        return half.weight_gradient(*layers, row_statistics[0], *shares, unit, student_temp, teacher_temp)
 
     def launch(tile: Tile) -> tuple[Tensor, Tensor]:
         return _weigh_with(
-            tile, student, student_layer, teacher, teacher_layer, center, maxima, *shares, unit,
+            tile, student, student_layer, teacher, teacher_layer, center, row_statistics, *shares, unit,
             student_temp, teacher_temp,
         )  # fmt: skip
 
     return launch(_tile("weigh", WEIGH_TILES, student, (student_layer, teacher_layer), T, launch))
 
 
-def _weigh_with(tile, student, student_layer, teacher, teacher_layer, center, maxima, factors, pair_factors, unit,
+def _weigh_with(tile, student, student_layer, teacher, teacher_layer, center, statistics, factors, pair_factors, unit,
                 student_temp, teacher_temp):  # fmt: skip
     (V, B, D), T, K = student.shape, len(teacher), len(student_layer.weight)
     images, options = constants(tile, V, T, D, student.dtype)
+    layers = student, student_layer, teacher, teacher_layer, center
+    correction = statistics[1] / _sums_with(tile, *layers, statistics, student_temp, teacher_temp)  # [T + V, B]
+    factors, pair_factors = factors * correction[T:], pair_factors * correction[:T, None]
+    maxima = statistics[0]
     grad = torch.empty((K, D), dtype=student_layer.weight.dtype, device=student.device)
     scaled = student_layer.scale is not None
     gain_grad = torch.empty(K if scaled else 1, dtype=torch.float32, device=student.device)
@@ -433,6 +491,30 @@ def _weigh_with(tile, student, student_layer, teacher, teacher_layer, center, ma
         **options,
     )  # fmt: skip
     return grad, gain_grad
+
+
+def _sums_with(tile, student, student_layer, teacher, teacher_layer, center, statistics, student_temp, teacher_temp):
+    """Float32 [T + V, B]: the sums of e^y over the logits that `_weigh` makes with this tile."""
+    (V, B, D), T, K = student.shape, len(teacher), len(student_layer.weight)
+    images, options = constants(tile, V, T, D, student.dtype)
+    options = {name: value for name, value in options.items() if name not in ("ALIGNED", "LIFT")}
+    blocks, slices, slice_k = _split(tile, images, B, K)
+    part_sum = torch.empty((slices, T + V, B), dtype=torch.float32, device=student.device)
+    _sums[(blocks, slices)](
+        student, student_layer.weight, _or(student_layer.scale, center), statistics[0, T:], statistics[1, T:],
+        teacher, teacher_layer.weight, _or(teacher_layer.scale, center), statistics[0], statistics[1], center,
+        part_sum, V, T, B, images, K, D, student_layer.weight.stride(0), teacher_layer.weight.stride(0), slice_k,
+        1.0 / student_temp, 1.0 / teacher_temp, LIMIT, SCALED=student_layer.scale is not None,
+        TEACHER_SCALED=teacher_layer.scale is not None, **options,
+    )  # fmt: skip
+    return part_sum.sum(0)
+
+
+def _split(tile: Tile, images: int, B: int, K: int) -> tuple[int, int, int]:
+    """Blocks of images, slices of K, and the prototypes of a slice."""
+    blocks, columns = triton.cdiv(B, images), triton.cdiv(K, tile.prototypes)
+    slice_k = triton.cdiv(columns, max(1, min(columns, TARGET_PROGRAMS // blocks))) * tile.prototypes
+    return blocks, triton.cdiv(K, slice_k), slice_k
 
 
 def flops(tile: Tile, V: int, T: int, B: int, K: int, D: int, dtype: torch.dtype) -> dict[str, int]:

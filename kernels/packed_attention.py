@@ -8,6 +8,10 @@ For row i of a sequence, one head of width d, with t = q k^T (unscaled) and c = 
 
 The maximum and the sum are kept apart: their one logarithm, rounded, would be the largest error at large scores.
 
+The backward makes the scores again, in tiles of another shape, so that they differ from the forward's by about
+eps |t| and e^(c (t - m)) by c eps |t| of itself. It therefore takes m from the forward (any m does) but sums l anew,
+over the very scores that its own probabilities are made of: each row of p adds up to 1 at any size of the scores.
+
 Passes over memory: q, k and v are read where the projection wrote them, [tokens, 3, H, d], and nothing is transposed.
 A program looks up its sequence's length and takes one of these ways, of which a launch holds those that its longest
 sequence needs:
@@ -16,9 +20,9 @@ sequence needs:
           program takes CROPS of them, one after the other.
   whole   (forward, up to KEYS tokens) keys and values of the sequence stay on chip, rows of queries pass by, nothing is
           rescaled, everything is read once.
-  tiles   a program has ROWS rows of the sequence. Forward: keys pass by under a running maximum. Backward: twice over
-          the sequence, first as keys, for dk and dv of its rows, then as queries, for dq of the same rows; it makes
-          the scores twice.
+  tiles   a program has ROWS rows of the sequence. Forward: keys pass by under a running maximum. Backward: two kernels
+          over the sequence, first with the rows as queries, for their dq, l and delta, then with the rows as keys, for
+          their dk and dv. Both make the scores, by the same product of the same tiles, so to the same bits.
 Every output is written once by one program and nothing is added between programs: no atomics, the same bits every time.
 
 float32 products are made of three in TF32, which keeps nearly all of float32's bits. `flops` and `bytes_moved` count
@@ -29,6 +33,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -150,7 +155,7 @@ def _forward(
 
 @triton.jit
 def _backward_short(
-    base, grad_base, out_base, row_maxima, row_sums, result, length, stride_token, stride_part, grad_token, H, scale,
+    base, grad_base, out_base, row_maxima, result, length, stride_token, stride_part, grad_token, H, scale,
     SHORT: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """All gradients of a sequence that is one tile."""
@@ -159,10 +164,9 @@ def _backward_short(
     q = _load(base, 0, length, stride_token, SHORT, D, WIDTH)
     k = _load(base + stride_part, 0, length, stride_token, SHORT, D, WIDTH)
     m = tl.load(row_maxima + row, inside, 0.0)
-    l = tl.load(row_sums + row, inside, 1.0)
     t = tl.dot(q, tl.trans(k), input_precision="tf32x3")  # [queries, keys]
-    p = tl.exp2((t - m[:, None]) * (scale * LOG2_E)) / l[:, None]
-    p = tl.where(inside[:, None] & inside[None, :], p, 0.0)
+    e = tl.where(inside[:, None] & inside[None, :], tl.exp2((t - m[:, None]) * (scale * LOG2_E)), 0.0)
+    p = e / tl.where(inside, tl.sum(e, 1), 1.0)[:, None]
     do = _load(grad_base, 0, length, grad_token, SHORT, D, WIDTH)
     dv = tl.dot(tl.trans(p.to(do.dtype)), do, input_precision="tf32x3")
     _store(result + 2 * H * WIDTH, dv, 0, length, 3 * H * WIDTH, SHORT, D, WIDTH)
@@ -178,64 +182,46 @@ def _backward_short(
 
 
 @triton.jit
-def _backward_of_keys(
-    base, grad_base, out_base, row_maxima, row_sums, result, first, length, stride_token, stride_part, grad_token, H,
-    scale, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """dk and dv of ROWS rows, over all queries."""
-    mine = first + tl.arange(0, ROWS)
-    k = _load(base + stride_part, first, length, stride_token, ROWS, D, WIDTH)
-    v = _load(base + 2 * stride_part, first, length, stride_token, ROWS, D, WIDTH)
-    dk = tl.zeros([ROWS, D], tl.float32)
-    dv = tl.zeros([ROWS, D], tl.float32)
-    for j in range(0, length, ROWS):
-        i = j + tl.arange(0, ROWS)
-        q = _load(base, j, length, stride_token, ROWS, D, WIDTH)
-        do = _load(grad_base, j, length, grad_token, ROWS, D, WIDTH)
-        o = _load(out_base, j, length, H * WIDTH, ROWS, D, WIDTH)
-        delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-        m = tl.load(row_maxima + i, i < length, 0.0)
-        l = tl.load(row_sums + i, i < length, 1.0)
-        t = tl.dot(k, tl.trans(q), input_precision="tf32x3")  # [keys, queries]
-        p = tl.exp2((t - m[None, :]) * (scale * LOG2_E)) / l[None, :]
-        p = tl.where((i < length)[None, :] & (mine < length)[:, None], p, 0.0)
-        dv += tl.dot(p.to(do.dtype), do, input_precision="tf32x3")
-        ds = p * (tl.dot(v, tl.trans(do), input_precision="tf32x3") - delta[None, :])
-        dk += tl.dot(ds.to(q.dtype), q, input_precision="tf32x3")
-    _store(result + H * WIDTH, dk * scale, first, length, 3 * H * WIDTH, ROWS, D, WIDTH)
-    _store(result + 2 * H * WIDTH, dv, first, length, 3 * H * WIDTH, ROWS, D, WIDTH)
+def _scores(k, q, m, keys_inside, queries_inside, scale):
+    """e^(c (t - m)) [keys, queries] of a tile, to the same bits in both kernels of the backward."""
+    t = tl.dot(k, tl.trans(q), input_precision="tf32x3")
+    e = tl.exp2((t - m[None, :]) * (scale * LOG2_E))
+    return tl.where(keys_inside[:, None] & queries_inside[None, :], e, 0.0)
 
 
 @triton.jit
 def _backward_of_queries(
-    base, grad_base, out_base, row_maxima, row_sums, result, first, length, stride_token, stride_part, grad_token, H,
-    scale, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+    base, grad_base, out_base, row_maxima, row_sums, new_sums, deltas, result, first, length, stride_token,
+    stride_part, grad_token, H, scale, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """dq of ROWS rows, over all keys."""
+    """dq, l and delta of ROWS rows, over all keys."""
     mine = first + tl.arange(0, ROWS)
+    inside = mine < length
     q = _load(base, first, length, stride_token, ROWS, D, WIDTH)
     do = _load(grad_base, first, length, grad_token, ROWS, D, WIDTH)
     o = _load(out_base, first, length, H * WIDTH, ROWS, D, WIDTH)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
-    m = tl.load(row_maxima + mine, mine < length, 0.0)
-    l = tl.load(row_sums + mine, mine < length, 1.0)
+    m = tl.load(row_maxima + mine, inside, 0.0)
+    l = tl.load(row_sums + mine, inside, 1.0)
+    total = tl.zeros([ROWS], tl.float32)  # what the probabilities add up to with the forward's l: nearly 1
     dq = tl.zeros([ROWS, D], tl.float32)
     for j in range(0, length, ROWS):
-        i = j + tl.arange(0, ROWS)
         k = _load(base + stride_part, j, length, stride_token, ROWS, D, WIDTH)
         v = _load(base + 2 * stride_part, j, length, stride_token, ROWS, D, WIDTH)
-        t = tl.dot(q, tl.trans(k), input_precision="tf32x3")  # [queries, keys]
-        p = tl.exp2((t - m[:, None]) * (scale * LOG2_E)) / l[:, None]
-        p = tl.where((mine < length)[:, None] & (i < length)[None, :], p, 0.0)
-        ds = p * (tl.dot(do, tl.trans(v), input_precision="tf32x3") - delta[:, None])
-        dq += tl.dot(ds.to(k.dtype), k, input_precision="tf32x3")
-    _store(result, dq * scale, first, length, 3 * H * WIDTH, ROWS, D, WIDTH)
+        p = _scores(k, q, m, j + tl.arange(0, ROWS) < length, inside, scale) / l[None, :]
+        total += tl.sum(p, 0)
+        ds = p * (tl.dot(v, tl.trans(do), input_precision="tf32x3") - delta[None, :])
+        dq += tl.dot(tl.trans(ds.to(k.dtype)), k, input_precision="tf32x3")
+    tl.store(new_sums + mine, l * total, inside)
+    tl.store(deltas + mine, delta, inside)
+    dq = dq * (scale / tl.where(inside, total, 1.0))[:, None]
+    _store(result, dq, first, length, 3 * H * WIDTH, ROWS, D, WIDTH)
 
 
 @triton.jit
 def _backward(
-    grad, qkv, out, maxima, sums, ends, grad_qkv, stride_token, stride_part, stride_head, grad_token, grad_head,
-    tokens, n, H, blocks, scale,
+    grad, qkv, out, maxima, sums, new_sums, deltas, ends, grad_qkv, stride_token, stride_part, stride_head, grad_token,
+    grad_head, tokens, n, H, blocks, scale,
     WIDTH: tl.constexpr, D: tl.constexpr, SHORT: tl.constexpr, ROWS: tl.constexpr, WAY: tl.constexpr,
     CROPS: tl.constexpr,
 ):  # fmt: skip
@@ -250,26 +236,59 @@ def _backward(
         base = qkv + start * stride_token + h * stride_head
         grad_base = grad + start * grad_token + h * grad_head
         out_base = out + (start * H + h) * WIDTH
-        row_maxima = maxima + h * tokens + start
-        row_sums = sums + h * tokens + start
+        row = h * tokens + start
         result = grad_qkv + (start * 3 * H + h) * WIDTH
         if length <= SHORT:
             if (i == 0) & (length > 0):
                 _backward_short(
-                    base, grad_base, out_base, row_maxima, row_sums, result, length, stride_token, stride_part,
-                    grad_token, H, scale, SHORT, D, WIDTH,
+                    base, grad_base, out_base, maxima + row, result, length, stride_token, stride_part, grad_token, H,
+                    scale, SHORT, D, WIDTH,
                 )  # fmt: skip
         elif WAY == "tiles":
             first = i * ROWS
             if first < length:
-                _backward_of_keys(
-                    base, grad_base, out_base, row_maxima, row_sums, result, first, length, stride_token, stride_part,
-                    grad_token, H, scale, ROWS, D, WIDTH,
-                )  # fmt: skip
                 _backward_of_queries(
-                    base, grad_base, out_base, row_maxima, row_sums, result, first, length, stride_token, stride_part,
-                    grad_token, H, scale, ROWS, D, WIDTH,
+                    base, grad_base, out_base, maxima + row, sums + row, new_sums + row, deltas + row, result, first,
+                    length, stride_token, stride_part, grad_token, H, scale, ROWS, D, WIDTH,
                 )  # fmt: skip
+
+
+@triton.jit
+def _backward_of_keys(
+    grad, qkv, maxima, sums, deltas, ends, grad_qkv, stride_token, stride_part, stride_head, grad_token, grad_head,
+    tokens, H, blocks, scale,
+    WIDTH: tl.constexpr, D: tl.constexpr, SHORT: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Program (s * blocks + i, h): dk and dv of rows [i * ROWS, (i + 1) * ROWS) of head h of sequence s, over all
+    queries, where it is in tiles."""
+    s = tl.program_id(0) // blocks
+    h = tl.program_id(1).to(tl.int64)
+    start = tl.load(ends + s).to(tl.int64)
+    length = (tl.load(ends + s + 1) - start).to(tl.int32)
+    first = (tl.program_id(0) % blocks) * ROWS
+    if (length > SHORT) & (first < length):
+        base = qkv + start * stride_token + h * stride_head
+        grad_base = grad + start * grad_token + h * grad_head
+        row = h * tokens + start
+        result = grad_qkv + (start * 3 * H + h) * WIDTH
+        inside = first + tl.arange(0, ROWS) < length
+        k = _load(base + stride_part, first, length, stride_token, ROWS, D, WIDTH)
+        v = _load(base + 2 * stride_part, first, length, stride_token, ROWS, D, WIDTH)
+        dk = tl.zeros([ROWS, D], tl.float32)
+        dv = tl.zeros([ROWS, D], tl.float32)
+        for j in range(0, length, ROWS):
+            i = j + tl.arange(0, ROWS)
+            q = _load(base, j, length, stride_token, ROWS, D, WIDTH)
+            do = _load(grad_base, j, length, grad_token, ROWS, D, WIDTH)
+            m = tl.load(maxima + row + i, i < length, 0.0)
+            l = tl.load(sums + row + i, i < length, 1.0)
+            delta = tl.load(deltas + row + i, i < length, 0.0)
+            p = _scores(k, q, m, inside, i < length, scale) / l[None, :]
+            dv += tl.dot(p.to(do.dtype), do, input_precision="tf32x3")
+            ds = p * (tl.dot(v, tl.trans(do), input_precision="tf32x3") - delta[None, :])
+            dk += tl.dot(ds.to(q.dtype), q, input_precision="tf32x3")
+        _store(result + H * WIDTH, dk * scale, first, length, 3 * H * WIDTH, ROWS, D, WIDTH)
+        _store(result + 2 * H * WIDTH, dv, first, length, 3 * H * WIDTH, ROWS, D, WIDTH)
 
 
 class Tile(NamedTuple):
@@ -385,13 +404,23 @@ def backward(
     if tokens == 0 or n == 0 or max_seqlen == 0:
         return
     way, candidates = tiles(max_seqlen, d, qkv.element_size(), backward=True)
+    # Of rows in tiles, from the first kernel to the second
+    new_sums, deltas = torch.empty((2, *sums.shape) if way == "tiles" else (2, 1), dtype=torch.float32, device=qkv.device)
 
     def launch(tile: Tile) -> None:
         groups, blocks, crops = grid(way, tile, n, H, max_seqlen)
+        made_for = constants(way, tile, d, crops, backward=True)
+        strides, options = (*qkv.stride()[:3], *grad.stride()[:2]), {"num_warps": tile.warps, "num_stages": tile.stages}
         _backward[(groups * blocks, H)](
-            grad, qkv, out, maxima, sums, ends, grad_qkv, *qkv.stride()[:3], *grad.stride()[:2], tokens, n, H, blocks,
-            d**-0.5, **constants(way, tile, d, crops, backward=True), num_warps=tile.warps, num_stages=tile.stages,
+            grad, qkv, out, maxima, sums, new_sums, deltas, ends, grad_qkv, *strides, tokens, n, H, blocks, d**-0.5,
+            **made_for, **options,
         )  # fmt: skip
+        if way == "tiles":
+            made_for = {name: made_for[name] for name in ("WIDTH", "D", "SHORT", "ROWS")}
+            _backward_of_keys[(n * blocks, H)](
+                grad, qkv, maxima, new_sums, deltas, ends, grad_qkv, *strides, tokens, H, blocks, d**-0.5, **made_for,
+                **options,
+            )  # fmt: skip
 
     launch(pick(("backward", qkv.dtype, qkv.device, max_seqlen, H, d), candidates, qkv.device, launch))
 
@@ -426,8 +455,8 @@ def bytes_moved(lengths: list[int], H: int, d: int, element_size: int) -> dict[s
         blocks = 1 if way == "whole" or tile.short >= L else triton.cdiv(L, tile.rows)
         forward += L * ((2 + 2 * blocks) * row + statistics)
         if behind.short >= L:
-            backward += L * (8 * row + statistics)
+            backward += L * (8 * row + statistics // 2)
         else:
             blocks = triton.cdiv(L, behind.rows)
-            backward += L * ((8 + 5 * blocks) * row + (1 + blocks) * statistics)
+            backward += L * ((8 + 4 * blocks) * row + 2 * statistics + blocks * 3 * statistics // 2)
     return {"forward": forward, "backward": backward}
