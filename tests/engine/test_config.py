@@ -90,7 +90,13 @@ def test_published_recipes() -> None:
     small, boost, base = (
         build_config({"data": "x"}, preset=f"vit_{n}") for n in ("small_100ep", "small_boost", "base")
     )
-    assert (small.lr, small.warmup_epochs, small.min_lr, small.momentum, small.clip_grad) == (5e-4, 10, 1e-6, 0.996, 3)
+    assert (small.lr, small.warmup_epochs, small.min_lr, small.momentum_teacher, small.clip_grad) == (
+        5e-4,
+        10,
+        1e-6,
+        0.996,
+        3,
+    )
     assert (small.weight_decay, small.weight_decay_end, small.freeze_last_layer, small.epochs) == (0.04, 0.4, 1, 100)
     assert (boost.epochs, boost.teacher_temp, boost.warmup_teacher_temp_epochs) == (300, 0.07, 30)
     assert not boost.norm_last_layer
@@ -98,7 +104,12 @@ def test_published_recipes() -> None:
     assert (base.epochs, base.batch_size, base.lr, base.min_lr, base.clip_grad) == (400, 32 * 32, 0.00075, 2e-6, 0.3)
     assert (base.warmup_teacher_temp, base.teacher_temp, base.warmup_teacher_temp_epochs) == (0.04, 0.07, 50)
     assert (base.global_scale, base.local_scale, base.local_crops) == ((0.25, 1.0), (0.05, 0.25), 10)
-    assert (base.freeze_last_layer, base.warmup_epochs, base.momentum, base.drop_path_rate) == (3, 10, 0.996, 0.1)
+    assert (base.freeze_last_layer, base.warmup_epochs, base.momentum_teacher, base.drop_path_rate) == (
+        3,
+        10,
+        0.996,
+        0.1,
+    )
     assert (small.batch_size, boost.batch_size, boost.local_crops) == (8 * 64, 16 * 64, 8)
 
 
@@ -142,15 +153,15 @@ def test_a_missing_file_and_an_unknown_preset() -> None:
         ({"local_size": 8}, "--local-size is 8.*give 16"),
         ({"epochs": 0}, "--epochs is 0; it must be 1 or more"),
         ({"teacher_temp": 0.0}, "--teacher-temp is 0.0; it must be above 0"),
-        ({"momentum": 1.5}, "--momentum is 1.5; it must be between 0 and 1"),
+        ({"momentum_teacher": 1.5}, "--momentum-teacher is 1.5; it must be between 0 and 1"),
         ({"lr": float("nan")}, "--lr is nan"),
         ({"weight_decay": -1}, "--weight-decay"),
-        ({"accumulate": 3}, "--accumulate 3 does not divide --batch-size 64"),
+        ({"grad_accum_steps": 3}, "--grad-accum-steps 3 does not divide --batch-size 64"),
         ({"global_scale": (1.0, 0.4)}, "--global-scale is 1.0 0.4"),
         ({"local_scale": (0.0, 0.4)}, "--local-scale"),
         ({"precision": "fp8"}, "--precision is 'fp8'.*Accepted: auto, fp32"),
         ({"device": "gpu"}, "--device is 'gpu'.*Accepted: auto, cpu, cuda"),
-        ({"embed_dim": 65, "heads": 2}, "--embed-dim 65 is not a multiple of --heads 2"),
+        ({"embed_dim": 65, "num_heads": 2}, "--embed-dim 65 is not a multiple of --num-heads 2"),
         ({"drop_path_rate": 1.0}, "--drop-path-rate"),
         ({"channels": 4}, "--channels is 4; it must be 1 or 3"),
     ],
@@ -180,7 +191,7 @@ def test_resuming_with_other_settings_is_named() -> None:
 
 def test_help_does_not_import_torch() -> None:
     code = (
-        "import sys\nfrom dino_fast import cli\n"
+        "import sys\nfrom dino_fast.cli import main as cli\n"
         "try:\n    cli.main(['train', '--help'])\nexcept SystemExit:\n    pass\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     )
