@@ -28,7 +28,7 @@ CURVES = ("loss", "teacher_entropy", "kl", "feature_spread")
 EVERY = 8  # steps that are averaged to one point of a curve
 
 COMMON = (
-    "--arch vit_tiny --patch-size 4 --embed-dim 64 --depth 3 --num-heads 1 --drop-path-rate 0 --init xavier "
+    "--arch vit_tiny --patch-size 4 --embed-dim 64 --depth 3 --heads 1 --drop-path-rate 0 --init xavier "
     f"--out-dim {OUT_DIM} --head-hidden-dim 256 --head-bottleneck-dim 64 --global-size 32 --local-size 16 "
     "--local-crops 2 --local-scale 0.15 0.5 --blur-p 0 0 0 --solarize-p 0 0 0 --mean 0.491 0.482 0.447 "
     f"--std 0.247 0.243 0.262 --batch-size 32 --epochs {EPOCHS} --warmup-epochs 0.64 --lr 0.016 --min-lr 4e-5 "
@@ -40,9 +40,9 @@ COMMON = (
 # Name -> (what it changes, what it is called in tables). The student's temperature is 0.1, which sharpens nothing.
 TEACHERS = {
     "ema": ("", "moving average (momentum 0.985 to 1)"),
-    "previous-epoch": ("--teacher-update previous-epoch", "student of the previous epoch"),
-    "previous-step": ("--teacher-update previous-step", "student of the previous step"),
-    "copy": ("--teacher-update copy", "copy of the student"),
+    "previous-epoch": ("--teacher previous-epoch", "student of the previous epoch"),
+    "previous-step": ("--teacher previous-step", "student of the previous step"),
+    "copy": ("--teacher copy", "copy of the student"),
 }
 TARGETS = {
     "ema": ("", "centring and sharpening"),
@@ -53,10 +53,7 @@ TARGETS = {
 # Three times as long: whether the average draws ahead.
 LONGER = {
     "ema-long": ("--epochs 24 --knn-every 2", "moving average"),
-    "previous-epoch-long": (
-        "--teacher-update previous-epoch --epochs 24 --knn-every 2",
-        "student of the previous epoch",
-    ),
+    "previous-epoch-long": ("--teacher previous-epoch --epochs 24 --knn-every 2", "student of the previous epoch"),
 }
 DRAWN = {"teachers": TEACHERS, "targets": TARGETS}
 GROUPS = {**DRAWN, "longer": LONGER}

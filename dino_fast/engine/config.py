@@ -306,6 +306,16 @@ def multi_crop(config: Config) -> MultiCrop:
     )
 
 
+def with_present_names(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """Settings of a stored config.yaml under the names and values that this version has for them."""
+    present: dict[str, Any] = {}
+    for given, value in values.items():
+        name = ALIASES.get(str(given), str(given))
+        accepted = isinstance(value, str) and name in VALUE_ALIASES
+        present[name] = VALUE_ALIASES[name].get(value, value) if accepted else value
+    return present
+
+
 # ---- types ----
 
 _HINTS = typing.get_type_hints(Config)

@@ -22,6 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
+from dino_fast.engine.config import with_present_names
 from dino_fast.engine.distributed import SINGLE_PROCESS, DistContext
 from dino_fast.errors import UserError, unwritable
 
@@ -174,7 +175,7 @@ class RunDir:
                 before = yaml.safe_load(path.read_text(encoding="utf-8"))
             except (yaml.YAMLError, UnicodeDecodeError):
                 before = None  # cut off by a crash; it is written anew
-            before = before if isinstance(before, dict) else {}
+            before = with_present_names(before if isinstance(before, dict) else {})
             names = [name for name in {**before, **plain} if before.get(name) != plain.get(name)]
             for name in names:
                 self.log_text(f"resumed with {name}: {plain.get(name)!r} (was {before.get(name)!r})")

@@ -1,5 +1,5 @@
-"""One of several processes that `test_distributed.py` starts: python -m tests.engine.ranks_worker TASK FILE, with torchrun's
-variables. What a task finds is saved to FILE by the first process."""
+"""One of several processes that `test_distributed.py` starts: python -m tests.engine.ranks_worker TASK FILE, with
+torchrun's variables. What a task finds is saved to FILE by the first process."""
 
 from __future__ import annotations
 

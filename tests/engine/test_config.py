@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from dino_fast.engine.config import (
-    PRESETS,
+    ALIASES,
+    GROUPS,
+    MOST_USED,
     Config,
     add_arguments,
     build_config,
@@ -17,6 +19,7 @@ from dino_fast.engine.config import (
     load_config,
     to_dict,
 )
+from dino_fast.engine.presets import PRESETS
 from dino_fast.errors import UserError
 
 
@@ -198,3 +201,60 @@ def test_help_does_not_import_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--batch-size" in done.stdout
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_other_names_of_settings_are_accepted(alias: str, tmp_path: Path) -> None:
+    import yaml
+
+    name = ALIASES[alias]
+    assert alias not in Config.__dataclass_fields__ and name in Config.__dataclass_fields__
+    values = {
+        "momentum": 0.9, "heads": 2, "accumulate": 2, "shard": "full", "last_layer": "parts", "keep": 5, "max_bad": 0.2,
+        "teacher": "copy", "grey_p": 0.3, "data_path": "photos", "output_dir": "x", "num_workers": 3,
+        "use_bn_in_head": True, "local_crops_number": 4, "global_crops_scale": [0.3, 1.0], "saveckp_freq": 20,
+        "local_crops_scale": [0.05, 0.3],
+    }  # fmt: skip
+    value = values[alias]
+    present = {"last_layer": "chunked", "saveckp_freq": 20.0}.get(
+        alias, tuple(value) if isinstance(value, list) else value
+    )
+    base = {"data": "x"} if name != "data" else {}
+    expected = build_config({**base, name: present})
+    assert getattr(expected, name) == present != getattr(Config(), name)
+    assert build_config({**base, alias: value}) == expected
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**base, alias: value}))
+    assert load_config(tmp_path / "config.yaml") == build_config({**base, alias: value}, preset=None) or name == "data"
+    words = [] if value is True else [str(x) for x in (value if isinstance(value, list) else [value])]
+    data = ["--data", "x"] if name != "data" else []
+    for flag in (f"--{alias}", "--" + alias.replace("_", "-")):
+        assert _parse(*data, flag, *words) == expected
+
+
+def test_two_names_of_one_setting_are_refused() -> None:
+    with pytest.raises(UserError, match=r"--momentum.* is given twice: it is another name of 'momentum_teacher'"):
+        build_config({"momentum_teacher": 0.9, "momentum": 0.9})
+
+
+def test_a_mistyped_option_is_answered_with_the_present_name() -> None:
+    with pytest.raises(UserError, match="did you mean 'momentum_teacher'"):
+        build_config({"momentum_teachr": 0.9})
+
+
+def test_help_shows_the_most_used_first_and_help_all_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
+    def help_of(word: str) -> str:
+        with pytest.raises(SystemExit):
+            _parse(word)
+        return capsys.readouterr().out
+
+    short, whole = help_of("--help"), help_of("--help-all")
+    flags = {name: "--" + name.replace("_", "-") for name in Config.__dataclass_fields__}
+    body = whole.partition("most used:")[2]
+    for name, flag in flags.items():
+        assert (f"  {flag}" in short.partition("most used:")[2]) == (name in MOST_USED), name
+        assert body.count(f"\n  {flag} ") + body.count(f"\n  {flag},") + body.count(f"\n  {flag}\n") == 1, name
+    assert len(MOST_USED) + 1 == 12  # with --preset
+    titles = ["most used", *GROUPS.values()]
+    places = [whole.index(f"\n{title}:\n") for title in titles]
+    assert places == sorted(places)
+    assert "--momentum " not in whole and "saveckp" not in whole and "_crops" not in whole.replace("global_crops", "")

@@ -219,7 +219,11 @@ def test_a_step_that_cannot_be_recorded_goes_on_without(monkeypatch: pytest.Monk
         raise RuntimeError("operation not permitted when stream is capturing\nmore about it")
 
     graph = StepGraph(
-        train_state.optimizer, train_state.device, required=demanded, record=record, alone=lambda work: work()
+        train_state.optimizer,
+        train_state.device,
+        required=demanded,
+        record=record,
+        run_on_side_stream=lambda work: work(),
     )  # type: ignore[arg-type]
     graph.say = said.append
     train_state.graph = graph

@@ -1,6 +1,6 @@
 """The step on tensors that only say that they lie on a GPU: nothing asks for a value, no copy is waited for.
 
-What autograd calls in the backward pass needs a GPU's threads and is left out; `test_train_step_on_gpu.py` has all of it.
+The backward pass needs a GPU's threads and is left out; `test_train_step_on_gpu.py` has all of it.
 """
 
 from __future__ import annotations
