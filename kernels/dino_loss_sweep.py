@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dino_fast.kernels.launch import launch_kernel
+
 LOG2_E = 1.4426950408889634
 BLOCK_K = 512
 WARPS = 8
@@ -257,7 +259,7 @@ def _scale(values, upstream, count, BLOCK: tl.constexpr):
 
 def scale(values: Tensor, upstream: Tensor) -> None:
     """values *= upstream, a scalar on the device; nothing is read or written where it is 1. `values` contiguous."""
-    _scale[(resident(values.device),)](values, upstream, values.numel(), BLOCK=4096, num_warps=8)
+    launch_kernel(_scale, (resident(values.device),), values, upstream, values.numel(), BLOCK=4096, num_warps=8)
 
 
 def programs(K: int, B: int, resident: int) -> tuple[int, int]:
@@ -311,7 +313,8 @@ def sweep(
     constants = launch_constants(V, K, slices, student.element_size())
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # there programs run one by one, so nobody may wait
     for halves in ((True, False), (False, True)) if interpreted else ((True, True),):
-        _sweep[(groups * slices + groups,)](
+        launch_kernel(
+            _sweep, (groups * slices + groups,),
             student, teacher, center, grad, parts, row_statistics[0], row_statistics[1], images[0], images[1],
             teacher_sums, counters, scalars[0], scalars[1], mean,
             student.stride(0), student.stride(1), teacher.stride(0), teacher.stride(1), grad.stride(0), grad.stride(1),

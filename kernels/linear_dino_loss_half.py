@@ -30,6 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dino_fast.kernels.autotune import pick
+from dino_fast.kernels.launch import launch_kernel
 
 CHUNK = tl.constexpr(32)  # rows of the projection
 
@@ -309,7 +310,8 @@ def attend(
         teacher_blocks, blocks, slice_k, slices = split(tile, V, T, B, K, PROGRAMS[chip(student)])
         part_max, part_sum = empty(slices, T + V, B), empty(slices, T + V, B)
         part_read = empty(slices, T + V, B, D)
-        _attend[(blocks, slices)](
+        launch_kernel(
+            _attend, (blocks, slices),
             student, student_layer.weight, _or(student_layer.scale, center),
             teacher, teacher_layer.weight, _or(teacher_layer.scale, center), center, part_max, part_sum, part_read,
             V * B, T * B, teacher_blocks, K, D, student_layer.weight.stride(0), teacher_layer.weight.stride(0),
@@ -317,7 +319,8 @@ def attend(
             READ=wanted, **constants(tile, D, student.dtype, "attend"),
         )  # fmt: skip
         statistics, read = empty(2, T + V, B), empty(T + V if wanted else T, B, D)
-        _finish[((T + V) * B,)](
+        launch_kernel(
+            _finish, ((T + V) * B,),
             part_max, part_sum, part_read, statistics[0], statistics[1], read, (T + V) * B, T * B, D, slices, *temps,
             SLICES=triton.next_power_of_2(slices), WIDTH=WIDTH, READ=wanted, num_warps=4,
         )  # fmt: skip
@@ -356,7 +359,8 @@ def weight_gradient(
     def launch(tile: Tile) -> tuple[Tensor, Tensor]:
         grad = torch.empty((K, D), dtype=student_layer.weight.dtype, device=student.device)
         gain_grad = torch.empty(K if scaled else 1, dtype=torch.float32, device=student.device)
-        _weigh[(triton.cdiv(K, tile.prototypes),)](
+        launch_kernel(
+            _weigh, (triton.cdiv(K, tile.prototypes),),
             student, student_layer.weight, _or(student_layer.gain, center), maxima[T:], factors,
             teacher, teacher_layer.weight, _or(teacher_layer.gain, center), maxima, teacher_factors, sums, center,
             unit, grad, gain_grad, V * B, T * B, K, D, student_layer.weight.stride(0), teacher_layer.weight.stride(0),

@@ -34,6 +34,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dino_fast.kernels.autotune import pick
+from dino_fast.kernels.launch import launch_kernel
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -367,7 +368,8 @@ def forward(qkv: Tensor, ends: Tensor, max_seqlen: int, out: Tensor, maxima: Ten
 
     def launch(tile: Tile) -> None:
         groups, blocks, crops = grid(way, tile, n, H, max_seqlen)
-        _forward[(groups * blocks, H)](
+        launch_kernel(
+            _forward, (groups * blocks, H),
             qkv, out, maxima, sums, ends, *qkv.stride()[:3], tokens, n, H, blocks, d**-0.5,
             **constants(way, tile, d, crops), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -388,7 +390,8 @@ def backward(
 
     def launch(tile: Tile) -> None:
         groups, blocks, crops = grid(way, tile, n, H, max_seqlen)
-        _backward[(groups * blocks, H)](
+        launch_kernel(
+            _backward, (groups * blocks, H),
             grad, qkv, out, maxima, sums, ends, grad_qkv, *qkv.stride()[:3], *grad.stride()[:2], tokens, n, H, blocks,
             d**-0.5, **constants(way, tile, d, crops, backward=True), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
