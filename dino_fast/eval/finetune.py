@@ -124,7 +124,7 @@ def _together(rows: list[tuple[Tensor, int, int] | None]) -> tuple[Tensor, Tenso
     if not kept:
         return None
     images, labels, index = zip(*kept, strict=True)
-    return torch.stack(images), torch.tensor(labels), torch.tensor(index)
+    return torch.stack(images), *(torch.tensor(x, dtype=torch.int64, device="cpu") for x in (labels, index))
 
 
 def mixed(images: Tensor, targets: Tensor, recipe: Recipe, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
