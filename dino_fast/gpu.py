@@ -36,7 +36,15 @@ def chip(device: torch.device) -> Chip:
 @functools.cache
 def _chip(index: int) -> Chip:
     found = torch.cuda.get_device_properties(index)
-    return Chip((found.major, found.minor), found.shared_memory_per_block_optin, found.multi_processor_count)
+    shared_memory: int = found.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return Chip((found.major, found.minor), shared_memory, found.multi_processor_count)
+
+
+def usual_dtype(device: torch.device) -> torch.dtype:
+    """What a run computes in on this device: 16 bits on a GPU, float32 on a CPU."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.float16 if too_old(device) else torch.bfloat16
 
 
 def too_old(device: torch.device) -> str | None:

@@ -25,14 +25,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dino_fast.gpu import chip
 from dino_fast.kernels.launch import launch_kernel
 
 # A tile of 16 rows by 512 columns in float32 is 32 registers a thread at 8 warps; `_statistics` holds three of them
 # (4 warps would spill on sm_90).
 BLOCK_K = 512
 WARPS = 8
-# Programs enough for two waves on 132 multiprocessors, whatever the number of images.
-TARGET_PROGRAMS = 264
+# Programs that a multiprocessor is given, at least, whatever the number of images.
+WAVES = 2
 
 
 @triton.jit
@@ -202,7 +203,7 @@ def statistics(
     """
     V, B, K = student.shape
     blocks = triton.cdiv(K, BLOCK_K)
-    slices = max(1, min(blocks, triton.cdiv(TARGET_PROGRAMS, B)))
+    slices = max(1, min(blocks, triton.cdiv(WAVES * chip(student.device).multiprocessors, B)))
     slice_k = triton.cdiv(blocks, slices) * BLOCK_K
     slices = triton.cdiv(K, slice_k)
 
@@ -247,7 +248,7 @@ def _columns(
     V, B, K = student.shape
     # Columns alone fill half the chip at K = 65536; images are split too, and their sums are added in order.
     blocks = triton.cdiv(K, BLOCK_K)
-    groups = max(1, min(B, triton.cdiv(TARGET_PROGRAMS, blocks)))
+    groups = max(1, min(B, triton.cdiv(WAVES * chip(student.device).multiprocessors, blocks)))
     images = triton.cdiv(B, groups)
     groups = triton.cdiv(B, images)
     sums = torch.empty((groups, K), dtype=torch.float32, device=student.device)

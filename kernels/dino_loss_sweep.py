@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dino_fast.gpu import chip
 from dino_fast.kernels.launch import launch_kernel
 
 LOG2_E = 1.4426950408889634
@@ -270,20 +271,14 @@ def programs(K: int, B: int, resident: int) -> tuple[int, int]:
 
 def resident(device: torch.device) -> int:
     """Programs that a chip holds at once."""
-    if device.type != "cuda":
-        return 264  # the interpreter has them one after the other
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return 2 * chip(device).multiprocessors
 
 
 def rejects(student: Tensor) -> str | None:
     """Why this kernel does not take logits [V, B, K], or None."""
     V, B, K = student.shape
-    if student.device.type == "cuda":
-        chip = torch.cuda.get_device_capability(student.device)
-        if chip < (8, 0):
-            return "it needs compute capability 8.0"
-        if chip < (9, 0) and student.dtype == torch.float32:
-            return "float32 logits would spill on this chip"
+    if chip(student.device).capability < (9, 0) and student.dtype == torch.float32:
+        return "float32 logits would spill on this chip"
     if V > 16:
         return f"it takes at most 16 crops, not {V}"
     if programs(K, B, resident(student.device))[1] == 0:

@@ -32,12 +32,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dino_fast.gpu import chip
 from dino_fast.kernels import linear_dino_loss_half as half
 from dino_fast.kernels.autotune import pick
 from dino_fast.kernels.launch import launch_kernel
 
-# Programs of `_attend`: about one for each multiprocessor. More would only enlarge the workspace.
-TARGET_PROGRAMS = 132
 COLUMNS = 32  # prototypes of a program of `_columns`
 
 
@@ -343,6 +342,11 @@ def constants(tile: Tile, V: int, T: int, D: int, dtype: torch.dtype) -> tuple[i
     }
 
 
+def programs(device: torch.device) -> int:
+    """Of `_attend`: about one for each multiprocessor. More would only enlarge the workspace."""
+    return chip(device).multiprocessors
+
+
 def attend(
     student: Tensor, student_layer: Layer, teacher: Tensor, teacher_layer: Layer, center: Tensor,
     student_temp: float, teacher_temp: float, *, wanted: bool,
@@ -368,7 +372,7 @@ def _attend_with(tile, student, student_layer, teacher, teacher_layer, center, s
     (V, B, D), T, K = student.shape, len(teacher), len(student_layer.weight)
     images, options = constants(tile, V, T, D, student.dtype)
     blocks, columns = triton.cdiv(B, images), triton.cdiv(K, tile.prototypes)
-    slices = max(1, min(columns, TARGET_PROGRAMS // blocks))
+    slices = max(1, min(columns, programs(student.device) // blocks))
     slice_k = triton.cdiv(columns, slices) * tile.prototypes
     slices, rows = triton.cdiv(K, slice_k), (T + V) * B
 

@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dino_fast.gpu import chip
 from dino_fast.kernels.autotune import pick
 from dino_fast.kernels.launch import launch_kernel
 
@@ -262,8 +263,6 @@ WEIGH_TILES = {
     (10, 0): (Tile(64, 128, 2, 8), Tile(32, 128, 2, 8)),
 }
 ALIGNED_TILES = {(8, 0): (Tile(32, 64, 2, 8),), (9, 0): (Tile(32, 128, 2, 8),), (10, 0): (Tile(32, 128, 2, 8),)}
-# One program of `_attend` fills a multiprocessor: whole rounds of them.
-PROGRAMS = {(8, 0): 108, (9, 0): 132, (10, 0): 148}
 
 
 def takes(student: Tensor, *weights: Tensor) -> bool:
@@ -274,11 +273,12 @@ def takes(student: Tensor, *weights: Tensor) -> bool:
     same = all(weight.dtype == student.dtype for weight in weights)
     # Lifted and masked at once, which is float16 of less than the full width, the largest tile would spill.
     fits = D == WIDTH or (student.dtype == torch.bfloat16 and WIDTH // 2 < D < WIDTH)
-    return same and fits and chip(student) in ATTEND_TILES
+    return same and fits and chip(student.device).capability in ATTEND_TILES
 
 
-def chip(tensor: Tensor) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(tensor.device) if tensor.device.type == "cuda" else (9, 0)
+def programs(device: torch.device) -> int:
+    """Of `_attend`, of which one fills a multiprocessor: whole rounds of them."""
+    return chip(device).multiprocessors
 
 
 def constants(tile: Tile, D: int, dtype: torch.dtype, kernel: str) -> dict[str, Any]:
@@ -307,7 +307,7 @@ def attend(
         return torch.empty(shape, dtype=torch.float32, device=student.device)
 
     def launch(tile: Tile) -> tuple[Tensor, Tensor]:
-        teacher_blocks, blocks, slice_k, slices = split(tile, V, T, B, K, PROGRAMS[chip(student)])
+        teacher_blocks, blocks, slice_k, slices = split(tile, V, T, B, K, programs(student.device))
         part_max, part_sum = empty(slices, T + V, B), empty(slices, T + V, B)
         part_read = empty(slices, T + V, B, D)
         launch_kernel(
@@ -400,7 +400,7 @@ def bytes_moved(
 
 def _tile_of(kernel: str, table: dict, student: Tensor, sizes: tuple, launch: Callable) -> Tile:
     key = ("half", kernel, student.device, student.dtype, student.shape, *sizes)
-    return pick(key, table[chip(student)], student.device, launch)
+    return pick(key, table[chip(student.device).capability], student.device, launch)
 
 
 def _or(tensor: Tensor | None, spare: Tensor) -> Tensor:
