@@ -70,7 +70,7 @@ def _explain(operation: str) -> dict[str, dict[str, Any]]:
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     result = {}
     for device in devices:
-        tensor = torch.empty(0, device=device)
+        tensor = torch.empty(0, dtype=torch.float32, device=device)
         try:
             chosen, error = choose(operation, tensor), None
         except BackendError as problem:

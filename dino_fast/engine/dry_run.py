@@ -107,8 +107,8 @@ def trial(config: Config, channels: int, device: torch.device, precision: str, i
     learner = build_learner(small, channels, device, precision)
     large, local = config.global_size, config.local_size
     crops: Crops = Noise(
-        torch.randn(2, images, channels, large, large),
-        torch.randn(config.local_crops, images, channels, local, local),
+        torch.randn(2, images, channels, large, large, dtype=torch.float32, device="cpu"),
+        torch.randn(config.local_crops, images, channels, local, local, dtype=torch.float32, device="cpu"),
     )
     schedules = Schedules(small, 10)
     rates = replace(schedules.at(schedules.steps - 1), frozen=False)

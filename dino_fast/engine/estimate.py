@@ -112,7 +112,7 @@ def _counted(config: Config, channels: int) -> tuple[float, float, int] | None:
     for side in (config.global_size, config.local_size):
         try:
             with FlopCounterMode(display=False) as counter, torch.no_grad():
-                backbone(torch.empty(1, channels, side, side, device="meta"))
+                backbone(torch.empty(1, channels, side, side, dtype=torch.float32, device="meta"))
         except (RuntimeError, NotImplementedError):
             return None
         found.append(float(counter.get_total_flops()))

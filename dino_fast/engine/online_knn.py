@@ -44,7 +44,8 @@ def features_of_all(run: Learner, backbone: nn.Module, source: Source, watch: Wa
     from dino_fast.eval.knn import extract_features
 
     share, config = share_of(source, run.ranks), run.config
-    features, labels = torch.empty(0, cast(int, backbone.embed_dim)), torch.empty(0, dtype=torch.int64)
+    features = torch.empty(0, cast(int, backbone.embed_dim), dtype=torch.float32, device="cpu")
+    labels = torch.empty(0, dtype=torch.int64, device="cpu")
     halted = False
     try:
         if len(share):

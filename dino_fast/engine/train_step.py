@@ -65,8 +65,10 @@ def compute_step(
 ) -> dict[str, Tensor]:
     """What a GPU does in a step, from crops and drawn depths that lie on it: the host reads no number and copies none,
     so it can be recorded (`engine/cuda_graph.py`). Returns the step's numbers, scalars on the device."""
-    loss, entropy = torch.zeros((), device=run.device), torch.zeros((), device=run.device)
-    mean = torch.zeros(run.config.head_bottleneck_dim, device=run.device)  # of what the teacher's last layer is given
+    loss = torch.zeros((), dtype=torch.float32, device=run.device)
+    entropy = torch.zeros_like(loss)
+    # Of what the teacher's last layer is given.
+    mean = torch.zeros(run.config.head_bottleneck_dim, dtype=torch.float32, device=run.device)
     features = []
     _, teacher = run.computing
     teacher_head = cast(DINOHead, teacher.head)

@@ -124,7 +124,8 @@ def _together(rows: list[tuple[Tensor, int, int] | None]) -> tuple[Tensor, Tenso
     if not kept:
         return None
     images, labels, index = zip(*kept, strict=True)
-    return torch.stack(images), torch.tensor(labels), torch.tensor(index)
+    numbers = [torch.tensor(x, dtype=torch.int64, device="cpu") for x in (labels, index)]
+    return torch.stack(images), numbers[0], numbers[1]
 
 
 def mixed(images: Tensor, targets: Tensor, recipe: Recipe, epoch: int, batch: int) -> tuple[Tensor, Tensor]:

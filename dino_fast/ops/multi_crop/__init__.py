@@ -121,7 +121,7 @@ def _check(images, boxes, switches, order, factors, radius, mean, std, dtype) ->
             raise ValueError(f"multi_crop: {name} is on {given.device}; the CPU reads the parameters, keep them there")
     if int(order.min()) < -1 or int(order.max()) > 3:
         raise ValueError("multi_crop: order has entries other than -1, 0, 1, 2, 3")
-    extent = torch.tensor([image.shape[1:] for image in images])[:, None]  # [n, 1, 2]
+    extent = torch.tensor([image.shape[1:] for image in images], dtype=torch.int64, device="cpu")[:, None]  # [n, 1, 2]
     corner, size = boxes[..., :2], boxes[..., 2:]
     if not bool(((corner >= 0) & (size > 0) & (corner + size <= extent)).all()):
         raise ValueError("multi_crop: a box is empty or reaches outside its image")
@@ -134,7 +134,7 @@ def planar(image: Tensor) -> Tensor:
         return image.contiguous()
     from dino_fast import _C
 
-    planes = torch.empty((3, height, width), dtype=torch.uint8)
+    planes = torch.empty((3, height, width), dtype=torch.uint8, device="cpu")
     _C.multi_crop_planes(image.data_ptr(), planes.data_ptr(), height * width)
     return planes
 

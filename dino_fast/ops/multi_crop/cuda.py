@@ -21,7 +21,7 @@ def multi_crop(*arguments: Any) -> None:
     with _on_device(crops):
         table = _kernels().cuda_multi_crop_table(*given.arguments)
         memory = torch.empty(table.memory_bytes, dtype=torch.uint8, device=crops.device)
-        pinned = torch.empty(table.table_bytes, dtype=torch.uint8, pin_memory=crops.is_cuda)
+        pinned = torch.empty(table.table_bytes, dtype=torch.uint8, device="cpu", pin_memory=crops.is_cuda)
         table.write(pinned.data_ptr())
         memory[: len(pinned)].copy_(pinned, non_blocking=True)
         _kernels().cuda_multi_crop(table, memory.data_ptr(), _stream(crops))

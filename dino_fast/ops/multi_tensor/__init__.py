@@ -320,7 +320,7 @@ def _native_grad_norms(grads: Sequence[Tensor]) -> Tensor:
     from dino_fast import _C
 
     n = len(grads)
-    norms = torch.empty(n)
+    norms = torch.empty(n, dtype=torch.float32, device="cpu")
     ((g,), _) = flat_memory((grads,), mutated=(False,))
     table = array("q", [x.numel() for x in g] + _addresses(g, n) + [_CODES[x.dtype] for x in g])
     _C.multi_tensor_grad_norms(n, table, norms.data_ptr(), torch.get_num_threads())
