@@ -32,11 +32,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dino_fast.gpu import chip
 from dino_fast.kernels import linear_dino_loss_half as half
 from dino_fast.kernels.autotune import pick
+from dino_fast.kernels.launch import launch_kernel
 
-# Programs of `_attend`: about one for each multiprocessor. More would only enlarge the workspace.
-TARGET_PROGRAMS = 132
 COLUMNS = 32  # prototypes of a program of `_columns`
 
 
@@ -307,7 +307,8 @@ class Layer:
         if self.gain is not None:
             self._scale = self.weight.new_empty(K, dtype=torch.float32)
         spare = self.weight  # an address for an argument that is not used
-        _columns[(triton.cdiv(K, COLUMNS),)](
+        launch_kernel(
+            _columns, (triton.cdiv(K, COLUMNS),),
             self.weight, _or(self.gain, spare), _or(row, spare), _or(self._scale, spare), _or(self.logits, spare),
             K, D, self.weight.stride(0), BLOCK_K=COLUMNS, WIDTH=width(D), SCALED=self.gain is not None,
             MEAN=row is not None, num_warps=4,
@@ -341,6 +342,11 @@ def constants(tile: Tile, V: int, T: int, D: int, dtype: torch.dtype) -> tuple[i
     }
 
 
+def programs(device: torch.device) -> int:
+    """Of `_attend`: about one for each multiprocessor. More would only enlarge the workspace."""
+    return chip(device).multiprocessors
+
+
 def attend(
     student: Tensor, student_layer: Layer, teacher: Tensor, teacher_layer: Layer, center: Tensor,
     student_temp: float, teacher_temp: float, *, wanted: bool,
@@ -366,7 +372,7 @@ def _attend_with(tile, student, student_layer, teacher, teacher_layer, center, s
     (V, B, D), T, K = student.shape, len(teacher), len(student_layer.weight)
     images, options = constants(tile, V, T, D, student.dtype)
     blocks, columns = triton.cdiv(B, images), triton.cdiv(K, tile.prototypes)
-    slices = max(1, min(columns, TARGET_PROGRAMS // blocks))
+    slices = max(1, min(columns, programs(student.device) // blocks))
     slice_k = triton.cdiv(columns, slices) * tile.prototypes
     slices, rows = triton.cdiv(K, slice_k), (T + V) * B
 
@@ -375,7 +381,8 @@ def _attend_with(tile, student, student_layer, teacher, teacher_layer, center, s
 
     part_max, part_sum, part_pair = empty(slices, T + V, B), empty(slices, T + V, B), empty(slices, T, V, B)
     part_read, read = (empty(*shape, rows, D) if wanted else part_max for shape in ((slices,), ()))
-    _attend[(blocks, slices)](
+    launch_kernel(
+        _attend, (blocks, slices),
         student, student_layer.weight, _or(student_layer.scale, center),
         teacher, teacher_layer.weight, _or(teacher_layer.scale, center), center,
         part_max, part_sum, part_pair, part_read,
@@ -384,7 +391,8 @@ def _attend_with(tile, student, student_layer, teacher, teacher_layer, center, s
         TEACHER_SCALED=teacher_layer.scale is not None, READ=wanted, **options,
     )  # fmt: skip
     statistics = empty(2, T + V, B)
-    _merge[(rows,)](
+    launch_kernel(
+        _merge, (rows,),
         part_max, part_sum, part_read, statistics[0], statistics[1], read, rows, T * B, D, slices,
         1.0 / student_temp, 1.0 / teacher_temp, WIDTH=width(D), READ=wanted, num_warps=4,
     )  # fmt: skip
@@ -425,7 +433,8 @@ def _weigh_with(tile, student, student_layer, teacher, teacher_layer, center, ma
     grad = torch.empty((K, D), dtype=student_layer.weight.dtype, device=student.device)
     scaled = student_layer.scale is not None
     gain_grad = torch.empty(K if scaled else 1, dtype=torch.float32, device=student.device)
-    _weigh[(triton.cdiv(K, tile.prototypes),)](
+    launch_kernel(
+        _weigh, (triton.cdiv(K, tile.prototypes),),
         student, student_layer.weight, _or(student_layer.scale, center), maxima[T:], factors,
         teacher, teacher_layer.weight, _or(teacher_layer.scale, center), maxima, pair_factors, center, unit, grad,
         gain_grad, V, T, B, images, K, D, student_layer.weight.stride(0), teacher_layer.weight.stride(0),

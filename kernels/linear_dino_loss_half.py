@@ -29,7 +29,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dino_fast.gpu import chip
 from dino_fast.kernels.autotune import pick
+from dino_fast.kernels.launch import launch_kernel
 
 CHUNK = tl.constexpr(32)  # rows of the projection
 
@@ -261,8 +263,6 @@ WEIGH_TILES = {
     (10, 0): (Tile(64, 128, 2, 8), Tile(32, 128, 2, 8)),
 }
 ALIGNED_TILES = {(8, 0): (Tile(32, 64, 2, 8),), (9, 0): (Tile(32, 128, 2, 8),), (10, 0): (Tile(32, 128, 2, 8),)}
-# One program of `_attend` fills a multiprocessor: whole rounds of them.
-PROGRAMS = {(8, 0): 108, (9, 0): 132, (10, 0): 148}
 
 
 def takes(student: Tensor, *weights: Tensor) -> bool:
@@ -273,11 +273,12 @@ def takes(student: Tensor, *weights: Tensor) -> bool:
     same = all(weight.dtype == student.dtype for weight in weights)
     # Lifted and masked at once, which is float16 of less than the full width, the largest tile would spill.
     fits = D == WIDTH or (student.dtype == torch.bfloat16 and WIDTH // 2 < D < WIDTH)
-    return same and fits and chip(student) in ATTEND_TILES
+    return same and fits and chip(student.device).capability in ATTEND_TILES
 
 
-def chip(tensor: Tensor) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(tensor.device) if tensor.device.type == "cuda" else (9, 0)
+def programs(device: torch.device) -> int:
+    """Of `_attend`, of which one fills a multiprocessor: whole rounds of them."""
+    return chip(device).multiprocessors
 
 
 def constants(tile: Tile, D: int, dtype: torch.dtype, kernel: str) -> dict[str, Any]:
@@ -306,10 +307,11 @@ def attend(
         return torch.empty(shape, dtype=torch.float32, device=student.device)
 
     def launch(tile: Tile) -> tuple[Tensor, Tensor]:
-        teacher_blocks, blocks, slice_k, slices = split(tile, V, T, B, K, PROGRAMS[chip(student)])
+        teacher_blocks, blocks, slice_k, slices = split(tile, V, T, B, K, programs(student.device))
         part_max, part_sum = empty(slices, T + V, B), empty(slices, T + V, B)
         part_read = empty(slices, T + V, B, D)
-        _attend[(blocks, slices)](
+        launch_kernel(
+            _attend, (blocks, slices),
             student, student_layer.weight, _or(student_layer.scale, center),
             teacher, teacher_layer.weight, _or(teacher_layer.scale, center), center, part_max, part_sum, part_read,
             V * B, T * B, teacher_blocks, K, D, student_layer.weight.stride(0), teacher_layer.weight.stride(0),
@@ -317,7 +319,8 @@ def attend(
             READ=wanted, **constants(tile, D, student.dtype, "attend"),
         )  # fmt: skip
         statistics, read = empty(2, T + V, B), empty(T + V if wanted else T, B, D)
-        _finish[((T + V) * B,)](
+        launch_kernel(
+            _finish, ((T + V) * B,),
             part_max, part_sum, part_read, statistics[0], statistics[1], read, (T + V) * B, T * B, D, slices, *temps,
             SLICES=triton.next_power_of_2(slices), WIDTH=WIDTH, READ=wanted, num_warps=4,
         )  # fmt: skip
@@ -356,7 +359,8 @@ def weight_gradient(
     def launch(tile: Tile) -> tuple[Tensor, Tensor]:
         grad = torch.empty((K, D), dtype=student_layer.weight.dtype, device=student.device)
         gain_grad = torch.empty(K if scaled else 1, dtype=torch.float32, device=student.device)
-        _weigh[(triton.cdiv(K, tile.prototypes),)](
+        launch_kernel(
+            _weigh, (triton.cdiv(K, tile.prototypes),),
             student, student_layer.weight, _or(student_layer.gain, center), maxima[T:], factors,
             teacher, teacher_layer.weight, _or(teacher_layer.gain, center), maxima, teacher_factors, sums, center,
             unit, grad, gain_grad, V * B, T * B, K, D, student_layer.weight.stride(0), teacher_layer.weight.stride(0),
@@ -396,7 +400,7 @@ def bytes_moved(
 
 def _tile_of(kernel: str, table: dict, student: Tensor, sizes: tuple, launch: Callable) -> Tile:
     key = ("half", kernel, student.device, student.dtype, student.shape, *sizes)
-    return pick(key, table[chip(student)], student.device, launch)
+    return pick(key, table[chip(student.device).capability], student.device, launch)
 
 
 def _or(tensor: Tensor | None, spare: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def pack(images: Sequence[Tensor | Jpeg], cuts: Cuts, channels: int) -> Packed:
         torch.frombuffer(bytearray(image.data), dtype=torch.uint8) if isinstance(image, Jpeg) else image.reshape(-1)
         for image in images
     ]
-    return Packed(torch.cat(rows), torch.tensor(shapes), cuts)
+    return Packed(torch.cat(rows), torch.tensor(shapes, dtype=torch.int64, device="cpu"), cuts)
 
 
 def cut_ahead(batches: Iterator[Batch], source: Source, crops: MultiCrop, device: torch.device) -> Iterator[Batch]:

@@ -257,7 +257,7 @@ def _decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor's elements as a flat uint8 tensor in memory of the host, copied only where it must be."""
     flat = tensor.resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8)
+    return flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> tuple[int, int]:

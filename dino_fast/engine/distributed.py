@@ -43,7 +43,7 @@ class DistContext:
         """Element-wise maximum over the processes."""
         if self.world == 1:
             return list(numbers)
-        vector = torch.tensor(numbers, dtype=torch.int64)
+        vector = torch.tensor(numbers, dtype=torch.int64, device="cpu")
         dist.all_reduce(vector, dist.ReduceOp.MAX, group=self.control)
         return cast("list[int]", vector.tolist())
 
@@ -66,10 +66,10 @@ class DistContext:
         """Concatenates rows [n, ...] of all ranks, in rank order, on the CPU; n may differ."""
         if self.world == 1:
             return own
-        counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
-        dist.all_gather(counts, torch.tensor([len(own)]), group=self.control)
+        counts = [torch.zeros(1, dtype=torch.int64, device="cpu") for _ in range(self.world)]
+        dist.all_gather(counts, torch.tensor([len(own)], dtype=torch.int64, device="cpu"), group=self.control)
         longest = max(int(count) for count in counts)
-        padded = torch.zeros(longest, *own.shape[1:], dtype=own.dtype)
+        padded = torch.zeros(longest, *own.shape[1:], dtype=own.dtype, device="cpu")
         padded[: len(own)] = own.cpu()
         parts = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(parts, padded, group=self.control)
@@ -193,7 +193,10 @@ def _outline(value: Any, tensors: list[Tensor]) -> Any:
 
 def _fill(outline: Any, tensors: Iterator[Tensor], context: DistContext) -> Any:
     if isinstance(outline, _Placeholder):
-        tensor = next(tensors).contiguous() if context.first else torch.empty(outline.shape, dtype=outline.dtype)
+        if context.first:
+            tensor = next(tensors).contiguous()
+        else:
+            tensor = torch.empty(outline.shape, dtype=outline.dtype, device="cpu")
         dist.broadcast(tensor, src=0, group=context.control)
         return tensor
     if isinstance(outline, dict):

@@ -129,7 +129,7 @@ def _counted(config: Config, channels: int) -> tuple[float, float, int] | None:
     for side in (config.global_size, config.local_size):
         try:
             with FlopCounterMode(display=False) as counter, torch.no_grad():
-                backbone(torch.empty(1, channels, side, side, device="meta"))
+                backbone(torch.empty(1, channels, side, side, dtype=torch.float32, device="meta"))
         except (RuntimeError, NotImplementedError):
             return None
         found.append(float(counter.get_total_flops()))
@@ -286,8 +286,8 @@ def trial(config: Config, channels: int, device: torch.device, precision: str, i
     state = build_train_state(small, channels, device, precision)
     large, local = config.global_size, config.local_size
     crops: Crops = _Noise(
-        torch.randn(2, images, channels, large, large),
-        torch.randn(config.local_crops, images, channels, local, local),
+        torch.randn(2, images, channels, large, large, dtype=torch.float32, device="cpu"),
+        torch.randn(config.local_crops, images, channels, local, local, dtype=torch.float32, device="cpu"),
     )
     schedules = Schedules(small, 10)
     hyperparams = replace(schedules.values_at(schedules.steps - 1), frozen=False)

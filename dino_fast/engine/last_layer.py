@@ -72,7 +72,7 @@ def loss_of_rows(
 @torch.no_grad()
 def entropy_of(targets: Tensor, teacher: WeightNormLinear, center: Tensor, teacher_temp: float) -> Tensor:
     """Mean entropy (nats) of softmax((teacher(targets) - center) / teacher_temp) for targets [rows, D], float32."""
-    weight, total = teacher.weight, torch.zeros((), device=targets.device)
+    weight, total = teacher.weight, torch.zeros((), dtype=torch.float32, device=targets.device)
     for part in targets.split(ENTROPY_ROWS):
         log_p = ((F.linear(part, weight).float() - center) / teacher_temp).log_softmax(dim=-1)
         total -= (log_p.exp() * log_p).sum()

@@ -47,7 +47,8 @@ def all_features(state: TrainState, backbone: nn.Module, source: Source, watch: 
     from dino_fast.eval.knn import extract_features
 
     share, config = share_of(source, state.context), state.config
-    features, labels = torch.empty(0, cast(int, backbone.embed_dim)), torch.empty(0, dtype=torch.int64)
+    features = torch.empty(0, cast(int, backbone.embed_dim), dtype=torch.float32, device="cpu")
+    labels = torch.empty(0, dtype=torch.int64, device="cpu")
     halted = False
     try:
         if len(share):

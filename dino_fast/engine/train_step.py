@@ -61,8 +61,10 @@ def compute_step(
     The host reads no value and copies nothing, so that it can be recorded as a CUDA graph.
     """
     config, count = state.config, len(micro_batches)
-    loss, entropy = torch.zeros((), device=state.device), torch.zeros((), device=state.device)
-    bottleneck_mean = torch.zeros(config.head_bottleneck_dim, device=state.device)  # mean input of the teacher's layer
+    loss = torch.zeros((), dtype=torch.float32, device=state.device)
+    entropy = torch.zeros_like(loss)
+    # Mean input of the teacher's last layer.
+    bottleneck_mean = torch.zeros(config.head_bottleneck_dim, dtype=torch.float32, device=state.device)
     features = []
     _, teacher = state.forward_models
     teacher_head = cast(DINOHead, teacher.head)

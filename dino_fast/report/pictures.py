@@ -137,7 +137,7 @@ def _pick(source: Source, count: int, size: tuple[int, int], classes: list[str] 
 def _batches(frozen: Frozen, images: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     for start in range(0, len(images), _BATCH):
         batch = torch.stack(images[start : start + _BATCH])
-        yield frozen.normalise(batch), torch.full((len(batch),), -1)
+        yield frozen.normalise(batch), torch.full((len(batch),), -1, dtype=torch.int64, device="cpu")
 
 
 def _attention(compared: list[tuple[str, Frozen]], queries: Picked) -> str:
