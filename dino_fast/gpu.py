@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class Chip(NamedTuple):
@@ -91,3 +93,57 @@ def one_device(tensors: Iterable[Tensor]) -> torch.device:
             f"the inputs of one kernel are on {' and '.join(sorted(map(str, devices)))}; move them to one device"
         )
     return devices.pop()
+
+
+# Failed captures. The allocator of pinned memory goes on asking such a graph whether a stream is being captured for it,
+# and PyTorch has no call to end that, so the objects stay.
+_failed: list[torch.cuda.CUDAGraph] = []
+
+
+def capture_graph(work: Callable[[], T], stream: torch.cuda.Stream) -> Callable[[], T]:
+    """Captures the kernels that `work` launches on `stream` as a CUDA graph; returns a function that replays them and
+    gives what `work` returned.
+
+    A capture that fails raises the error of `work`, or else that of the capture, and leaves the process able to go on
+    without it: `torch.cuda.graph` alone would leave its stream current, random numbers refused, and the memory
+    allocator in a capture, in which memory used by two streams is never freed.
+    """
+    before = torch.cuda.current_stream(stream.device)
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    failure: BaseException | None = None
+    try:
+        # Threads that load data and write checkpoints go on meanwhile: what they do is no part of the graph.
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            try:
+                result = work()
+            except BaseException as error:
+                failure = error
+                raise
+    except BaseException as error:
+        torch.cuda.set_stream(before)
+        _abandon(graph, pool, stream.device_index)
+        raise (failure or error) from None
+
+    def replay() -> T:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def _abandon(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], device: int) -> None:
+    """Ends what a failed capture has begun, as far as the capture's own end did not reach."""
+    try:
+        graph.pool()
+        ended = True
+    except RuntimeError:  # raised until the capture has ended
+        ended = False
+    graph.reset()
+    if ended:
+        return
+    _failed.append(graph)
+    for end in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+        with contextlib.suppress(RuntimeError):
+            end(device, pool)
+    generator = torch.cuda.default_generators[device]
+    generator.graphsafe_set_state(generator.clone_state())

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dino_fast.engine.schedules import StepHyperparams
 from dino_fast.errors import UserError
+from dino_fast.gpu import capture_graph
 from dino_fast.optim import AdamWEMA
 
 WARM_UP = 3  # eager steps before a recording
@@ -144,14 +145,5 @@ class _Cuda:
         return numbers
 
     def record(self, work: Callable[[], Numbers]) -> Callable[[], Numbers]:
-        graph = torch.cuda.CUDAGraph()
-        # Threads that load data and write checkpoints go on meanwhile: their work is not part of the recording.
-        capture = torch.cuda.graph(graph, stream=self.side, capture_error_mode="thread_local")
-        with torch.autograd.set_multithreading_enabled(False), capture:
-            numbers = work()
-
-        def replay() -> Numbers:
-            graph.replay()
-            return numbers
-
-        return replay
+        with torch.autograd.set_multithreading_enabled(False):
+            return capture_graph(work, self.side)
