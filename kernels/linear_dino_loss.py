@@ -79,7 +79,7 @@ def _logits(
 
 @triton.jit
 def _attend(
-    student, student_weight, student_scale, teacher, teacher_weight, teacher_scale, center,
+    student, student_weight, student_scale, read_scale, teacher, teacher_weight, teacher_scale, center,
     part_max, part_sum, part_pair, part_read,
     V, T, B, images, K, D, student_k, teacher_k, slice_k, inverse_student_temp, inverse_teacher_temp,
     BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
@@ -141,7 +141,7 @@ def _attend(
         m_t = new_m_t
         if READ:
             if SCALED:
-                scale = tl.load(student_scale + k, mask, 0.0)[:, None]
+                scale = tl.load(read_scale + k, mask, 0.0)[:, None]
                 e = e * scale
                 e_t = e_t * scale
             at = student_weight + k[:, None] * student_k + d[None, :]
@@ -302,6 +302,15 @@ class Layer:
             self._measure(None)
         return self._scale
 
+    def read_scale(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """What e^y is multiplied by before it is rounded to `dtype` for the second product, and the number by which the
+        product is still to be multiplied. In float16 scales are divided by the largest: as they are, the lifted
+        weights would overflow from 16 on."""
+        if dtype != torch.float16 or self.scale is None:
+            return self.scale, None
+        largest = self.scale.abs().amax().clamp_min(1e-30)
+        return self.scale / largest, largest
+
     def _measure(self, row: Tensor | None) -> None:
         K, D = self.weight.shape
         if self.gain is not None:
@@ -381,9 +390,10 @@ def _attend_with(tile, student, student_layer, teacher, teacher_layer, center, s
 
     part_max, part_sum, part_pair = empty(slices, T + V, B), empty(slices, T + V, B), empty(slices, T, V, B)
     part_read, read = (empty(*shape, rows, D) if wanted else part_max for shape in ((slices,), ()))
+    read_scale, largest = student_layer.read_scale(student.dtype) if wanted else (None, None)
     launch_kernel(
         _attend, (blocks, slices),
-        student, student_layer.weight, _or(student_layer.scale, center),
+        student, student_layer.weight, _or(student_layer.scale, center), _or(read_scale, center),
         teacher, teacher_layer.weight, _or(teacher_layer.scale, center), center,
         part_max, part_sum, part_pair, part_read,
         V, T, B, images, K, D, student_layer.weight.stride(0), teacher_layer.weight.stride(0), slice_k,
@@ -396,6 +406,8 @@ def _attend_with(tile, student, student_layer, teacher, teacher_layer, center, s
         part_max, part_sum, part_read, statistics[0], statistics[1], read, rows, T * B, D, slices,
         1.0 / student_temp, 1.0 / teacher_temp, WIDTH=width(D), READ=wanted, num_warps=4,
     )  # fmt: skip
+    if largest is not None:
+        read.mul_(largest)
     below = part_max - statistics[0]  # [slices, T + V, B]: what a slice's logits were measured from, less the maximum
     shift = (below[:, T:] / student_temp)[:, None]  # [slices, 1, V, B]
     sums = part_sum[:, :T, None]  # [slices, T, 1, B]

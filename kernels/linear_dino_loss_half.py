@@ -85,9 +85,9 @@ def _walk(
             if VALUES_SCALED:
                 a = tl.load(value_scale + k, mask, 0.0)
                 p = (e * (a * LIFT)[None, :]).to(w.dtype)
-                # What the weight is after rounding; a prototype of gain 0 reads nothing and keeps its weight.
+                # What the weight is after rounding; what is 0 then (a prototype of gain 0) keeps its weight.
                 back = tl.where(a != 0.0, 1.0 / (a * LIFT), 0.0)
-                rounded = rounded * old + tl.sum(tl.where((a != 0.0)[None, :], p.to(tl.float32) * back[None, :], e), 1)
+                rounded = rounded * old + tl.sum(tl.where(p != 0.0, p.to(tl.float32) * back[None, :], e), 1)
             else:
                 p = (e * LIFT).to(w.dtype)
                 rounded = rounded * old + tl.sum(p.to(tl.float32), 1) / LIFT
@@ -99,7 +99,7 @@ def _walk(
 
 @triton.jit
 def _attend(
-    student, student_weight, student_scale, teacher, teacher_weight, teacher_scale, center,
+    student, student_weight, student_scale, read_scale, teacher, teacher_weight, teacher_scale, center,
     part_max, part_sum, part_read,
     student_rows, teacher_rows, teacher_blocks, K, D, student_k, teacher_k, slice_k, log2_student, log2_teacher,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr, SCALED: tl.constexpr,
@@ -116,7 +116,7 @@ def _attend(
         t_mask = t_row < teacher_rows
         z_t = _tile(teacher, t_row, teacher_rows, D, D, WIDTH, WHOLE)
         m_t, l_t, read_t = _walk(
-            z_t, teacher_weight, teacher_scale, student_weight, student_scale, center, begin, end, D, teacher_k,
+            z_t, teacher_weight, teacher_scale, student_weight, read_scale, center, begin, end, D, teacher_k,
             student_k, log2_teacher, ROWS, BLOCK_K, WIDTH, WHOLE, TEACHER_SCALED, SCALED, True, True, LIFT, STAGES,
         )  # fmt: skip
         at = j * all_rows + t_row
@@ -128,7 +128,7 @@ def _attend(
         s_mask = s_row < student_rows
         z = _tile(student, s_row, student_rows, D, D, WIDTH, WHOLE)
         m, l, read = _walk(
-            z, student_weight, student_scale, student_weight, student_scale, center, begin, end, D, student_k,
+            z, student_weight, student_scale, student_weight, read_scale, center, begin, end, D, student_k,
             student_k, log2_student, ROWS, BLOCK_K, WIDTH, WHOLE, SCALED, SCALED, False, READ, LIFT, STAGES,
         )  # fmt: skip
         at = j * all_rows + teacher_rows + s_row
@@ -302,6 +302,7 @@ def attend(
     """As `kernels.linear_dino_loss.attend`: statistics [2, T + V, B], d [T, V, B], reads [T + V, B, D] or None."""
     (V, B, D), T, K = student.shape, len(teacher), len(student_layer.weight)
     temps = LOG2_E / student_temp, LOG2_E / teacher_temp
+    read_scale, largest = student_layer.read_scale(student.dtype)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=student.device)
@@ -312,7 +313,7 @@ def attend(
         part_read = empty(slices, T + V, B, D)
         launch_kernel(
             _attend, (blocks, slices),
-            student, student_layer.weight, _or(student_layer.scale, center),
+            student, student_layer.weight, _or(student_layer.scale, center), _or(read_scale, center),
             teacher, teacher_layer.weight, _or(teacher_layer.scale, center), center, part_max, part_sum, part_read,
             V * B, T * B, teacher_blocks, K, D, student_layer.weight.stride(0), teacher_layer.weight.stride(0),
             slice_k, *temps, SCALED=student_layer.scale is not None, TEACHER_SCALED=teacher_layer.scale is not None,
@@ -327,6 +328,8 @@ def attend(
         return statistics, read
 
     statistics, read = launch(_tile_of("attend", ATTEND_TILES, student, (T, K, wanted), launch))
+    if largest is not None:
+        read.mul_(largest)
     products = torch.einsum("vbd,ubd->uvb", student.double(), read[:T].double())
     pairs = ((products - statistics[0, T:].double()) / student_temp).float()
     return statistics, pairs, read if wanted else None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -158,6 +160,61 @@ def test_a_gpu_whose_kernels_are_missing(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("dino_fast.engine.build.nvjpeg_missing", lambda device: "no nvjpeg")
     with pytest.raises(UserError, match=r"--decode-on gpu: torchvision cannot \(no nvjpeg\)"):
         resolve_crop_device("auto", "gpu", gpu)
+
+
+class FakeStream:
+    """A stream that notes its order with others; `current` is the one that work is queued on."""
+
+    current: FakeStream
+
+    def __init__(self, name: str) -> None:
+        self.name, self.waits, self.before = name, [], []
+
+    def __enter__(self) -> None:
+        self.before.append(FakeStream.current)
+        FakeStream.current = self
+
+    def __exit__(self, *error: object) -> None:
+        FakeStream.current = self.before.pop()
+
+    def record_event(self) -> SimpleNamespace:
+        return SimpleNamespace(stream=self, query=lambda: False)
+
+    def wait_event(self, event: SimpleNamespace) -> None:
+        self.waits.append(event.stream)
+
+
+def test_nvjpeg_writes_and_reads_in_order_with_the_crops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision's decoder waits for no stream: its images must lie in memory that no other work is queued on, and its
+    files must stay until they are read."""
+    crops, side = FakeStream("crops"), FakeStream("decode")
+    FakeStream.current = crops
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream.current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
+    monkeypatch.setattr(on_gpu, "_reading", deque())
+    on_gpu._decode_stream.cache_clear()
+    allocated_on, used_on = [], []
+
+    def decode_jpeg(files: list, mode: object, device: torch.device) -> list:
+        allocated_on.append(FakeStream.current)
+        return [SimpleNamespace(record_stream=used_on.append) for _ in files]
+
+    monkeypatch.setattr("torchvision.io.decode_jpeg", decode_jpeg)
+    files = [torch.zeros(4, dtype=torch.uint8)]
+    try:
+        for _ in range(2):
+            assert len(on_gpu._decoded(files, 3, torch.device("cuda:0"))) == 1
+    finally:
+        on_gpu._decode_stream.cache_clear()
+    assert allocated_on == [side, side] and used_on == [crops, crops] and FakeStream.current is crops
+    assert crops.waits == [side, side]
+    assert [kept[0] is files[0] for _, kept in on_gpu._reading] == [True, True]
+    for event, _ in on_gpu._reading:
+        event.query = lambda: True
+    FakeStream.current = crops
+    on_gpu._decoded(files, 3, torch.device("cuda:0"))
+    assert len(on_gpu._reading) == 1  # the files that have been read are let go
 
 
 @needs_gpu
