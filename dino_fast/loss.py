@@ -96,7 +96,7 @@ def linear_dino_loss(
     if pair_weights is None:
         if V == 1 and T == 1:
             raise ValueError("linear_dino_loss: one crop each leaves no pair of different crops; give pair_weights")
-        pair_weights = torch.ones(T, V, device=student.device).fill_diagonal_(0.0)
+        pair_weights = torch.ones(T, V, dtype=torch.float32, device=student.device).fill_diagonal_(0.0)
     scaled = pair_weights.to(linear_operation.result_dtype(student))
     rows = torch.ones(B, dtype=scaled.dtype, device=student.device)
     return linear_operation.linear_dino_loss(
@@ -153,7 +153,7 @@ def linear_ibot_loss(
         teacher[None],
         teacher_weight,
         center,
-        torch.ones(1, 1, device=student.device),
+        torch.ones(1, 1, dtype=torch.float32, device=student.device),
         row_weights,
         student_temp=student_temp,
         teacher_temp=teacher_temp,
@@ -201,7 +201,7 @@ class DINOLoss(nn.Module):
             raise ValueError(f"DINOLoss: ncrops counts the two global crops too, so it is 2 or more; got {ncrops}")
         self.out_dim, self.ncrops = out_dim, ncrops
         self.student_temp, self.center_momentum = student_temp, center_momentum
-        self.register_buffer("center", torch.zeros(1, out_dim))
+        self.register_buffer("center", torch.zeros(1, out_dim, dtype=torch.float32, device=torch.get_default_device()))
         self.teacher_temp_schedule = teacher_temp_schedule(
             warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, nepochs
         )

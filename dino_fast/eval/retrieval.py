@@ -72,7 +72,7 @@ def multi_scale_feature(frozen: Frozen, image: Tensor, longest: int, scales: tup
     shrink = min(1.0, longest / max(image.shape[1:]))
     height, width = (max(1, round(side * shrink)) for side in image.shape[1:])
     pixels = frozen.normalise(resize(image, height, width)[None])
-    total = torch.zeros(frozen.backbone.embed_dim)
+    total = torch.zeros(frozen.backbone.embed_dim, dtype=torch.float32, device="cpu")
     for scale in scales:
         size = [max(1, round(side * scale / patch)) * patch for side in (height, width)]
         small = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
@@ -93,7 +93,7 @@ def scores(
     parts = []
     for start in range(0, len(questions), _ROWS):
         asked = questions[start : start + _ROWS]
-        relevant = torch.zeros(len(asked), len(database), dtype=torch.bool)
+        relevant = torch.zeros(len(asked), len(database), dtype=torch.bool, device="cpu")
         ignored = torch.zeros_like(relevant)
         for row, question in enumerate(asked):
             relevant[row, question.hard if hard else question.easy + question.hard] = True

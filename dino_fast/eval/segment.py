@@ -94,9 +94,12 @@ def patch_jaccard(masks: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
 
 def _per_patch(pixels: Tensor, h: int, w: int) -> Tensor:
     """bool `[H, W]` -> float64 `[h, w]`: how many are set in each patch; pixel (y, x) is in (y h // H, x w // W)."""
-    columns = torch.zeros(len(pixels), w, dtype=torch.float64)
-    columns.index_add_(1, torch.arange(pixels.shape[1]) * w // pixels.shape[1], pixels.double())
-    return torch.zeros(h, w, dtype=torch.float64).index_add_(0, torch.arange(len(pixels)) * h // len(pixels), columns)
+    columns = torch.zeros(len(pixels), w, dtype=torch.float64, device="cpu")
+    columns.index_add_(
+        1, torch.arange(pixels.shape[1], dtype=torch.int64, device="cpu") * w // pixels.shape[1], pixels.double()
+    )
+    rows = torch.arange(len(pixels), dtype=torch.int64, device="cpu") * h // len(pixels)
+    return torch.zeros(h, w, dtype=torch.float64, device="cpu").index_add_(0, rows, columns)
 
 
 def evaluate(
@@ -117,7 +120,7 @@ def evaluate(
     has no object), and the settings.
     """
     pairs, bare = pair_masks(data, masks)
-    mass_mask(torch.ones(1), mass)
+    mass_mask(torch.ones(1, dtype=torch.float32, device="cpu"), mass)
     frozen = open_backbone(checkpoint, which, device)
     scores: list[Tensor] = []  # of each image, [objects, heads]
     empty = 0

@@ -31,7 +31,7 @@ def random_crop(image: Tensor, size: tuple[int, int], seed: int) -> Tensor:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         top, left, height, width = RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3])
-        flip = bool(torch.rand(()) < 0.5)
+        flip = bool(torch.rand((), dtype=torch.float32, device="cpu") < 0.5)
     inside = image[:, top : top + height, left : left + width]
     bilinear = Image.Resampling.BILINEAR
     crop = from_pillow([plane.resize((size[1], size[0]), bilinear) for plane in to_pillow(inside)])
@@ -67,7 +67,13 @@ def random_batches(
             continue
         labels.append(label)
         if len(images) == batch_size:
-            yield torch.stack(images).float().div_(255).sub_(offset).div_(scale), torch.tensor(labels)
+            yield (
+                torch.stack(images).float().div_(255).sub_(offset).div_(scale),
+                torch.tensor(labels, dtype=torch.int64, device="cpu"),
+            )
             images, labels = [], []
     if images:
-        yield torch.stack(images).float().div_(255).sub_(offset).div_(scale), torch.tensor(labels)
+        yield (
+            torch.stack(images).float().div_(255).sub_(offset).div_(scale),
+            torch.tensor(labels, dtype=torch.int64, device="cpu"),
+        )

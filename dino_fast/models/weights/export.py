@@ -281,7 +281,10 @@ def _plain(block: Block, name: str) -> Callable[[Tensor], Tensor]:
 @torch.no_grad()
 def _images(backbone: VisionTransformer) -> Tensor:
     """Two images for the tracer. One pass fills the caches of constant matrices, which must not hold traced tensors."""
-    images = torch.randn(2, backbone.in_chans, *backbone.img_size, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(
+        2, backbone.in_chans, *backbone.img_size, generator=generator, dtype=torch.float32, device="cpu"
+    )
     Batched(backbone)(images)
     return images
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dino_fast import gpu
 from dino_fast.backends import Backend, choose, native_missing, register, triton_missing
 
 TEACHER_CROPS = 2
@@ -342,7 +343,7 @@ def _triton_rejects(student: Tensor | None = None, *others: Tensor) -> str | Non
             return f"it runs on CUDA (on the CPU under TRITON_INTERPRET=1), the logits are on {tensor.device}"
         if tensor.dtype not in KERNEL_DTYPES:
             return f"it takes float32, bfloat16 and float16 logits, not {tensor.dtype}"
-    return None
+    return None if student is None else gpu.too_old(student.device)
 
 
 def _sweep_rejects(student: Tensor | None = None, *others: Tensor) -> str | None:
@@ -353,6 +354,11 @@ def _sweep_rejects(student: Tensor | None = None, *others: Tensor) -> str | None
     return dino_loss_sweep.rejects(student)
 
 
+def _example(device: torch.device) -> tuple[Tensor, Tensor]:
+    dtype = gpu.usual_dtype(device)
+    return tuple(torch.empty((n, 2, 4096), dtype=dtype, device=device) for n in (10, 2))
+
+
 # Programs of `triton_sweep` wait for each other, and none has run on a GPU yet: only who asks for it gets it.
 register(
     "dino_loss",
@@ -360,6 +366,7 @@ register(
     Backend("triton_sweep", missing=triton_missing, rejects=_sweep_rejects),
     Backend("native", missing=native_missing, rejects=_native_rejects),
     Backend("reference"),
+    example=_example,
 )
 
 

@@ -36,6 +36,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dino_fast import gpu
 from dino_fast.backends import Backend, choose, native_missing, register, triton_missing
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -349,7 +350,15 @@ def _triton_rejects(*tensors: Tensor) -> str | None:
     widest = 256 if rows == torch.float32 else 512
     if widest < D:
         return f"it takes {str(rows).removeprefix('torch.')} rows of at most {widest} elements, not {D}"
-    return None
+    return gpu.too_old(student.device)
+
+
+def _example(device: torch.device) -> tuple[Tensor, ...]:
+    student, teacher, weight = (
+        torch.empty(shape, dtype=gpu.usual_dtype(device), device=device)
+        for shape in ((10, 2, 256), (2, 2, 256), (4096, 256))
+    )
+    return student, weight, teacher, weight
 
 
 register(
@@ -357,6 +366,7 @@ register(
     Backend("triton", missing=triton_missing, rejects=_triton_rejects),
     Backend("native", missing=native_missing, rejects=_native_rejects),
     Backend("reference"),
+    example=_example,
 )
 
 

@@ -27,6 +27,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from dino_fast import gpu
 from dino_fast.backends import Backend, Preference, choose, native_missing, register, triton_missing
 from dino_fast.ops.packed_attention import by_length as grouped
 from dino_fast.ops.packed_attention import native as packed_attention_cpu
@@ -239,7 +240,7 @@ def _triton_rejects(qkv: Tensor, max_seqlen: int = 0) -> str | None:
         return f"it takes heads of at most 128 elements, not {qkv.shape[-1]}"
     if qkv.ndim == 4 and qkv.shape[2] > 65535:
         return f"it takes at most 65535 heads, not {qkv.shape[2]}"
-    return None
+    return gpu.too_old(qkv.device)
 
 
 def _native_rejects(qkv: Tensor, max_seqlen: int = 0) -> str | None:
@@ -260,6 +261,12 @@ def _varlen_rejects(qkv: Tensor, max_seqlen: int = 0) -> str | None:
     return varlen_rejects(qkv)
 
 
+def _xformers_rejects(qkv: Tensor, max_seqlen: int = 0) -> str | None:
+    from dino_fast.ops.packed_attention.cuda import xformers_rejects
+
+    return xformers_rejects(qkv)
+
+
 @functools.cache
 def _xformers_missing() -> str | None:
     try:
@@ -269,14 +276,19 @@ def _xformers_missing() -> str | None:
     return None
 
 
+def _example(device: torch.device) -> tuple[Tensor, int]:
+    return torch.empty((2 * 197, 3, 6, 64), dtype=gpu.usual_dtype(device), device=device), 197
+
+
 register(
     "packed_attention",
     Backend("triton", missing=triton_missing, rejects=_triton_rejects),
     Backend("varlen", rejects=_varlen_rejects),
-    Backend("xformers", missing=_xformers_missing, rejects=_varlen_rejects),
+    Backend("xformers", missing=_xformers_missing, rejects=_xformers_rejects),
     Backend("native", native_missing, _native_rejects),
     Backend("sdpa", rejects=_sdpa_rejects),
     Backend("reference"),
+    example=_example,
     preference=Preference(_fastest, _explain),
 )
 

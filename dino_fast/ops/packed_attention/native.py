@@ -36,7 +36,7 @@ def backward(grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, out: Tensor, statist
     from dino_fast import _C
 
     grad, qkv, ends = grad.to(qkv.dtype).contiguous(), _contiguous_rows(qkv), cu_seqlens.contiguous()
-    gradient = torch.empty(qkv.shape, dtype=qkv.dtype)
+    gradient = torch.empty(qkv.shape, dtype=qkv.dtype, device="cpu")
     sequences = _description(qkv, ends)
     _C.packed_attention_backward(sequences, grad.data_ptr(), gradient.data_ptr(), torch.get_num_threads())
     return gradient
