@@ -273,7 +273,7 @@ def resident(device: torch.device) -> int:
     return 2 * torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def rejects(student: Tensor) -> str | None:
+def unsupported_reason(student: Tensor) -> str | None:
     """Why this kernel does not take logits [V, B, K], or None."""
     V, B, K = student.shape
     if student.device.type == "cuda":

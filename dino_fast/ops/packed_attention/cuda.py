@@ -20,7 +20,7 @@ HALF = (torch.bfloat16, torch.float16)
 WIDEST = 256  # elements of a head that PyTorch's flash attention takes
 
 
-def varlen_rejects(qkv: Tensor) -> str | None:
+def varlen_unsupported_reason(qkv: Tensor) -> str | None:
     if qkv.device.type != "cuda":
         return f"it runs on CUDA, qkv is on {qkv.device}"
     if qkv.dtype not in HALF:
@@ -30,7 +30,7 @@ def varlen_rejects(qkv: Tensor) -> str | None:
     return None
 
 
-def sdpa_rejects(qkv: Tensor) -> str | None:
+def sdpa_unsupported_reason(qkv: Tensor) -> str | None:
     if qkv.device.type != "cuda":
         return f"it calls PyTorch's attention for CPUs or for CUDA, qkv is on {qkv.device}"
     if qkv.dtype not in (*HALF, torch.float32):
