@@ -63,20 +63,20 @@ def cifar(part: str = "train") -> Path | None:
 def ours(size: Size, data: str, options: list[str]) -> list[tuple[float, float]]:
     """`dino-fast train`, the command itself; each step's loss and the time at which it was logged."""
     from dino_fast.cli import main as cli
-    from dino_fast.engine.run_dir import Run
+    from dino_fast.engine.run_dir import RunDir
 
     seen: list[tuple[float, float]] = []
-    log = Run.log
+    log = RunDir.log
 
-    def timed(run: Run, row: dict[str, Any]) -> None:
+    def timed(run: RunDir, row: dict[str, Any]) -> None:
         log(run, row)
         seen.append((float(row["loss"]), time.perf_counter()))
 
-    Run.log = timed  # type: ignore[method-assign]
+    RunDir.log = timed  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         given = {
             "data": data, "out": f"{folder}/run", "arch": "vit_tiny", "embed-dim": size.width, "depth": size.depth,
-            "heads": size.heads, "patch-size": 4, "global-size": 32, "local-size": 16, "out-dim": size.prototypes,
+            "num-heads": size.heads, "patch-size": 4, "global-size": 32, "local-size": 16, "out-dim": size.prototypes,
             "head-hidden-dim": size.head_hidden, "batch-size": size.batch, "max-steps": size.steps, "knn-every": 0,
             "freeze-last-layer": 0, "device": "cpu",
         }  # fmt: skip

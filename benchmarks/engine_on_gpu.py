@@ -76,23 +76,24 @@ def crops(model: Model, batch: int, device: str) -> tuple[Tensor, Tensor]:
 def our_step(model: Model, batch: int, device: str, **given: Any) -> Step:
     """The engine's `train_step` in bf16. By default it is replayed from a CUDA graph, recorded in its fourth call, and
     nothing waits for its loss, as in a run."""
+    from dino_fast.engine.build import build_train_state
     from dino_fast.engine.config import Config
-    from dino_fast.engine.schedules import Rates
-    from dino_fast.engine.train_step import build_learner, train_step
+    from dino_fast.engine.schedules import StepHyperparams
+    from dino_fast.engine.train_step import train_step
     from dino_fast.optim import AdamWEMA
 
     config = Config(
         global_size=model.large, local_size=model.small, local_crops=model.local_crops, arch=model.arch,
-        patch_size=model.patch, embed_dim=model.width, depth=model.depth, heads=model.heads, drop_path_rate=0.0,
+        patch_size=model.patch, embed_dim=model.width, depth=model.depth, num_heads=model.heads, drop_path_rate=0.0,
         out_dim=model.prototypes, head_hidden_dim=model.hidden, batch_size=batch, **given,
     )  # fmt: skip
-    run = build_learner(config, 3, torch.device(device), "bf16")
+    run = build_train_state(config, 3, torch.device(device), "bf16")
     weights = _plain(model, original.ViT).state_dict()
     run.student.load_state_dict(weights)
     run.teacher.load_state_dict(weights)
     if isinstance(run.optimizer, AdamWEMA):
         run.optimizer.refresh_copies()
-    rates = Rates(lr=1e-4, weight_decay=0.04, momentum=0.996, teacher_temp=0.04, frozen=False)
+    hyperparams = StepHyperparams(lr=1e-4, weight_decay=0.04, momentum=0.996, teacher_temp=0.04, frozen=False)
 
     @dataclass
     class Batch:
@@ -102,7 +103,7 @@ def our_step(model: Model, batch: int, device: str, **given: Any) -> Step:
     inputs = Batch(*crops(model, batch, device))
 
     def step() -> Any:
-        return train_step(run, inputs, rates, 1)
+        return train_step(run, inputs, hyperparams, 1)
 
     step.graph = run.graph  # type: ignore[attr-defined]
     return step

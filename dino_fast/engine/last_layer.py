@@ -1,7 +1,7 @@
 """The head's last layer and the loss, in one of three ways that give the same numbers to rounding.
 
 fused     `linear_dino_loss`: no logits at all. On a GPU the fastest, and the smallest everywhere
-parts     logits of some images at a time, of which the gradients are left. On a CPU the default: the fastest, at a
+chunked   logits of some images at a time, of which the gradients are left. On a CPU the default: the fastest, at a
           third of the memory of all logits at once (64 images, K = 65536, two cores: 206 ms, those 242 ms; with the
           logits made again, `linear_dino_loss`, 359 ms)
 logits    those of all images at once, by PyTorch's layer and `dino_loss`
@@ -26,12 +26,12 @@ ENTROPY_ROWS = 128  # whose logits are made for the teacher's entropy where the 
 
 
 def choose_way(asked: str, rows: Tensor, weight: Tensor) -> str:
-    """`asked`, or for "auto" the fastest for these rows: fused where kernels for the GPU are, else parts on a CPU."""
+    """`asked`, or for "auto" the fastest for these rows: fused where kernels for the GPU are, else chunked on a CPU."""
     if asked != "auto":
         return asked
     if rows.is_cuda:
         return "fused" if choose("linear_dino_loss", rows, weight, rows, weight) == "triton" else "logits"
-    return "parts"
+    return "chunked"
 
 
 def loss_of_rows(
@@ -49,7 +49,7 @@ def loss_of_rows(
     mixed = torch.is_autocast_enabled(rows.device.type)
     dtype = torch.get_autocast_dtype(rows.device.type) if mixed else rows.dtype
     way = choose_way(way, rows, student.weight_v)
-    if way == "parts" and dtype == torch.float16:  # whose gradients must be made with the scaler's factor
+    if way == "chunked" and dtype == torch.float16:  # whose gradients must be made with the scaler's factor
         way = "logits"
     temps: dict[str, Any] = {"student_temp": student_temp, "teacher_temp": teacher_temp}
     if way == "fused":
@@ -57,7 +57,7 @@ def loss_of_rows(
         with torch.autocast(rows.device.type, enabled=False):
             loss, _ = linear_dino_loss(rows, student.weight_v, targets, teacher.weight_v, center, **temps)
         return loss, entropy_of(targets.flatten(0, 1), teacher, center, teacher_temp)
-    if way == "parts":
+    if way == "chunked":
         of_teacher = _Targets(targets.to(dtype), teacher, dtype)
         loss, entropy = _Parts.apply(rows.to(dtype), student.weight.to(dtype), of_teacher, center, temps)
         return loss, entropy

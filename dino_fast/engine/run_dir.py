@@ -1,4 +1,4 @@
-"""What a run leaves on the disk: one directory, complete in itself.
+"""The directory of a run, complete in itself.
 
 config.yaml       the configuration as it was used
 metrics.jsonl     one JSON object a step, flushed at once
@@ -22,7 +22,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
-from dino_fast.engine.distributed import ALONE, Ranks
+from dino_fast.engine.config import with_present_names
+from dino_fast.engine.distributed import SINGLE_PROCESS, DistContext
 from dino_fast.errors import UserError, unwritable
 
 # What makes a directory a run: any of these. A folder with other things in it may be used.
@@ -46,15 +47,15 @@ _TAGS = {
 _UNPLOTTED = {"step"}
 
 
-def open_run(out: Path | None, config: dict[str, Any], resume: bool, ranks: Ranks = ALONE) -> Run:
+def open_run(out: Path | None, config: dict[str, Any], resume: bool, context: DistContext = SINGLE_PROCESS) -> RunDir:
     """Make or reopen a run directory and write `config` (plain values) to its config.yaml.
 
     `out` None makes `runs/<date-time>` below the working directory. With `resume` the run in `out` is continued, or
     begun where there is none. Raises `UserError` for an `out` that holds a run (without `resume`), is a file, or cannot
     be written to; nothing is changed then. Of several processes the first makes it, and alone writes to it.
     """
-    path = ranks.from_first(lambda: _make_run(out, config, resume))
-    return Run(path, writes=ranks.first)
+    path = context.run_on_rank0(lambda: _make_run(out, config, resume))
+    return RunDir(path, writes=context.first)
 
 
 def _make_run(out: Path | None, config: dict[str, Any], resume: bool) -> Path:
@@ -66,23 +67,23 @@ def _make_run(out: Path | None, config: dict[str, Any], resume: bool) -> Path:
         path = Path(out)
         if path.exists() and not path.is_dir():
             raise UserError(f"--out {path} is a file; give a directory, new or empty")
-        held = [name for name in _MARKS if (path / name).exists()]
-        if held and not resume:
+        marks = [name for name in _MARKS if (path / name).exists()]
+        if marks and not resume:
             raise UserError(
-                f"--out {path} already holds a run ({', '.join(held)}). Continue it with --resume, "
+                f"--out {path} already holds a run ({', '.join(marks)}). Continue it with --resume, "
                 "or give another --out to start a new one"
             )
     with _writable(path):
         for folder in (path, path / "checkpoints", path / "export"):
             folder.mkdir(parents=True, exist_ok=True)
-        Run(path)._write_config(config)
+        RunDir(path)._write_config(config)
     return path
 
 
-class Run:
+class RunDir:
     """An open run directory. `path`, `checkpoints` and `export` are its folders. Close it, or use it in a `with`.
 
-    Where not `writes`, metrics go nowhere; messages are still noted.
+    Without `writes` (ranks other than 0), metrics are dropped; messages still go to log.txt.
     """
 
     def __init__(self, path: Path, writes: bool = True) -> None:
@@ -117,7 +118,7 @@ class Run:
                 {_TAGS.get(name, f"train/{name}"): x for name, x in row.items() if name != "step"}, step=row["step"]
             )
 
-    def follow(self, project: str, config: dict[str, Any]) -> None:
+    def init_wandb(self, project: str, config: dict[str, Any]) -> None:
         """Log to Weights & Biases as well; a run that is continued goes on under the name of its directory.
 
         Raises UserError where the package is not installed.
@@ -134,19 +135,19 @@ class Run:
             project=project, name=self.path.name, id=identity, resume="allow", dir=str(self.path), config=plain
         )
 
-    def cut_back(self, step: int) -> None:
+    def truncate_metrics(self, step: int) -> None:
         """Drop every metrics line beyond `step` and a torn last one, so that a resumed run has each step once."""
         if not self.writes:
             return
         self._close_metrics()
         path = self.path / "metrics.jsonl"
         if path.exists():
-            kept = [row for row in read_metrics(path) if row["step"] <= step]
-            _replace(path, "".join(json.dumps(row) + "\n" for row in kept))
+            rows = [row for row in read_metrics(path) if row["step"] <= step]
+            _replace(path, "".join(json.dumps(row) + "\n" for row in rows))
         self._close_board()
         self._purge = step + 1
 
-    def note(self, text: str) -> None:
+    def log_text(self, text: str) -> None:
         """Append a message with the time to log.txt."""
         with _writable(self.path), open(self.path / "log.txt", "a", encoding="utf-8") as file:
             file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}\n")
@@ -158,7 +159,7 @@ class Run:
             self._wandb.finish()
             self._wandb = None
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> RunDir:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -174,10 +175,10 @@ class Run:
                 before = yaml.safe_load(path.read_text(encoding="utf-8"))
             except (yaml.YAMLError, UnicodeDecodeError):
                 before = None  # cut off by a crash; it is written anew
-            before = before if isinstance(before, dict) else {}
+            before = with_present_names(before if isinstance(before, dict) else {})
             names = [name for name in {**before, **plain} if before.get(name) != plain.get(name)]
             for name in names:
-                self.note(f"resumed with {name}: {plain.get(name)!r} (was {before.get(name)!r})")
+                self.log_text(f"resumed with {name}: {plain.get(name)!r} (was {before.get(name)!r})")
         _replace(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
 
     def _plot(self, row: dict[str, Any]) -> None:

@@ -171,7 +171,7 @@ def fit(
     recipe.check()
     assert source.labels is not None
     device = next(backbone.parameters()).device
-    half = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     model = Classifier(backbone, classes, recipe.seed).to(device).train().requires_grad_(True)
     for i, block in enumerate(backbone.blocks):
         block.drop_path.rate = recipe.drop_path * i / max(1, len(backbone.blocks) - 1)  # type: ignore[union-attr]

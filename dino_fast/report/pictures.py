@@ -99,7 +99,7 @@ def _checkpoints(run: Path, device: str | None) -> Iterator[tuple[str, Frozen]]:
 
 def _untrained(config: Config | None, trained: Frozen) -> Frozen | None:
     """The run's first weights, drawn anew from its seed."""
-    from dino_fast.engine.train_state import build_model
+    from dino_fast.engine.build import build_model
 
     if config is None or config.init_from is not None or not isinstance(trained.backbone, VisionTransformer):
         return None

@@ -33,7 +33,7 @@ def _exact(rows: list[Tensor], layers: list[WeightNormLinear]) -> tuple[list[Ten
     return [result.loss, result.teacher_entropy], list(torch.autograd.grad(result.loss * 3, (student, v, g)))
 
 
-@pytest.mark.parametrize("way", ["auto", "fused", "parts", "logits"])
+@pytest.mark.parametrize("way", ["auto", "fused", "chunked", "logits"])
 @pytest.mark.parametrize("images", [1, 7])
 def test_loss_entropy_and_gradients_are_those_of_the_definition(way, images, monkeypatch):
     monkeypatch.setattr(last_layer, "PART", 3 * 4 * 50)  # three images at a time, and one left over
@@ -49,7 +49,7 @@ def test_loss_entropy_and_gradients_are_those_of_the_definition(way, images, mon
         torch.testing.assert_close(got.grad.double(), want, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("way", ["fused", "parts", "logits"])
+@pytest.mark.parametrize("way", ["fused", "chunked", "logits"])
 def test_a_frozen_layer_gets_no_gradient(way):
     rows, layers = _inputs()
     layers[0].requires_grad_(False)
@@ -63,6 +63,6 @@ def test_a_frozen_layer_gets_no_gradient(way):
 
 def test_the_choice():
     rows, weight = torch.zeros(2, 1, 4), torch.zeros(5, 4)
-    assert choose_way("auto", rows, weight) == "parts"
+    assert choose_way("auto", rows, weight) == "chunked"
     assert choose_way("logits", rows, weight) == "logits"
     assert choose_way("fused", rows, weight) == "fused"

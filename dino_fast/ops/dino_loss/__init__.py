@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dino_fast import gpu
 from dino_fast.backends import Backend, choose, native_missing, register, triton_missing
 from dino_fast.ops import autograd
 from dino_fast.ops.dino_loss import native, triton
@@ -367,6 +368,12 @@ class _Direct(torch.autograd.Function):
 # Forwards fill the outputs they are given, but for the three results, which they may return in tensors of their own; a
 # gradient that is not empty is to be written, for an upstream gradient of 1. It may be the student's logits.
 
+
+def _example(device: torch.device) -> tuple[Tensor, ...]:
+    dtype = gpu.usual_dtype(device)
+    return tuple(torch.empty((n, 2, 4096), dtype=dtype, device=device) for n in (10, 2))
+
+
 # Programs of `triton_sweep` wait for each other, and none has run on a GPU yet: only who asks for it gets it.
 register(
     "dino_loss",
@@ -374,6 +381,7 @@ register(
     Backend("triton_sweep", unavailable_reason=triton_missing, unsupported_reason=triton.sweep_unsupported_reason),
     Backend("native", unavailable_reason=native_missing, unsupported_reason=native.unsupported_reason),
     Backend("reference"),
+    example=_example,
 )
 
 

@@ -7,6 +7,7 @@ import os
 import torch
 from torch import Tensor
 
+from dino_fast import gpu
 from dino_fast.ops.dino_loss.common import KERNEL_DTYPES, contiguous_rows
 
 
@@ -19,7 +20,7 @@ def unsupported_reason(student: Tensor | None = None, *others: Tensor) -> str | 
             return f"it runs on CUDA (on the CPU under TRITON_INTERPRET=1), the logits are on {tensor.device}"
         if tensor.dtype not in KERNEL_DTYPES:
             return f"it takes float32, bfloat16 and float16 logits, not {tensor.dtype}"
-    return None
+    return None if student is None else gpu.too_old(student.device)
 
 
 def sweep_unsupported_reason(student: Tensor | None = None, *others: Tensor) -> str | None:

@@ -189,6 +189,7 @@ register(
     "matmul",
     Backend("amx", _missing, _rejects),
     Backend("reference"),
+    example=lambda device: tuple(torch.empty((512, 512), dtype=torch.float32, device=device) for _ in range(3)),
     preference=Preference(
         lambda *tensors: None,
         lambda: f"reference: {_missing()}" if _missing() else f"amx for {_rule()}, else reference",

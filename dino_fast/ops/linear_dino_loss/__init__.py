@@ -35,6 +35,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dino_fast import gpu
 from dino_fast.backends import Backend, choose, native_missing, register, triton_missing
 from dino_fast.ops import autograd
 from dino_fast.ops.linear_dino_loss import native, triton
@@ -372,11 +373,20 @@ autograd.define_operator(
 # gradient: (dW, dg), from a factor for each student row [V, B], and one for each teacher row beside it [T, V, B].
 
 
+def _example(device: torch.device) -> tuple[Tensor, ...]:
+    student, teacher, weight = (
+        torch.empty(shape, dtype=gpu.usual_dtype(device), device=device)
+        for shape in ((10, 2, 256), (2, 2, 256), (4096, 256))
+    )
+    return student, weight, teacher, weight
+
+
 register(
     "linear_dino_loss",
     Backend("triton", unavailable_reason=triton_missing, unsupported_reason=triton.unsupported_reason),
     Backend("native", unavailable_reason=native_missing, unsupported_reason=native.unsupported_reason),
     Backend("reference"),
+    example=_example,
 )
 
 

@@ -7,6 +7,8 @@ import os
 import torch
 from torch import Tensor
 
+from dino_fast import gpu
+
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -26,7 +28,7 @@ def unsupported_reason(*tensors: Tensor) -> str | None:
     widest = 256 if rows == torch.float32 else 512
     if widest < D:
         return f"it takes {str(rows).removeprefix('torch.')} rows of at most {widest} elements, not {D}"
-    return None
+    return gpu.too_old(student.device)
 
 
 def forward(student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center, pair_weights,

@@ -23,6 +23,7 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
+from dino_fast import gpu
 from dino_fast.backends import Backend, choose, cuda_missing, native_missing, register
 
 MAY_GO_DOWN_FIRST = int(PIL.__version__.split(".")[0]) >= 13  # see above
@@ -274,7 +275,9 @@ _JITTER: tuple[Callable[[list[Image.Image], float], list[Image.Image]], ...] = (
 
 def _cuda_rejects(*images: Tensor) -> str | None:
     other = next((image.device for image in images if not image.is_cuda), None)
-    return None if other is None else f"the CUDA kernels take images on a GPU; one is on {other}"
+    return (
+        gpu.too_old(images[0].device) if other is None else f"the CUDA kernels take images on a GPU; one is on {other}"
+    )
 
 
 def _native_rejects(*images: Tensor) -> str | None:
@@ -290,4 +293,5 @@ register(
     Backend("native", native_missing, _native_rejects),
     Backend("cuda", cuda_missing, _cuda_rejects),
     Backend("reference"),
+    example=lambda device: (torch.empty((3, 256, 256), dtype=torch.uint8, device=device),),
 )

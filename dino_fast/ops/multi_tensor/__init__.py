@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dino_fast import gpu
 from dino_fast.backends import Backend, choose, cuda_missing, native_missing, register
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -402,7 +403,7 @@ def _cuda_rejects(*tensors: Tensor) -> str | None:
             return f"the CUDA kernels run on CUDA tensors; one is on {t.device}"
         if t.dtype not in FLOATS:
             return f"the CUDA kernels take float32, bfloat16 and float16; one tensor is {t.dtype}"
-    return None
+    return gpu.too_old(tensors[0].device) if tensors else None
 
 
 def _cuda(operation: str) -> Callable[..., Any]:
@@ -435,4 +436,5 @@ register(
     Backend("cuda", cuda_missing, _cuda_rejects),
     Backend("native", native_missing, _native_rejects),
     Backend("reference"),
+    example=lambda device: (torch.empty(384, dtype=torch.float32, device=device),),
 )

@@ -27,6 +27,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from dino_fast import gpu
 from dino_fast.backends import Backend, Preference, choose, native_missing, register, triton_missing
 from dino_fast.ops import autograd
 from dino_fast.ops.packed_attention import by_length as grouped
@@ -268,7 +269,7 @@ def _triton_unsupported(qkv: Tensor, max_seqlen: int = 0) -> str | None:
         return f"it takes heads of at most 128 elements, not {qkv.shape[-1]}"
     if qkv.ndim == 4 and qkv.shape[2] > 65535:
         return f"it takes at most 65535 heads, not {qkv.shape[2]}"
-    return None
+    return gpu.too_old(qkv.device)
 
 
 def _native_unsupported(qkv: Tensor, max_seqlen: int = 0) -> str | None:
@@ -289,6 +290,12 @@ def _varlen_unsupported(qkv: Tensor, max_seqlen: int = 0) -> str | None:
     return varlen_unsupported_reason(qkv)
 
 
+def _xformers_unsupported(qkv: Tensor, max_seqlen: int = 0) -> str | None:
+    from dino_fast.ops.packed_attention.cuda import xformers_unsupported_reason
+
+    return xformers_unsupported_reason(qkv)
+
+
 @functools.cache
 def _xformers_unavailable() -> str | None:
     try:
@@ -298,14 +305,19 @@ def _xformers_unavailable() -> str | None:
     return None
 
 
+def _example(device: torch.device) -> tuple[Tensor, int]:
+    return torch.empty((2 * 197, 3, 6, 64), dtype=gpu.usual_dtype(device), device=device), 197
+
+
 register(
     "packed_attention",
     Backend("triton", unavailable_reason=triton_missing, unsupported_reason=_triton_unsupported),
     Backend("varlen", unsupported_reason=_varlen_unsupported),
-    Backend("xformers", unavailable_reason=_xformers_unavailable, unsupported_reason=_varlen_unsupported),
+    Backend("xformers", unavailable_reason=_xformers_unavailable, unsupported_reason=_xformers_unsupported),
     Backend("native", native_missing, _native_unsupported),
     Backend("sdpa", unsupported_reason=_sdpa_unsupported),
     Backend("reference"),
+    example=_example,
     preference=Preference(_fastest, _explain),
 )
 

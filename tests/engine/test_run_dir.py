@@ -21,7 +21,7 @@ CONFIG = {"epochs": 2, "data": Path("/photos"), "scale": (0.4, 1.0), "model": {"
 def test_a_run_directory(tmp_path: Path) -> None:
     with open_run(tmp_path / "deep" / "r", CONFIG, resume=False) as run:
         run.log({"step": 0, "knn": 0.5})
-        run.note("hello")
+        run.log_text("hello")
     assert run.path == tmp_path / "deep" / "r"
     assert run.checkpoints.is_dir() and run.export.is_dir()
     assert yaml.safe_load((run.path / "config.yaml").read_text()) == {
@@ -126,7 +126,7 @@ def test_cut_back_and_tensorboard(tmp_path: Path) -> None:
     assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 2, 3, 4, 5]
 
     with open_run(tmp_path, CONFIG, resume=True) as run:
-        run.cut_back(3)
+        run.truncate_metrics(3)
         assert [row["step"] for row in read_metrics(tmp_path)] == [0, 1, 2, 3]
         for step in (4, 5):
             run.log({"step": step, "loss": 10.0 + step})
@@ -138,9 +138,9 @@ def test_cut_back_and_tensorboard(tmp_path: Path) -> None:
 
 def test_cut_back_of_an_empty_run_and_to_nothing(tmp_path: Path) -> None:
     with open_run(tmp_path, CONFIG, resume=False) as run:
-        run.cut_back(5)
+        run.truncate_metrics(5)
         run.log({"step": 0})
-        run.cut_back(-1)  # starts over: no checkpoint was written
+        run.truncate_metrics(-1)  # starts over: no checkpoint was written
     assert read_metrics(tmp_path) == []
 
 
@@ -156,7 +156,7 @@ def test_cut_back_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", crash)
         with pytest.raises(KeyboardInterrupt):
-            run.cut_back(1)
+            run.truncate_metrics(1)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
     run.close()
 

@@ -13,22 +13,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dino_fast.engine.build import build_train_state, parameter_groups
 from dino_fast.engine.config import Config, build_config
 from dino_fast.engine.schedules import Schedules
-from dino_fast.engine.train_step import (
-    Learner,
-    build_learner,
-    learner_state,
-    parameter_groups,
-    restore_learner,
-    train_step,
-)
+from dino_fast.engine.train_state import TrainState
+from dino_fast.engine.train_step import train_step
 from dino_fast.errors import UserError
 from tests import original
 
 PER_EPOCH = 5
 TINY: dict[str, Any] = {
-    "data": "x", "arch": "vit_tiny", "embed_dim": 32, "depth": 2, "heads": 2, "patch_size": 4, "global_size": 16,
+    "data": "x", "arch": "vit_tiny", "embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4, "global_size": 16,
     "local_size": 8, "local_crops": 3, "out_dim": 96, "head_hidden_dim": 48, "head_bottleneck_dim": 24,
     "drop_path_rate": 0.0, "batch_size": 8, "epochs": 4, "warmup_epochs": 1, "lr": 0.03, "init": "xavier",
     "warmup_teacher_temp_epochs": 2, "teacher_temp": 0.07, "momentum": 0.9,
@@ -45,8 +40,8 @@ def _config(**given: Any) -> Config:
     return build_config({**TINY, **given})
 
 
-def _learner(config: Config, precision: str = "fp32") -> Learner:
-    return build_learner(config, 3, torch.device("cpu"), precision)
+def _train_state(config: Config, precision: str = "fp32") -> TrainState:
+    return build_train_state(config, 3, torch.device("cpu"), precision)
 
 
 def _batch(step: int, config: Config) -> Crops:
@@ -58,9 +53,9 @@ def _batch(step: int, config: Config) -> Crops:
     )
 
 
-def _run(learner: Learner, steps: range) -> list[float]:
-    schedules = Schedules(learner.config, PER_EPOCH)
-    return [train_step(learner, _batch(s, learner.config), schedules.at(s), s)["loss"] for s in steps]
+def _run(train_state: TrainState, steps: range) -> list[float]:
+    schedules = Schedules(train_state.config, PER_EPOCH)
+    return [train_step(train_state, _batch(s, train_state.config), schedules.values_at(s), s)["loss"] for s in steps]
 
 
 def _assert_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -78,10 +73,10 @@ def _predict(head: torch.nn.Module, x: Tensor) -> Tensor:
     return head.last_layer(torch.nn.functional.normalize(head.predictor(head.mlp(x)), dim=-1))  # type: ignore[operator]
 
 
-def _original(learner: Learner, config: Config, predictor: bool = False) -> original.Trainer:
+def _original(train_state: TrainState, config: Config, predictor: bool = False) -> original.Trainer:
     models = []
     for name in ("student", "teacher"):
-        backbone = original.ViT(16, 4, 3, config.embed_dim, config.depth, config.heads)
+        backbone = original.ViT(16, 4, 3, config.embed_dim, config.depth, config.num_heads)
         head = original.DINOHead(
             config.embed_dim,
             config.out_dim,
@@ -96,7 +91,7 @@ def _original(learner: Learner, config: Config, predictor: bool = False) -> orig
             if name == "student":
                 head.forward = functools.partial(_predict, head)  # type: ignore[method-assign]
         models.append(original.MultiCropWrapper(backbone, head))
-    models[0].load_state_dict(learner.student.state_dict())
+    models[0].load_state_dict(train_state.student.state_dict())
     crops = 2 + config.local_crops
     loss = original.DINOLoss(config.out_dim, crops, 0.04, config.teacher_temp, 2, config.epochs)
     schedule = original.cosine_scheduler
@@ -105,7 +100,7 @@ def _original(learner: Learner, config: Config, predictor: bool = False) -> orig
         loss,
         lr=schedule(config.lr * config.batch_size / 256, 1e-6, config.epochs, PER_EPOCH, warmup_epochs=1),
         weight_decay=schedule(0.04, 0.4, config.epochs, PER_EPOCH),
-        momentum=schedule(config.momentum, 1, config.epochs, PER_EPOCH),
+        momentum=schedule(config.momentum_teacher, 1, config.epochs, PER_EPOCH),
         clip_grad=config.clip_grad,
         freeze_last_layer=int(config.freeze_last_layer),
     )
@@ -114,12 +109,12 @@ def _original(learner: Learner, config: Config, predictor: bool = False) -> orig
 @pytest.mark.parametrize("given", [{}, {"norm_last_layer": False, "freeze_last_layer": 2.0, "clip_grad": 0.05}])
 def test_losses_equal_the_published_algorithms(given: dict[str, Any]) -> None:
     config = _config(**given)
-    ours = _learner(config)
+    ours = _train_state(config)
     theirs = _original(ours, config)
     for step in range(20):
         batch = _batch(step, config)
-        rates = Schedules(config, PER_EPOCH).at(step)
-        loss = train_step(ours, batch, rates, step)["loss"]
+        hyperparams = Schedules(config, PER_EPOCH).values_at(step)
+        loss = train_step(ours, batch, hyperparams, step)["loss"]
         expected = theirs.step([*batch.global_crops, *batch.local_crops], step, step // PER_EPOCH)
         assert loss == pytest.approx(expected, rel=1e-5), step
     torch.testing.assert_close(ours.loss.center, theirs.loss.center, rtol=1e-4, atol=1e-6)
@@ -128,9 +123,9 @@ def test_losses_equal_the_published_algorithms(given: dict[str, Any]) -> None:
 
 def test_the_loss_falls_and_the_metrics_fit() -> None:
     config = _config(local_crops=2)
-    learner, schedules = _learner(config), Schedules(config, PER_EPOCH)
+    train_state, schedules = _train_state(config), Schedules(config, PER_EPOCH)
     batch = _batch(0, config)
-    rows = [train_step(learner, batch, schedules.at(10), 10) for _ in range(15)]
+    rows = [train_step(train_state, batch, schedules.values_at(10), 10) for _ in range(15)]
     assert rows[-1]["kl"] < 0.5 * rows[0]["kl"]
     for row in rows:
         assert row["loss"] == pytest.approx(row["teacher_entropy"] + row["kl"], rel=1e-5)
@@ -151,18 +146,18 @@ class HostReads(TorchDispatchMode):
 
 GIVEN: list[dict[str, Any]] = [
     {},
-    {"accumulate": 2},
+    {"grad_accum_steps": 2},
     {"optimizer": "sgd"},
     {"optimizer": "lars"},
-    {"teacher": "previous-step"},
+    {"teacher_update": "previous-step"},
     {"drop_path_rate": 0.5, "norm_last_layer": False},
 ]
 
 
 @pytest.mark.parametrize("given", GIVEN)
 def test_no_host_read_in_a_step(given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    config = _config(center_init="first_batch", last_layer="logits", **given)
-    learner, rates, batch = _learner(config), Schedules(config, PER_EPOCH).at(7), _batch(0, config)
+    config = _config(center_init="first_batch", loss_impl="logits", **given)
+    train_state, hyperparams, batch = _train_state(config), Schedules(config, PER_EPOCH).values_at(7), _batch(0, config)
     # These look at numbers of CPU tensors alone, for which nothing waits.
     monkeypatch.setenv("DINO_FAST_BACKEND", "multi_tensor=reference")
     monkeypatch.setattr(
@@ -170,8 +165,8 @@ def test_no_host_read_in_a_step(given: dict[str, Any], monkeypatch: pytest.Monke
     )
     with HostReads() as reads:
         assert reads.count == 0 and torch.ones(()).item() and reads.count == 1
-        train_step(learner, batch, rates, 0)
-        found = train_step(learner, batch, rates, 1)
+        train_step(train_state, batch, hyperparams, 0)
+        found = train_step(train_state, batch, hyperparams, 1)
         assert reads.count == 1
     names = ["loss", "teacher_entropy", "feature_spread", *["grad_norm"] * ("optimizer" not in given), "kl"]
     assert list(found) == names and len(found) == len(names) and all(map(math.isfinite, found.values()))
@@ -179,14 +174,14 @@ def test_no_host_read_in_a_step(given: dict[str, Any], monkeypatch: pytest.Monke
 
 def test_a_batch_of_one_has_no_spread() -> None:
     config = _config(batch_size=1)
-    assert train_step(_learner(config), _batch(0, config), Schedules(config, 1).at(0), 0).keys() == {
+    assert train_step(_train_state(config), _batch(0, config), Schedules(config, 1).values_at(0), 0).keys() == {
         *("loss", "teacher_entropy", "kl", "grad_norm")
     }
 
 
 @pytest.mark.parametrize("start", ["zero", "first_batch"])
 def test_accumulation_equals_the_large_batch(start: str) -> None:
-    whole, parts = (_learner(_config(center_init=start, accumulate=n)) for n in (1, 4))
+    whole, parts = (_train_state(_config(center_init=start, grad_accum_steps=n)) for n in (1, 4))
     steps = range(6)
     assert _run(parts, steps) == pytest.approx(_run(whole, steps), rel=1e-5)
     torch.testing.assert_close(parts.loss.center, whole.loss.center, rtol=1e-5, atol=1e-6)
@@ -195,17 +190,17 @@ def test_accumulation_equals_the_large_batch(start: str) -> None:
 
 def test_a_frozen_last_layer_gets_no_gradient_and_moves_later() -> None:
     config = _config(norm_last_layer=False)
-    learner, schedules = _learner(config), Schedules(config, PER_EPOCH)
-    last = learner.student.head.last_layer
+    train_state, schedules = _train_state(config), Schedules(config, PER_EPOCH)
+    last = train_state.student.head.last_layer
     before = last.weight_v.detach().clone()
     touched: list[int] = []
     last.weight_v.register_hook(lambda grad: touched.append(len(touched)))
     for step in range(PER_EPOCH):
-        train_step(learner, _batch(step, config), schedules.at(step), step)
+        train_step(train_state, _batch(step, config), schedules.values_at(step), step)
     assert torch.equal(last.weight_v, before)
     assert torch.equal(last.weight_g, torch.ones_like(last.weight_g))
     assert not touched
-    train_step(learner, _batch(9, config), schedules.at(9), 9)
+    train_step(train_state, _batch(9, config), schedules.values_at(9), 9)
     assert touched
     assert not torch.equal(last.weight_v, before)
     assert not torch.equal(last.weight_g, torch.ones_like(last.weight_g))
@@ -213,22 +208,22 @@ def test_a_frozen_last_layer_gets_no_gradient_and_moves_later() -> None:
 
 def test_the_centre_starts_at_the_first_batch() -> None:
     config = _config(center_init="first_batch")
-    learner = _learner(config)
+    train_state = _train_state(config)
     batch = _batch(0, config)
     with torch.no_grad():
-        expected = learner.teacher([batch.global_crops.flatten(0, 1)]).mean(dim=0)
-    train_step(learner, batch, Schedules(config, PER_EPOCH).at(0), 0)
-    torch.testing.assert_close(learner.loss.center[0], expected, rtol=1e-5, atol=1e-6)
+        expected = train_state.teacher([batch.global_crops.flatten(0, 1)]).mean(dim=0)
+    train_step(train_state, batch, Schedules(config, PER_EPOCH).values_at(0), 0)
+    torch.testing.assert_close(train_state.loss.center[0], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_parameter_groups_are_the_published() -> None:
-    learner = _learner(_config(norm_last_layer=False))
-    names = {id(p): name for name, p in learner.student.named_parameters()}
-    decayed, plain = parameter_groups(learner.student, learner.teacher)
-    expected = original.get_params_groups(learner.student)
+    train_state = _train_state(_config(norm_last_layer=False))
+    names = {id(p): name for name, p in train_state.student.named_parameters()}
+    decayed, plain = parameter_groups(train_state.student, train_state.teacher)
+    expected = original.get_params_groups(train_state.student)
     for ours, theirs in zip((decayed, plain), expected, strict=True):
         assert [names[id(p)] for p in ours["params"]] == [names[id(p)] for p in theirs["params"]]
-    followers = {id(p): name for name, p in learner.teacher.named_parameters()}
+    followers = {id(p): name for name, p in train_state.teacher.named_parameters()}
     for group in (decayed, plain):
         pairs = zip(group["params"], group["teacher_params"], strict=True)
         assert all(names[id(p)] == followers[id(t)] for p, t in pairs)
@@ -238,8 +233,8 @@ def test_parameter_groups_are_the_published() -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_stays_near(precision: str) -> None:
     config = _config()
-    exact = _run(_learner(config), range(6))
-    mixed = _run(_learner(config, precision), range(6))
+    exact = _run(_train_state(config), range(6))
+    mixed = _run(_train_state(config, precision), range(6))
     assert mixed != exact
     assert mixed == pytest.approx(exact, rel=0.05)
 
@@ -256,45 +251,45 @@ def _leaves(value: Any, where: str = "") -> dict[str, Tensor]:
 @pytest.mark.parametrize("policy", ["stop", "skip"])
 @pytest.mark.parametrize("step", [1, 9])  # while the last layer is frozen, and later
 @pytest.mark.parametrize(
-    "given", [{}, {"optimizer": "lars"}, {"teacher": "previous-step", "center_init": "first_batch"}]
+    "given", [{}, {"optimizer": "lars"}, {"teacher_update": "previous-step", "center_init": "first_batch"}]
 )
 def test_a_loss_that_is_not_finite_changes_nothing(
     backend: str, policy: str, step: int, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DINO_FAST_BACKEND", f"multi_tensor={backend}")
     config = _config(on_nonfinite=policy, **given)
-    learner, rates = _learner(config), Schedules(config, PER_EPOCH).at(step)
-    assert train_step(learner, _batch(0, config), rates, 0).finite
-    before = copy.deepcopy(learner_state(learner))
+    train_state, hyperparams = _train_state(config), Schedules(config, PER_EPOCH).values_at(step)
+    assert train_step(train_state, _batch(0, config), hyperparams, 0).finite
+    before = copy.deepcopy(train_state.state_dict())
     batch = _batch(1, config)
     batch.global_crops[0, 0, 0, 0, 0] = torch.nan
-    assert not train_step(learner, batch, rates, 1).finite
-    assert all(p.grad is None for p in learner.student.parameters())
-    after = _leaves(learner_state(learner))
+    assert not train_step(train_state, batch, hyperparams, 1).finite
+    assert all(p.grad is None for p in train_state.student.parameters())
+    after = _leaves(train_state.state_dict())
     assert all(torch.equal(after[name], value) for name, value in _leaves(before).items())
     # The step after it was begun before anybody knew: with "stop" it must not move what the evidence shows.
-    assert train_step(learner, _batch(2, config), rates, 2).finite
-    after = _leaves(learner_state(learner))
+    assert train_step(train_state, _batch(2, config), hyperparams, 2).finite
+    after = _leaves(train_state.state_dict())
     same = [name for name, value in _leaves(before).items() if torch.equal(after[name], value)]
     assert (len(same) == len(after)) == (policy == "stop")
 
 
 def test_a_first_batch_that_is_not_finite_leaves_the_centre() -> None:
     config = _config(center_init="first_batch", on_nonfinite="skip")
-    learner, batch = _learner(config), _batch(0, config)
+    train_state, batch = _train_state(config), _batch(0, config)
     batch.global_crops[0, 0, 0, 0, 0] = torch.inf
-    assert not train_step(learner, batch, Schedules(config, PER_EPOCH).at(0), 0).finite
-    assert not learner.loss.center.any()
+    assert not train_step(train_state, batch, Schedules(config, PER_EPOCH).values_at(0), 0).finite
+    assert not train_state.loss.center.any()
 
 
 def test_a_restored_learner_goes_on_bit_for_bit() -> None:
     config = _config(drop_path_rate=0.3)
-    straight = _learner(config)
+    straight = _train_state(config)
     expected = _run(straight, range(8))
-    first = _learner(config)
+    first = _train_state(config)
     assert _run(first, range(4)) == expected[:4]
-    second = _learner(replace(config, seed=5))  # its weights must all be overwritten
-    restore_learner(second, copy.deepcopy(learner_state(first)), "here")
+    second = _train_state(replace(config, seed=5))  # its weights must all be overwritten
+    second.load_state_dict(copy.deepcopy(first.state_dict()), "here")
     second.config = config
     assert _run(second, range(4, 8)) == expected[4:]
     for name, value in straight.student.state_dict().items():
@@ -304,24 +299,24 @@ def test_a_restored_learner_goes_on_bit_for_bit() -> None:
 def test_stochastic_depth_is_a_function_of_seed_and_step() -> None:
     config = _config(drop_path_rate=0.5)
     torch.manual_seed(1)
-    first = _run(_learner(config), range(3))
-    learner = _learner(config)
+    first = _run(_train_state(config), range(3))
+    train_state = _train_state(config)
     torch.manual_seed(99)  # the global generator plays no part
-    assert _run(learner, range(3)) == first
-    other = _learner(config)
+    assert _run(train_state, range(3)) == first
+    other = _train_state(config)
     other.config = replace(config, seed=7)
     assert _run(other, range(3)) != first
 
 
 def test_another_models_checkpoint_is_refused() -> None:
-    state = learner_state(_learner(_config(embed_dim=64)))
+    state = _train_state(_config(embed_dim=64)).state_dict()
     with pytest.raises(UserError, match="another model"):
-        restore_learner(_learner(_config()), state, "runs/a")
+        _train_state(_config()).load_state_dict(state, "runs/a")
 
 
 def test_an_unknown_architecture_is_named() -> None:
     with pytest.raises(UserError, match="vit_tiny"):
-        _learner(_config(arch="vit_tini"))
+        _train_state(_config(arch="vit_tini"))
 
 
 def _weights(module: torch.nn.Module) -> dict[str, Tensor]:
@@ -334,25 +329,25 @@ def _equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 @pytest.mark.parametrize("kind", ["previous-epoch", "previous-step", "copy"])
 def test_the_other_teachers_are_the_students_of_their_time(kind: str) -> None:
-    config = _config(teacher=kind, freeze_last_layer=0.4)
-    learner, schedules = _learner(config), Schedules(config, PER_EPOCH)
-    students = [_weights(learner.student)]  # before step i
+    config = _config(teacher_update=kind, freeze_last_layer=0.4)
+    train_state, schedules = _train_state(config), Schedules(config, PER_EPOCH)
+    students = [_weights(train_state.student)]  # before step i
     for step in range(2 * PER_EPOCH + 1):
         seen = {"previous-epoch": step // PER_EPOCH * PER_EPOCH, "previous-step": max(step - 1, 0), "copy": step}[kind]
-        assert _equal(_weights(learner.teacher), students[seen]), step
-        train_step(learner, _batch(step, config), schedules.at(step), step)
-        students.append(_weights(learner.student))
+        assert _equal(_weights(train_state.teacher), students[seen]), step
+        train_step(train_state, _batch(step, config), schedules.values_at(step), step)
+        students.append(_weights(train_state.student))
         assert not _equal(students[-1], students[-2]) or step == 0  # the warm-up begins at learning rate 0
 
 
 def test_a_predictor_is_as_a_plain_one_after_the_students_head() -> None:
     config = _config(predictor="mlp")
-    ours = _learner(config)
+    ours = _train_state(config)
     theirs = _original(ours, config, predictor=True)
     before = ours.student.head.predictor[0].weight.clone()
     for step in range(12):
         batch = _batch(step, config)
-        loss = train_step(ours, batch, Schedules(config, PER_EPOCH).at(step), step)["loss"]
+        loss = train_step(ours, batch, Schedules(config, PER_EPOCH).values_at(step), step)["loss"]
         expected = theirs.step([*batch.global_crops, *batch.local_crops], step, step // PER_EPOCH)
         assert loss == pytest.approx(expected, rel=1e-5), step
     assert not torch.equal(ours.student.head.predictor[0].weight, before)
@@ -362,10 +357,10 @@ def test_a_predictor_is_as_a_plain_one_after_the_students_head() -> None:
 
 
 def test_without_centering_the_centre_stays_zero() -> None:
-    learner = _learner(_config(centering=False, center_init="first_batch"))
-    _run(learner, range(3))
-    assert not learner.loss.center.any()
-    other = _learner(_config())
+    train_state = _train_state(_config(centering=False, center_init="first_batch"))
+    _run(train_state, range(3))
+    assert not train_state.loss.center.any()
+    other = _train_state(_config())
     _run(other, range(3))
     assert other.loss.center.any()
 
@@ -376,14 +371,14 @@ def test_a_convolutional_backbone_trains(tmp_path: Path) -> None:
     from dino_fast.models.weights.read import export_backbone
 
     config = _config(
-        arch="torchvision/resnet18", embed_dim=None, depth=None, heads=None, init="published", global_size=37,
+        arch="torchvision/resnet18", embed_dim=None, depth=None, num_heads=None, init="published", global_size=37,
         local_size=20, norm_last_layer=False, head_bn=True, lr=0.01,
     )  # fmt: skip
-    learner = _learner(config)
-    batch, rates = _batch(0, config), Schedules(config, PER_EPOCH).at(10)
-    losses = [train_step(learner, batch, rates, 10)["kl"] for _ in range(5)]
+    train_state = _train_state(config)
+    batch, hyperparams = _batch(0, config), Schedules(config, PER_EPOCH).values_at(10)
+    losses = [train_step(train_state, batch, hyperparams, 10)["kl"] for _ in range(5)]
     assert losses[-1] < losses[0]
-    path = export_backbone(learner.teacher.backbone, tmp_path / "teacher.safetensors")
-    assert load_file(path).keys() == learner.teacher.backbone.state_dict().keys()
+    path = export_backbone(train_state.teacher.backbone, tmp_path / "teacher.safetensors")
+    assert load_file(path).keys() == train_state.teacher.backbone.state_dict().keys()
     with pytest.raises(UserError, match="--init published"):
-        _learner(replace(config, init="xavier"))
+        _train_state(replace(config, init="xavier"))

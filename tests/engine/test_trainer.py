@@ -19,12 +19,12 @@ import pytest
 import torch
 from PIL import Image
 
-from dino_fast.engine import checkpoint, findings, train
+from dino_fast.engine import checkpoint, train
 from dino_fast.engine import trainer as loop
-from dino_fast.engine.build import choose_workers
+from dino_fast.engine.build import resolve_workers
 from dino_fast.engine.config import Config, build_config
-from dino_fast.engine.job import Job
 from dino_fast.engine.run_dir import read_metrics
+from dino_fast.engine.trainer import Trainer
 from dino_fast.errors import UserError
 from dino_fast.models.weights.read import load_backbone
 
@@ -34,7 +34,8 @@ KEYS = {
     *("images_per_second", "data_wait", "feature_spread", "grad_norm", "tokens_per_second", "tflops"),
 }
 MODEL: dict[str, Any] = {
-    "arch": "vit_tiny", "embed_dim": 32, "depth": 2, "heads": 2, "patch_size": 4, "global_size": 16, "local_size": 8,
+    "arch": "vit_tiny", "embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4, "global_size": 16,
+    "local_size": 8,
     "local_crops": 2, "out_dim": 64, "head_hidden_dim": 32, "head_bottleneck_dim": 16, "drop_path_rate": 0.2,
     "batch_size": 8, "epochs": 18, "warmup_epochs": 2, "lr": 0.02, "knn_every": 9, "device": "cpu",
 }  # fmt: skip
@@ -141,7 +142,7 @@ def test_a_run_is_complete_in_itself(undisturbed: Path) -> None:
 
     exported = load_file(undisturbed / "export" / "teacher.safetensors")
     _, state = checkpoint.load(undisturbed / "checkpoints") or pytest.fail("no checkpoint")
-    assert load_backbone(undisturbed).num_heads == MODEL["heads"]
+    assert load_backbone(undisturbed).num_heads == MODEL["num_heads"]
     assert torch.equal(exported["cls_token"], state["teacher"]["backbone.cls_token"])
     log = (undisturbed / "log.txt").read_text()
     assert "k-NN (k=20, temperature 0.07" in log
@@ -250,15 +251,15 @@ def test_other_images_on_resume_are_refused(images: Path, tmp_path: Path) -> Non
 def test_a_loss_that_is_not_finite_leaves_its_inputs(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = loop.build_learner
+    build = loop.build_train_state
 
     def poisoned(*args: Any) -> Any:
-        learner = build(*args)
+        train_state = build(*args)
         with torch.no_grad():
-            learner.student.head.mlp[0].weight[0, 0] = torch.nan
-        return learner
+            train_state.student.head.mlp[0].weight[0, 0] = torch.nan
+        return train_state
 
-    monkeypatch.setattr(loop, "build_learner", poisoned)
+    monkeypatch.setattr(loop, "build_train_state", poisoned)
     with pytest.raises(UserError, match=r"the loss of step 0 is nan") as error:
         train(_config(images, tmp_path / "run", knn_every=0))
     from safetensors.torch import load_file
@@ -324,29 +325,29 @@ def test_an_unreadable_image_is_skipped_and_named(images: Path, tmp_path: Path) 
 def test_a_lost_disk_stops_the_run_after_saving_it(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Path
 ) -> None:
-    disk, out, plain = tmp_path / "disk", tmp_path / "run", findings.record
+    disk, out, plain = tmp_path / "disk", tmp_path / "run", Trainer.log_step
     shutil.copytree(images, disk)
 
-    def record(job: Job, *given: Any) -> None:
-        plain(job, *given)
-        if job.step == 3:
+    def record(trainer: Trainer, *given: Any) -> None:
+        plain(trainer, *given)
+        if trainer.step == 3:
             disk.rename(tmp_path / "away")
 
-    monkeypatch.setattr(findings, "record", record)
+    monkeypatch.setattr(Trainer, "log_step", record)
     with pytest.raises(UserError, match=r"is the disk still there\? The last: .*disk.*Saved at step 3\. Continue with"):
-        train(_config(disk, out, max_bad=1.0))
+        train(_config(disk, out, max_corrupt=1.0))
     assert len(read_metrics(out)) == 3
-    monkeypatch.setattr(findings, "record", plain)
+    monkeypatch.setattr(Trainer, "log_step", plain)
     (tmp_path / "away").rename(disk)
-    train(_config(disk, out, max_bad=1.0, resume=True))
+    train(_config(disk, out, max_corrupt=1.0, resume=True))
     rows, whole = read_metrics(out), read_metrics(undisturbed)
     assert [row["loss"] for row in rows] == [row["loss"] for row in whole]
 
 
 def test_workers_by_device() -> None:
-    assert choose_workers(3, torch.device("cpu")) == 3
-    assert choose_workers(None, torch.device("cpu")) == 0
-    assert 1 <= choose_workers(None, torch.device("cuda")) <= 10
+    assert resolve_workers(3, torch.device("cpu")) == 3
+    assert resolve_workers(None, torch.device("cpu")) == 0
+    assert 1 <= resolve_workers(None, torch.device("cuda")) <= 10
 
 
 @pytest.mark.parametrize("background", [True, False])
@@ -373,10 +374,10 @@ def test_steps_that_are_not_finite_are_passed_over_up_to_a_limit(
 ) -> None:
     plain, bad = loop.train_step, {3, 4, 9}
 
-    def sometimes(learner: Any, batch: Any, rates: Any, step: int) -> Any:
+    def sometimes(train_state: Any, batch: Any, hyperparams: Any, step: int) -> Any:
         if step in bad:
             batch.global_crops[0, 0, 0, 0, 0] = math.nan
-        return plain(learner, batch, rates, step)
+        return plain(train_state, batch, hyperparams, step)
 
     monkeypatch.setattr(loop, "train_step", sometimes)
     given: dict[str, Any] = {"on_nonfinite": "skip", "nonfinite_limit": 3, "max_steps": 12, "knn_every": 0}

@@ -15,7 +15,9 @@ from dino_fast.models.weights.read import backbone_state, load_weights
 
 
 @torch.no_grad()
-def start_from(source: str, student: MultiCropWrapper, teacher: MultiCropWrapper, loss: DINOLoss, head: bool) -> None:
+def load_pretrained(
+    source: str, student: MultiCropWrapper, teacher: MultiCropWrapper, loss: DINOLoss, head: bool
+) -> None:
     """Copies what `source` holds into student, teacher and centre: backbones, and with `head` the heads and the centre.
 
     `source` is whatever `dino-fast eval` takes. A file with one network gives it to both; without a head the heads stay

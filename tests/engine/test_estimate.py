@@ -8,9 +8,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dino_fast.engine import estimate as cost
+from dino_fast.engine.build import build_model
 from dino_fast.engine.config import Config, build_config
-from dino_fast.engine.dry_run import report
-from dino_fast.engine.train_state import build_model
+from dino_fast.engine.estimate import dry_run_report as report
 from dino_fast.errors import UserError
 from tests import original
 
@@ -56,12 +56,12 @@ def test_bytes_on_the_wire() -> None:
     backbone, head = cost.parameters(published(), 3)
     assert cost.wire_bytes(published(), 3, 1) == 0
     assert cost.wire_bytes(published(), 3, 8) == pytest.approx(2 * 7 / 8 * 4 * (backbone + head))
-    whole, cut = (cost.wire_bytes(published(shard=shard, precision="bf16"), 3, 8) for shard in ("none", "full"))
+    whole, cut = (cost.wire_bytes(published(fsdp=shard, precision="bf16"), 3, 8) for shard in ("none", "full"))
     assert cut < 0.8 * whole  # the prototypes stay where they are
 
 
 def test_memory_is_cut_with_the_weights() -> None:
-    parts = {shard: cost.memory_parts(published(shard=shard), 3, "fp32", 4, "cuda") for shard in ("none", "full")}
+    parts = {shard: cost.memory_parts(published(fsdp=shard), 3, "fp32", 4, "cuda") for shard in ("none", "full")}
     weights = [next(iter(part.values())) for part in parts.values()]
     assert weights[0] == 4 * weights[1] == 20 * sum(cost.parameters(published(), 3))
     kept = [list(cost.memory_parts(published(), 3, "fp32", 1, device).values())[-1] for device in ("cuda", "cpu")]

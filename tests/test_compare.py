@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from dino_fast.cli import main as cli
-from dino_fast.engine import runs
+from dino_fast.report import compare as runs
 
 
 def make(path: Path, lr: float, knn: list[float], finished: bool = True) -> Path:

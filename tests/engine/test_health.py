@@ -8,8 +8,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from dino_fast.engine import monitor
-from dino_fast.engine.monitor import WINDOW, Health, Progress, clock, feature_spread
+from dino_fast.engine import health
+from dino_fast.engine import progress as progress_module
+from dino_fast.engine.health import WINDOW, Health, feature_spread
+from dino_fast.engine.progress import Progress, clock
 
 K = 4096
 TOP = math.log(K)
@@ -30,7 +32,7 @@ def test_spread_of_isotropic_and_collapsed_features() -> None:
     assert feature_spread(isotropic * 100).item() == pytest.approx(feature_spread(isotropic).item(), rel=1e-5)
     same = isotropic[:1].expand(50, -1)
     assert feature_spread(same).item() < 1e-6
-    assert feature_spread(same + 0.001 * isotropic[:50]).item() < monitor.SPREAD
+    assert feature_spread(same + 0.001 * isotropic[:50]).item() < health.SPREAD
     assert 0.2 < feature_spread(isotropic + 3.0).item() < 0.5  # a common mean, as random networks have
     spread = feature_spread(isotropic.bfloat16().requires_grad_())
     assert spread.dtype == torch.float32 and not spread.requires_grad
@@ -104,7 +106,7 @@ def test_narrow_features() -> None:
 
 
 def test_data_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(monitor.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(health.os, "cpu_count", lambda: 8)
     assert _run(Health(K), 500, data_wait=0.09) == []
     told = _run(Health(K, workers=2, device="cuda"), 500, data_wait=0.25)
     assert len(told) == 1
@@ -162,7 +164,7 @@ def test_the_line_says_which_side_sets_the_pace(wait: float, said: str) -> None:
 
 def test_plain_lines_come_every_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(monitor.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
     out = io.StringIO()
     with Progress(1000, start=400, console=Console(file=out, width=1000), interval=5.0) as progress:
         for step in range(401, 431):
@@ -213,7 +215,7 @@ def test_an_error_inside_passes_through() -> None:
 
 def test_clock_and_memory() -> None:
     assert [clock(s) for s in (0.4, 75, 3675, 90061)] == ["0:00", "1:15", "1:01:15", "1d 1:01:01"]
-    before = monitor.memory()
+    before = progress_module.memory()
     block = torch.ones(50_000_000)
-    assert monitor.memory() - before > 150e6
+    assert progress_module.memory() - before > 150e6
     del block

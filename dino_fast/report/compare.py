@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from dino_fast.engine.config import with_present_names
 from dino_fast.engine.run_dir import read_metrics
 from dino_fast.errors import UserError
 
@@ -72,7 +73,7 @@ def summary(path: Path) -> Summary:
     rows = read_metrics(path) if (path / "metrics.jsonl").exists() else []
     return Summary(
         path,
-        config if isinstance(config, dict) else {},
+        with_present_names(config if isinstance(config, dict) else {}),
         rows,
         (path / "export").exists() and any((path / "export").iterdir()),
     )

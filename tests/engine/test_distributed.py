@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dino_fast.engine import checkpoint, train
 from dino_fast.engine.config import build_config
-from dino_fast.engine.distributed import ALONE, first_host, place
+from dino_fast.engine.distributed import SINGLE_PROCESS, first_host, read_environment
 from dino_fast.engine.run_dir import read_metrics
 from dino_fast.ops.linear_dino_loss import linear_dino_loss_reference
 from tests.engine.ranks_worker import CASES, LOSSES, STEPS, TINY, loss_case, run_with_bad_steps, trained
@@ -59,7 +59,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", range(len(CASES)))
 def test_two_processes_train_as_one(case: int, two: dict[str, Any]) -> None:
-    expected = trained(build_config({**TINY, **CASES[case]}), ALONE)
+    expected = trained(build_config({**TINY, **CASES[case]}), SINGLE_PROCESS)
     losses = torch.tensor([row["loss"] for row in expected["rows"]])
     assert len(losses) == STEPS and (case == 2 or losses.max() - losses.min() > 0.05)
     for shard in ("none", "grads", "full"):
@@ -124,7 +124,7 @@ def test_a_loss_that_is_not_finite_in_one_process_changes_nothing_in_any(two: di
 
 
 def test_bad_steps_read_late_are_passed_over_by_all(two: dict[str, Any], tmp_path: Path) -> None:
-    expected = read_metrics(run_with_bad_steps(tmp_path / "one", ALONE))
+    expected = read_metrics(run_with_bad_steps(tmp_path / "one", SINGLE_PROCESS))
     assert [row.get("skipped", False) for row in expected] == [False, False, True, True, False, False]
     for path in map(Path, two["late"].values()):
         rows = read_metrics(path)
@@ -155,7 +155,8 @@ def test_what_processes_tell_each_other(two: dict[str, Any]) -> None:
 
 
 RUN: dict[str, Any] = {
-    "arch": "vit_tiny", "embed_dim": 32, "depth": 2, "heads": 2, "patch_size": 4, "global_size": 16, "local_size": 8,
+    "arch": "vit_tiny", "embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4, "global_size": 16,
+    "local_size": 8,
     "local_crops": 2, "out_dim": 64, "head_hidden_dim": 32, "head_bottleneck_dim": 16, "drop_path_rate": 0.0,
     "batch_size": 12, "epochs": 4, "warmup_epochs": 1, "lr": 0.01, "knn_every": 2, "device": "cpu",
 }  # fmt: skip
@@ -176,13 +177,13 @@ def test_a_checkpoint_of_two_processes_resumes_on_one_and_on_three(tmp_path: Pat
 
     (tmp_path / "settings.yaml").write_text(json.dumps(config))
     command = ("-m", "dino_fast", "train", "--config", str(tmp_path / "settings.yaml"))
-    outputs = finish(start(2, *command, "--out", str(tmp_path / "two"), "--max-steps", "6", "--shard", "full"))
+    outputs = finish(start(2, *command, "--out", str(tmp_path / "two"), "--max-steps", "6", "--fsdp", "full"))
     assert "2 processes (shard full)" in outputs[0] and not outputs[1]
     assert len(read_metrics(tmp_path / "two")) == 6
     shutil.copytree(tmp_path / "two", tmp_path / "three")
     more = ("--resume", "--max-steps", "12")
-    train(build_config({"out": str(tmp_path / "two"), "resume": True, "max_steps": 12, "shard": "none"}))
-    finish(start(3, "-m", "dino_fast", "train", "--out", str(tmp_path / "three"), "--shard", "grads", *more))
+    train(build_config({"out": str(tmp_path / "two"), "resume": True, "max_steps": 12, "fsdp": "none"}))
+    finish(start(3, "-m", "dino_fast", "train", "--out", str(tmp_path / "three"), "--fsdp", "grads", *more))
     (_, whole) = checkpoint.load(tmp_path / "one" / "checkpoints") or pytest.fail("no checkpoint")
     for name in ("two", "three"):
         rows = read_metrics(tmp_path / name)
@@ -198,7 +199,7 @@ def test_a_checkpoint_of_two_processes_resumes_on_one_and_on_three(tmp_path: Pat
 @pytest.mark.slow
 def test_torchrun_starts_the_processes_anew_when_one_is_lost(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    words = ["train", "--resume", "--out", str(out), "--max-steps", "150", "--shard", "full", "--knn-every", "0"]
+    words = ["train", "--resume", "--out", str(out), "--max-steps", "150", "--fsdp", "full", "--knn-every", "0"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, "--max-restarts", "1", "-m", "dino_fast", *words, "--save-every", "0.05"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -220,17 +221,22 @@ def test_processes_refuse_a_directory_together(tmp_path: Path) -> None:
 
 
 def test_place_among_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert place({}) == (0, 1, 0, 1)
-    assert place({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}) == (5, 8, 1, 4)
+    assert read_environment({}) == (0, 1, 0, 1)
+    assert read_environment({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}) == (
+        5,
+        8,
+        1,
+        4,
+    )
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     batch_script = {"SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_ID": "71234"}
-    assert place(batch_script) == (0, 1, 0, 1)  # not started by srun
+    assert read_environment(batch_script) == (0, 1, 0, 1)  # not started by srun
     step = {
         "SLURM_PROCID": "6", "SLURM_LOCALID": "2", "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
         "SLURM_STEP_NODELIST": "gpu[03-05,9],other", "SLURM_JOB_ID": "71234",
     }  # fmt: skip
-    assert place(step) == (6, 8, 2, 4)
+    assert read_environment(step) == (6, 8, 2, 4)
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("gpu03", "31234")
     assert [first_host(x) for x in ("a1,a2", "node-1", "n[7]", "n[1,4-5]")] == ["a1", "node-1", "n7", "n1"]

@@ -7,19 +7,19 @@ import copy
 import pytest
 import torch
 
-from dino_fast.engine import compute
+from dino_fast.engine import parallelize
 from dino_fast.engine.schedules import Schedules
-from dino_fast.engine.train_step import learner_state, restore_learner, train_step
+from dino_fast.engine.train_step import train_step
 from dino_fast.errors import UserError
 from dino_fast.models import VisionTransformer, set_drop_path_seed
 
-from .test_step import PER_EPOCH, _batch, _config, _learner, _run
+from .test_train_step import PER_EPOCH, _batch, _config, _run, _train_state
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_checkpointing_changes_no_bit(mode):
     given = {"drop_path_rate": 0.4, "depth": 3}
-    plain, checkpointed = (_learner(_config(checkpoint_activations=m, **given)) for m in ("none", mode))
+    plain, checkpointed = (_train_state(_config(checkpoint_activations=m, **given)) for m in ("none", mode))
     assert _run(checkpointed, range(3)) == _run(plain, range(3))
     for name, value in plain.student.state_dict().items():
         assert torch.equal(checkpointed.student.state_dict()[name], value), name
@@ -29,7 +29,7 @@ def _kept_bytes(mode):
     """Bytes that autograd keeps for the backward pass of a backbone, its weights left out."""
     torch.manual_seed(0)
     model = VisionTransformer(32, 4, embed_dim=64, depth=4, num_heads=2)
-    compute.checkpoint_blocks(model, mode)
+    parallelize.checkpoint_blocks(model, mode)
     own = {p.data_ptr() for p in model.parameters()}
     kept = {}
     with torch.autograd.graph.saved_tensors_hooks(
@@ -46,43 +46,43 @@ def test_full_checkpointing_keeps_less():
 
 def test_checkpointing_is_for_our_backbones():
     with pytest.raises(UserError, match="vit_"):
-        compute.checkpoint_blocks(torch.nn.Linear(2, 2), "full")
+        parallelize.checkpoint_blocks(torch.nn.Linear(2, 2), "full")
 
 
 def test_bf16_weights_follow_float32_masters():
     config = _config()
-    learner = _learner(config, "bf16")
-    student, teacher = learner.computing
+    train_state = _train_state(config, "bf16")
+    student, teacher = train_state.forward_models
     assert {p.dtype for p in (*student.parameters(), *teacher.parameters())} == {torch.bfloat16}
-    assert {p.dtype for p in (*learner.student.parameters(), *learner.teacher.parameters())} == {torch.float32}
-    losses = _run(learner, range(6))
-    for exact, half in ((learner.student, student), (learner.teacher, teacher)):
+    assert {p.dtype for p in (*train_state.student.parameters(), *train_state.teacher.parameters())} == {torch.float32}
+    losses = _run(train_state, range(6))
+    for exact, half in ((train_state.student, student), (train_state.teacher, teacher)):
         for (name, p), q in zip(exact.named_parameters(), half.parameters(), strict=True):
             assert torch.equal(p.to(torch.bfloat16), q), name
-    assert all(p.grad is None for p in (*student.parameters(), *learner.student.parameters()))
-    again = _learner(config, "bf16")
-    restore_learner(again, copy.deepcopy(learner_state(learner)), "here")
-    assert _run(again, range(6, 8)) == _run(learner, range(6, 8))
-    assert losses != _run(_learner(config), range(6))
+    assert all(p.grad is None for p in (*student.parameters(), *train_state.student.parameters()))
+    again = _train_state(config, "bf16")
+    again.load_state_dict(copy.deepcopy(train_state.state_dict()), "here")
+    assert _run(again, range(6, 8)) == _run(train_state, range(6, 8))
+    assert losses != _run(_train_state(config), range(6))
 
 
 def test_bf16_prototypes_stay_while_frozen():
     config = _config(norm_last_layer=False)
-    learner, schedules = _learner(config, "bf16"), Schedules(config, PER_EPOCH)
-    last = learner.computing[0].head.last_layer
+    train_state, schedules = _train_state(config, "bf16"), Schedules(config, PER_EPOCH)
+    last = train_state.forward_models[0].head.last_layer
     before = last.weight_v.detach().clone()
     for step in range(PER_EPOCH):
-        train_step(learner, _batch(step, config), schedules.at(step), step)
+        train_step(train_state, _batch(step, config), schedules.values_at(step), step)
     assert torch.equal(last.weight_v, before)
-    train_step(learner, _batch(9, config), schedules.at(9), 9)
+    train_step(train_state, _batch(9, config), schedules.values_at(9), 9)
     assert not torch.equal(last.weight_v, before)
 
 
 @pytest.mark.parametrize("given", [{"head_bn": True}, {"optimizer": "sgd"}])
 def test_bf16_is_autocasts_where_weights_must_be_float32(given):
-    learner = _learner(_config(**given), "bf16")
-    assert learner.copies is None and learner.autocast is torch.bfloat16
-    assert len(_run(learner, range(2))) == 2
+    train_state = _train_state(_config(**given), "bf16")
+    assert train_state.bf16_models is None and train_state.autocast is torch.bfloat16
+    assert len(_run(train_state, range(2))) == 2
 
 
 def test_a_block_is_one_graph_for_all_sizes():
@@ -103,16 +103,16 @@ def test_a_block_is_one_graph_for_all_sizes():
 @pytest.mark.slow
 def test_a_compiled_run_has_the_same_losses():
     config = _config(drop_path_rate=0.3)
-    want = _run(_learner(config), range(3))
+    want = _run(_train_state(config), range(3))
     torch._dynamo.reset()
-    assert _run(_learner(_config(drop_path_rate=0.3, compile=True)), range(3)) == pytest.approx(want, rel=1e-5)
+    assert _run(_train_state(_config(drop_path_rate=0.3, compile=True)), range(3)) == pytest.approx(want, rel=1e-5)
 
 
 def test_tf32_is_set_for_the_process():
     try:
-        compute.use_tf32(True)
+        parallelize.use_tf32(True)
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"
     finally:
-        compute.use_tf32(False)
+        parallelize.use_tf32(False)
     assert torch.backends.cuda.matmul.fp32_precision == "ieee"
     assert not torch.backends.cudnn.allow_tf32  # raises where the flags of cuDNN differ, as torch.export does

@@ -12,14 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dino_fast.engine import checkpoint, continuing, job, train
+from dino_fast.engine import checkpoint, train
 from dino_fast.engine import trainer as loop
-from dino_fast.engine.later import Found
+from dino_fast.engine.metrics import StepMetrics
 from dino_fast.engine.run_dir import read_metrics
 from dino_fast.engine.signals import Interrupted
+from dino_fast.engine.train_state import TrainState
 from dino_fast.errors import UserError
-from tests.engine.test_loop import _assert_equal, _config
-from tests.engine.test_loop import images as images  # the fixture
+from tests.engine.test_trainer import _assert_equal, _config
+from tests.engine.test_trainer import images as images  # the fixture
 
 STEPS = 13  # two epochs and a half
 SAME = ("step", "epoch", "loss", "kl", "teacher_entropy", "feature_spread", "grad_norm", "lr", "knn", "skipped")
@@ -27,7 +28,7 @@ SAME = ("step", "epoch", "loss", "kl", "teacher_entropy", "feature_spread", "gra
 
 @pytest.fixture
 def late(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "reads_late", lambda device: True)
+    monkeypatch.setattr(loop, "defers_metrics", lambda device: True)
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +50,16 @@ def test_a_step_is_read_when_the_next_is_begun(
     images: Path, tmp_path: Path, at_once: Path, late: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
-    step, read, write = loop.train_step, Found.__getitem__, continuing.learner_state
+    step, read, write = loop.train_step, StepMetrics.__getitem__, TrainState.state_dict
 
-    def begun(*given: Any) -> Found:
+    def begun(*given: Any) -> StepMetrics:
         events.append(f"begin {given[-1]}")
         found = step(*given)
         found.number = given[-1]  # type: ignore[attr-defined]
         return found
 
-    def asked(found: Found, name: str) -> float:
-        if not found._read:
+    def asked(found: StepMetrics, name: str) -> float:
+        if not found._values:
             events.append(f"read {found.number}")  # type: ignore[attr-defined]
         return read(found, name)
 
@@ -67,8 +68,8 @@ def test_a_step_is_read_when_the_next_is_begun(
         return write(*given)
 
     monkeypatch.setattr(loop, "train_step", begun)
-    monkeypatch.setattr(Found, "__getitem__", asked)
-    monkeypatch.setattr(continuing, "learner_state", saved)
+    monkeypatch.setattr(StepMetrics, "__getitem__", asked)
+    monkeypatch.setattr(TrainState, "state_dict", saved)
     out = train(_config(images, tmp_path / "run", max_steps=STEPS, knn_every=1))
     plain = [event for event in events if event != "save"]
     assert plain[:5] == ["begin 0", "begin 1", "read 0", "begin 2", "read 1"]
@@ -86,7 +87,7 @@ def test_a_signal_saves_what_was_read(
 ) -> None:
     step = loop.train_step
 
-    def interrupted(*given: Any) -> Found:
+    def interrupted(*given: Any) -> StepMetrics:
         if given[-1] == 7:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(*given)
@@ -104,10 +105,10 @@ def test_a_signal_saves_what_was_read(
 def _spoil(monkeypatch: pytest.MonkeyPatch, bad: set[int]) -> None:
     step = loop.train_step
 
-    def sometimes(learner: Any, batch: Any, rates: Any, number: int) -> Found:
+    def sometimes(train_state: Any, batch: Any, hyperparams: Any, number: int) -> StepMetrics:
         if number in bad:
             batch.global_crops[0, 0, 0, 0, 0] = math.nan
-        return step(learner, batch, rates, number)
+        return step(train_state, batch, hyperparams, number)
 
     monkeypatch.setattr(loop, "train_step", sometimes)
 
@@ -144,7 +145,7 @@ def test_bad_steps_are_passed_over_just_as_at_once(
     bad = {3, 4, 9}
     _spoil(monkeypatch, bad)
     first = train(_config(images, tmp_path / "at-once", **given))
-    monkeypatch.setattr(job, "reads_late", lambda device: True)
+    monkeypatch.setattr(loop, "defers_metrics", lambda device: True)
     second = train(_config(images, tmp_path / "late", **given))
     assert [row["step"] for row in read_metrics(second) if row.get("skipped")] == sorted(bad)
     assert len(list(second.glob("nonfinite*"))) == 2

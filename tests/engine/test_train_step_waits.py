@@ -1,6 +1,6 @@
 """The step on tensors that only say that they lie on a GPU: nothing asks for a value, no copy is waited for.
 
-What autograd calls in the backward pass needs a GPU's threads and is left out; `test_step_on_gpu.py` has all of it.
+The backward pass needs a GPU's threads and is left out; `test_train_step_on_gpu.py` has all of it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dino_fast.engine import train_step as step_module
+from dino_fast.engine.build import build_train_state
 from dino_fast.engine.schedules import Schedules
-from dino_fast.engine.train_step import Learner, build_learner, train_step
+from dino_fast.engine.train_state import TrainState
+from dino_fast.engine.train_step import train_step
 from dino_fast.models import packing
-from tests.engine.test_step import PER_EPOCH, _batch, _config
+from tests.engine.test_train_step import PER_EPOCH, _batch, _config
 
 
 class Copies(TorchDispatchMode):
@@ -46,36 +48,37 @@ def no_values(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, *given, **options: tensor)
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, *given, **options: module)
     monkeypatch.setattr(torch.Tensor, "backward", lambda tensor: None)
-    monkeypatch.setattr(step_module, "Found", dict)
+    monkeypatch.setattr(step_module, "StepMetrics", dict)
     packing._pack.cache_clear()
     yield
     packing._pack.cache_clear()  # of tensors without memory
 
 
-def _with_gradients(learner: Learner) -> Learner:
-    for p in learner.student.parameters():
+def _with_gradients(train_state: TrainState) -> TrainState:
+    for p in train_state.student.parameters():
         p.grad = torch.zeros_like(p) if p.requires_grad else None
-    return learner
+    return train_state
 
 
 @pytest.mark.parametrize(
-    "given", [{}, {"last_layer": "fused"}, {"optimizer": "sgd"}, {"teacher": "previous-step", "accumulate": 2}]
+    "given",
+    [{}, {"loss_impl": "fused"}, {"optimizer": "sgd"}, {"teacher_update": "previous-step", "grad_accum_steps": 2}],
 )
 def test_nothing_waits_for_a_gpu(given: dict[str, Any], no_values: None) -> None:
     # Without local crops: the matrices that interpolate positions are kept on a real GPU alone.
     config = _config(center_init="first_batch", local_crops=0, **given)
-    rates = Schedules(config, PER_EPOCH).at(7)
+    hyperparams = Schedules(config, PER_EPOCH).values_at(7)
     with FakeTensorMode(allow_non_fake_inputs=True), Copies() as copies:
         device = torch.device("cuda")
         with device:
-            learner = build_learner(config, 3, device, "fp32")
+            train_state = build_train_state(config, 3, device, "fp32")
         batch = _batch(0, config)
         batch.global_crops, batch.local_crops = batch.global_crops.to(device), batch.local_crops.to(device)
         with pytest.raises(DataDependentOutputException):
             torch.ones((), device=device).item()
-        train_step(_with_gradients(learner), batch, rates, 0)
+        train_step(_with_gradients(train_state), batch, hyperparams, 0)
         assert copies.count > 0  # those of the batch, at least
         before = copies.count
-        found = train_step(_with_gradients(learner), batch, rates, 1)
+        found = train_step(_with_gradients(train_state), batch, hyperparams, 1)
         assert copies.count == before
     assert {x.device.type for x in found.values()} == {"cuda"}
