@@ -14,6 +14,7 @@ minutes and measures k-NN. See `benchmarks.gpu`.
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import statistics
@@ -223,18 +224,20 @@ def run(quick: bool = False) -> list[Row]:
     return [*cpu_rows(sizes), *first_step()]
 
 
-def gpu_rows(*, quick: bool = False, device: str = "cuda") -> list[Row]:
-    """Training steps on a GPU; see `bench_engine_gpu`."""
+def gpu_rows(*, quick: bool = False, device: str = "cuda", end: float = math.inf) -> Iterator[Row]:
+    """Training steps on a GPU, until `end` of time.monotonic; see `engine_on_gpu`."""
     from .engine_on_gpu import rows
 
-    return rows(quick=quick, device=device)
+    return rows(quick=quick, device=device, end=end)
 
 
-def cifar_rows(*, quick: bool = False, device: str = "cuda", seconds: float = 420.0) -> list[Row]:
+def cifar_rows(
+    *, quick: bool = False, device: str = "cuda", seconds: float = 420.0, end: float = math.inf
+) -> Iterator[Row]:
     """k-NN accuracy over a run of `seconds` on CIFAR-10; see `engine_on_gpu`."""
     from .engine_on_gpu import accuracy_rows
 
-    return accuracy_rows(quick=quick, device=device, seconds=seconds)
+    return accuracy_rows(quick=quick, device=device, seconds=seconds, end=end)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,6 @@ import os
 from collections import deque
 from typing import Any
 
-import torch
-
 # The figures below come from small ViTs on 8x8 digits: a healthy run (K = 512 and 4096), one without a center, which
 # falls onto one prototype, and one with a teacher temperature of 0.2, which goes flat.
 
@@ -45,18 +43,6 @@ AGREED = 0.005
 SPREAD = 0.05
 # Share of a step spent waiting for data from which advice pays.
 WAIT = 0.10
-
-
-def feature_spread(features: torch.Tensor) -> torch.Tensor:
-    """How far the features of different images lie apart: 1 when isotropic, 0 when all are the same.
-
-    `features` [N, C] of any float dtype, N >= 2 -> float32 scalar: the mean over dimensions of the standard deviation
-    of the L2-normalized rows, times sqrt(C), the inverse of what it is for directions spread evenly.
-    """
-    if features.ndim != 2 or features.shape[0] < 2:
-        raise ValueError(f"features have shape {tuple(features.shape)}; [N, C] with at least two rows is needed")
-    rows = torch.nn.functional.normalize(features.detach().float(), dim=1)  # [N, C]
-    return rows.std(dim=0, unbiased=False).mean() * math.sqrt(rows.shape[1])
 
 
 class Health:

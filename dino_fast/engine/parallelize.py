@@ -131,11 +131,6 @@ class DDPAdapter(nn.Module):
         return function(*arguments)
 
 
-def call_direct(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Direct call, for a student that DDP does not wrap."""
-    return function(*arguments)
-
-
 def replicate(student: nn.Module) -> nn.Module:
     """Wraps the student in DistributedDataParallel; call it with a function of the student and that one's arguments.
 

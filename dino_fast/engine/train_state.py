@@ -14,11 +14,16 @@ from dino_fast.engine.config import Config
 from dino_fast.engine.cuda_graph import StepGraph
 from dino_fast.engine.distributed import SINGLE_PROCESS, DistContext
 from dino_fast.engine.optimizers import Optimizer
-from dino_fast.engine.parallelize import call_direct, is_sharded, shard_like, sync_gradients
+from dino_fast.engine.parallelize import is_sharded, shard_like, sync_gradients
 from dino_fast.errors import UserError
 from dino_fast.loss import DINOLoss
 from dino_fast.models import MultiCropWrapper, WeightNormLinear
 from dino_fast.optim import AdamWEMA
+
+
+def call_direct(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Direct call, for a student that DDP does not wrap."""
+    return function(*arguments)
 
 
 @dataclass
@@ -48,7 +53,7 @@ class TrainState:
     @property
     def is_sharded(self) -> bool:
         """Whether each process holds only some of the prototypes."""
-        return is_sharded(cast(WeightNormLinear, self.teacher.head.last_layer).weight_v)
+        return self.context.world > 1 and is_sharded(cast(WeightNormLinear, self.teacher.head.last_layer).weight_v)
 
     @property
     def prototypes(self) -> slice:

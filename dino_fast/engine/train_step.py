@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any, Protocol, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dino_fast.engine.health import feature_spread
-from dino_fast.engine.last_layer import loss_of_rows
+from dino_fast.backends import choose
 from dino_fast.engine.metrics import StepMetrics
-from dino_fast.engine.parallelize import call_direct, replicate, to_local
+from dino_fast.engine.parallelize import replicate, to_local
 from dino_fast.engine.schedules import StepHyperparams
-from dino_fast.engine.train_state import TrainState
+from dino_fast.engine.train_state import TrainState, call_direct
+from dino_fast.loss import linear_dino_loss
 from dino_fast.models import DINOHead, VisionTransformer, WeightNormLinear, set_drop_path_seed
+from dino_fast.ops.dino_loss import dino_loss
+from dino_fast.ops.linear_dino_loss.chunked import linear_dino_loss_chunked, teacher_entropy
 from dino_fast.ops.linear_dino_loss.sharded import linear_dino_loss_ranks
 from dino_fast.optim import ema_update
 
@@ -135,7 +139,70 @@ def _loss(state: TrainState, rows: Tensor, targets: Tensor, teacher_temp: float)
             teacher_gain=to_local(teacher.weight_g)[:, 0],
             **temps,
         )
-    return loss_of_rows(rows, student, targets, teacher, center, way=state.config.loss_impl, **temps)
+    return last_layer_loss(rows, student, targets, teacher, center, impl=state.config.loss_impl, **temps)
+
+
+def last_layer_loss(
+    rows: Tensor,
+    student: WeightNormLinear,
+    targets: Tensor,
+    teacher: WeightNormLinear,
+    center: Tensor,
+    *,
+    student_temp: float,
+    teacher_temp: float,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Loss and mean entropy of the targets (nats), float32 scalars, from the last layers' inputs [V, B, D], [2, B, D].
+
+    `impl` is "auto", or one of three that agree to rounding: "fused" (`linear_dino_loss`) stores no logits, "chunked"
+    those of a few images at a time, "logits" those of all images.
+    """
+    mixed = torch.is_autocast_enabled(rows.device.type)
+    dtype = torch.get_autocast_dtype(rows.device.type) if mixed else rows.dtype
+    impl = select_loss_impl(impl, rows, student.weight_v, dtype)
+    temps: dict[str, Any] = {"student_temp": student_temp, "teacher_temp": teacher_temp}
+    if impl == "fused":
+        temps |= {"student_gain": student.weight_g[:, 0], "teacher_gain": teacher.weight_g[:, 0]}
+        with torch.autocast(rows.device.type, enabled=False):
+            loss, _ = linear_dino_loss(rows, student.weight_v, targets, teacher.weight_v, center, **temps)
+        return loss, teacher_entropy(targets.flatten(0, 1), teacher.weight, center, teacher_temp)
+    if impl == "chunked":
+        with torch.no_grad():
+            teacher_weight = teacher.weight.to(dtype)
+        student_weight = student.weight.to(dtype)
+        return linear_dino_loss_chunked(
+            rows.to(dtype), student_weight, targets.to(dtype), teacher_weight, center, **temps
+        )
+    with torch.no_grad():
+        target_logits = F.linear(targets, teacher.weight)  # [2, B, K]
+    logits = F.linear(rows, student.weight)  # [V, B, K]
+    # In place: nothing else reads the student's logits.
+    result = dino_loss(logits, target_logits, center, inplace=True, **temps)
+    return result.loss, result.teacher_entropy
+
+
+def select_loss_impl(asked: str, rows: Tensor, weight: Tensor, dtype: torch.dtype = torch.float32) -> str:
+    """`asked`; "auto" becomes "fused" if a GPU has kernels for it, "logits" if not, and "chunked" on a CPU.
+
+    In float16 "chunked" becomes "logits": its gradients would be made without the loss scaling.
+    """
+    if asked == "auto" and rows.is_cuda:
+        return "fused" if choose("linear_dino_loss", rows, weight, rows, weight) == "triton" else "logits"
+    impl = "chunked" if asked == "auto" else asked
+    return "logits" if impl == "chunked" and dtype == torch.float16 else impl
+
+
+def feature_spread(features: Tensor) -> Tensor:
+    """How far the features of different images lie apart: 1 if isotropic, 0 if all are the same.
+
+    `features` [N, C] of any float dtype, N >= 2 -> float32 scalar: the mean over dimensions of the standard deviation
+    of the L2-normalized rows, times sqrt(C), the inverse of its value for directions spread evenly.
+    """
+    if features.ndim != 2 or features.shape[0] < 2:
+        raise ValueError(f"features have shape {tuple(features.shape)}; [N, C] with at least two rows is needed")
+    rows = F.normalize(features.detach().float(), dim=1)  # [N, C]
+    return rows.std(dim=0, unbiased=False).mean() * math.sqrt(rows.shape[1])
 
 
 def _micro_batches(batch: Crops, count: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

@@ -217,6 +217,7 @@ def test_nvjpeg_writes_and_reads_in_order_with_the_crops(monkeypatch: pytest.Mon
     assert len(on_gpu._reading) == 1  # the files that have been read are let go
 
 
+@pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("workers", [0, 2])
 def test_crops_of_a_gpu_are_the_same(mixed: Source, workers: int) -> None:
@@ -226,6 +227,7 @@ def test_crops_of_a_gpu_are_the_same(mixed: Source, workers: int) -> None:
         assert torch.equal(here.local_crops, there.local_crops.cpu()) and torch.equal(here.index, there.index)
 
 
+@pytest.mark.gpu
 @needs_gpu
 def test_nvjpeg_differs_by_rounding_only(mixed: Source) -> None:
     gpu = torch.device("cuda")

@@ -178,7 +178,7 @@ def test_a_checkpoint_of_two_processes_resumes_on_one_and_on_three(tmp_path: Pat
     (tmp_path / "settings.yaml").write_text(json.dumps(config))
     command = ("-m", "dino_fast", "train", "--config", str(tmp_path / "settings.yaml"))
     outputs = finish(start(2, *command, "--out", str(tmp_path / "two"), "--max-steps", "6", "--fsdp", "full"))
-    assert "2 processes (shard full)" in outputs[0] and not outputs[1]
+    assert "2 processes (fsdp full)" in outputs[0] and not outputs[1]
     assert len(read_metrics(tmp_path / "two")) == 6
     shutil.copytree(tmp_path / "two", tmp_path / "three")
     more = ("--resume", "--max-steps", "12")

@@ -10,8 +10,9 @@ from rich.console import Console
 
 from dino_fast.engine import health
 from dino_fast.engine import progress as progress_module
-from dino_fast.engine.health import WINDOW, Health, feature_spread
+from dino_fast.engine.health import WINDOW, Health
 from dino_fast.engine.progress import Progress, clock
+from dino_fast.engine.train_step import feature_spread
 
 K = 4096
 TOP = math.log(K)

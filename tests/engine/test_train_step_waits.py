@@ -44,7 +44,7 @@ class Numbers(list[float]):
 @pytest.fixture
 def no_values(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What building a network needs that asks for values, and what needs a GPU, replaced."""
-    monkeypatch.setattr(torch, "linspace", lambda a, b, n, device: Numbers([a] * n))
+    monkeypatch.setattr(torch, "linspace", lambda a, b, n, **given: Numbers([a] * n))
     monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda tensor, *given, **options: tensor)
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, *given, **options: module)
     monkeypatch.setattr(torch.Tensor, "backward", lambda tensor: None)

@@ -1,4 +1,4 @@
-"""Three ways of the last layer and the loss, against the definition."""
+"""Three implementations of the last layer and the loss, against the definition."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino_fast.engine import last_layer
-from dino_fast.engine.last_layer import choose_way, loss_of_rows
+from dino_fast.engine.train_step import last_layer_loss, select_loss_impl
 from dino_fast.models import WeightNormLinear
 from dino_fast.ops.dino_loss import dino_loss_reference
+from dino_fast.ops.linear_dino_loss import chunked
 
 TEMPS = {"student_temp": 0.1, "teacher_temp": 0.04}
 
@@ -33,13 +33,13 @@ def _exact(rows: list[Tensor], layers: list[WeightNormLinear]) -> tuple[list[Ten
     return [result.loss, result.teacher_entropy], list(torch.autograd.grad(result.loss * 3, (student, v, g)))
 
 
-@pytest.mark.parametrize("way", ["auto", "fused", "chunked", "logits"])
+@pytest.mark.parametrize("impl", ["auto", "fused", "chunked", "logits"])
 @pytest.mark.parametrize("images", [1, 7])
-def test_loss_entropy_and_gradients_are_those_of_the_definition(way, images, monkeypatch):
-    monkeypatch.setattr(last_layer, "PART", 3 * 4 * 50)  # three images at a time, and one left over
+def test_loss_entropy_and_gradients_are_those_of_the_definition(impl, images, monkeypatch):
+    monkeypatch.setattr(chunked, "CHUNK", 3 * 4 * 50)  # three images at a time, and one left over
     rows, layers = _inputs(B=images)
     values, gradients = _exact(rows, layers)
-    loss, entropy = loss_of_rows(rows[0], layers[0], rows[1], layers[1], rows[2], way=way, **TEMPS)
+    loss, entropy = last_layer_loss(rows[0], layers[0], rows[1], layers[1], rows[2], impl=impl, **TEMPS)
     assert not entropy.requires_grad
     for got, want in zip((loss, entropy), values, strict=True):
         assert got.dtype == torch.float32
@@ -49,20 +49,21 @@ def test_loss_entropy_and_gradients_are_those_of_the_definition(way, images, mon
         torch.testing.assert_close(got.grad.double(), want, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("way", ["fused", "chunked", "logits"])
-def test_a_frozen_layer_gets_no_gradient(way):
+@pytest.mark.parametrize("impl", ["fused", "chunked", "logits"])
+def test_a_frozen_layer_gets_no_gradient(impl):
     rows, layers = _inputs()
     layers[0].requires_grad_(False)
-    loss, _ = loss_of_rows(rows[0], layers[0], rows[1], layers[1], rows[2], way=way, **TEMPS)
+    loss, _ = last_layer_loss(rows[0], layers[0], rows[1], layers[1], rows[2], impl=impl, **TEMPS)
     loss.backward()
     assert rows[0].grad is not None and layers[0].weight_v.grad is None
     with torch.no_grad():
-        again, _ = loss_of_rows(rows[0], layers[0], rows[1], layers[1], rows[2], way=way, **TEMPS)
+        again, _ = last_layer_loss(rows[0], layers[0], rows[1], layers[1], rows[2], impl=impl, **TEMPS)
     torch.testing.assert_close(again, loss.detach(), rtol=1e-6, atol=1e-6)
 
 
 def test_the_choice():
     rows, weight = torch.zeros(2, 1, 4), torch.zeros(5, 4)
-    assert choose_way("auto", rows, weight) == "chunked"
-    assert choose_way("logits", rows, weight) == "logits"
-    assert choose_way("fused", rows, weight) == "fused"
+    assert select_loss_impl("auto", rows, weight) == "chunked"
+    assert select_loss_impl("logits", rows, weight) == "logits"
+    assert select_loss_impl("fused", rows, weight) == "fused"
+    assert select_loss_impl("auto", rows, weight, torch.float16) == "logits"
