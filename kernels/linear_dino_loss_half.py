@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dino_fast.gpu import chip
-from dino_fast.kernels.autotune import pick
+from dino_fast.kernels.autotune import pick, rounded
 from dino_fast.kernels.launch import launch_kernel
 
 CHUNK = tl.constexpr(32)  # rows of the projection
@@ -418,7 +418,8 @@ def bytes_moved(
 
 
 def _tile_of(kernel: str, table: dict, student: Tensor, sizes: tuple, launch: Callable) -> Tile:
-    key = ("half", kernel, student.device, student.dtype, student.shape, *sizes)
+    V, B, D = student.shape
+    key = ("half", kernel, student.device, student.dtype, V, rounded(B), D, *sizes)
     return pick(key, table[chip(student.device).capability], student.device, launch)
 
 
