@@ -14,6 +14,7 @@ minutes and measures k-NN. See `benchmarks.gpu`.
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import statistics
@@ -63,20 +64,20 @@ def cifar(part: str = "train") -> Path | None:
 def ours(size: Size, data: str, options: list[str]) -> list[tuple[float, float]]:
     """`dino-fast train`, the command itself; each step's loss and the time at which it was logged."""
     from dino_fast.cli import main as cli
-    from dino_fast.engine.run_dir import Run
+    from dino_fast.engine.run_dir import RunDir
 
     seen: list[tuple[float, float]] = []
-    log = Run.log
+    log = RunDir.log
 
-    def timed(run: Run, row: dict[str, Any]) -> None:
+    def timed(run: RunDir, row: dict[str, Any]) -> None:
         log(run, row)
         seen.append((float(row["loss"]), time.perf_counter()))
 
-    Run.log = timed  # type: ignore[method-assign]
+    RunDir.log = timed  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         given = {
             "data": data, "out": f"{folder}/run", "arch": "vit_tiny", "embed-dim": size.width, "depth": size.depth,
-            "heads": size.heads, "patch-size": 4, "global-size": 32, "local-size": 16, "out-dim": size.prototypes,
+            "num-heads": size.heads, "patch-size": 4, "global-size": 32, "local-size": 16, "out-dim": size.prototypes,
             "head-hidden-dim": size.head_hidden, "batch-size": size.batch, "max-steps": size.steps, "knn-every": 0,
             "freeze-last-layer": 0, "device": "cpu",
         }  # fmt: skip
@@ -223,18 +224,20 @@ def run(quick: bool = False) -> list[Row]:
     return [*cpu_rows(sizes), *first_step()]
 
 
-def gpu_rows(*, quick: bool = False, device: str = "cuda") -> list[Row]:
-    """Training steps on a GPU; see `bench_engine_gpu`."""
+def gpu_rows(*, quick: bool = False, device: str = "cuda", end: float = math.inf) -> Iterator[Row]:
+    """Training steps on a GPU, until `end` of time.monotonic; see `engine_on_gpu`."""
     from .engine_on_gpu import rows
 
-    return rows(quick=quick, device=device)
+    return rows(quick=quick, device=device, end=end)
 
 
-def cifar_rows(*, quick: bool = False, device: str = "cuda", seconds: float = 420.0) -> list[Row]:
+def cifar_rows(
+    *, quick: bool = False, device: str = "cuda", seconds: float = 420.0, end: float = math.inf
+) -> Iterator[Row]:
     """k-NN accuracy over a run of `seconds` on CIFAR-10; see `engine_on_gpu`."""
     from .engine_on_gpu import accuracy_rows
 
-    return accuracy_rows(quick=quick, device=device, seconds=seconds)
+    return accuracy_rows(quick=quick, device=device, seconds=seconds, end=end)
 
 
 if __name__ == "__main__":

@@ -199,11 +199,10 @@ def copies(images: int) -> Comparison:
         rows = []
         for one in tokens:  # an image at a time
             pooled = one[1:].clamp(min=1e-6).permute(1, 0).pow(4).mean(dim=1).pow(0.25)
-            rows.append(F.normalize(torch.cat((one[0], pooled)), dim=0))
+            rows.append(torch.cat((one[0], pooled)))
         x = torch.stack(rows).double().numpy()
-        centred = x - x.mean(axis=0)
-        variance, vectors = np.linalg.eigh(centred.T @ centred / len(x))
-        white = centred @ (vectors / np.sqrt(np.maximum(variance, 1e-5 * variance.max())))
+        variance, vectors = np.linalg.eigh(x.T @ x / len(x))
+        white = (x - x.mean(axis=0)) @ (vectors / np.sqrt(np.maximum(variance, 1e-5 * variance.max())))
         white = torch.from_numpy(white / np.linalg.norm(white, axis=1, keepdims=True)).float()
         return white @ white.T
 

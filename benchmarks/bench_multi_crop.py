@@ -369,8 +369,9 @@ def on_gpu(n: int, device: str = "cuda") -> Comparison:
     return _comparison(f"{n} of 500x375, {what}, to 2x224 + 8x96", crops, pixels, contenders, device)
 
 
-def gpu_rows(n: int = 128, *, quick: bool = False, device: str = "cuda") -> list[Row]:
-    """The operation on decoded images on a GPU; the notes have images a second."""
+def gpu_rows(n: int = 128, *, quick: bool = False, device: str = "cuda", end: float = math.inf) -> list[Row]:
+    """The operation on decoded images on a GPU; the notes have images a second. It is one comparison, well before
+    `end`."""
     rows = run_all([on_gpu(n, device)], quick=quick)
     for row in rows:
         if row.ms and row.role != "floor":

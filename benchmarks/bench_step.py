@@ -84,24 +84,27 @@ def plain_step(size: Size, dtype: torch.dtype = torch.float32) -> Callable[[], f
 
 def our_step(size: Size) -> Callable[[], float]:
     """The engine's step from the same weights."""
+    from dino_fast.engine.build import build_train_state
     from dino_fast.engine.config import Config
-    from dino_fast.engine.schedules import Rates
-    from dino_fast.engine.train_step import build_learner, train_step
+    from dino_fast.engine.schedules import StepHyperparams
+    from dino_fast.engine.train_step import train_step
 
     config = Config(
         global_size=32, local_size=16, local_crops=size.local_crops, arch="vit_tiny", patch_size=4,
-        embed_dim=size.width, depth=size.depth, heads=size.heads, drop_path_rate=0.0, out_dim=size.prototypes,
+        embed_dim=size.width, depth=size.depth, num_heads=size.heads, drop_path_rate=0.0, out_dim=size.prototypes,
         batch_size=size.images, clip_grad=CLIP, freeze_last_layer=0.0, teacher_temp=TEACHER_TEMP,
         warmup_teacher_temp=TEACHER_TEMP,
     )  # fmt: skip
-    run = build_learner(config, 3, torch.device("cpu"), "fp32")
+    run = build_train_state(config, 3, torch.device("cpu"), "fp32")
     torch.manual_seed(0)
     weights = plain_model(size).state_dict()
     run.student.load_state_dict(weights)
     run.teacher.load_state_dict(weights)
-    rates = Rates(lr=LR, weight_decay=WEIGHT_DECAY, momentum=MOMENTUM, teacher_temp=TEACHER_TEMP, frozen=False)
+    hyperparams = StepHyperparams(
+        lr=LR, weight_decay=WEIGHT_DECAY, momentum=MOMENTUM, teacher_temp=TEACHER_TEMP, frozen=False
+    )
     batch = Batch.of(size)
-    return lambda: train_step(run, batch, rates, 1)["loss"]
+    return lambda: train_step(run, batch, hyperparams, 1)["loss"]
 
 
 def first_losses(make: Callable[..., Callable[[], float]], *args: Any) -> Tensor:

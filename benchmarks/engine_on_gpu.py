@@ -7,11 +7,13 @@ and of the last block what the class token needs) over time, against 989 TFLOP/s
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 
 from dino_fast.benchmarks import original
 
+from . import harness
 from .harness import Row
 
 PEAK_FLOPS = 989e12
@@ -76,23 +79,24 @@ def crops(model: Model, batch: int, device: str) -> tuple[Tensor, Tensor]:
 def our_step(model: Model, batch: int, device: str, **given: Any) -> Step:
     """The engine's `train_step` in bf16. By default it is replayed from a CUDA graph, recorded in its fourth call, and
     nothing waits for its loss, as in a run."""
+    from dino_fast.engine.build import build_train_state
     from dino_fast.engine.config import Config
-    from dino_fast.engine.schedules import Rates
-    from dino_fast.engine.train_step import build_learner, train_step
+    from dino_fast.engine.schedules import StepHyperparams
+    from dino_fast.engine.train_step import train_step
     from dino_fast.optim import AdamWEMA
 
     config = Config(
         global_size=model.large, local_size=model.small, local_crops=model.local_crops, arch=model.arch,
-        patch_size=model.patch, embed_dim=model.width, depth=model.depth, heads=model.heads, drop_path_rate=0.0,
-        out_dim=model.prototypes, head_hidden_dim=model.hidden, batch_size=batch, **given,
+        patch_size=model.patch, embed_dim=model.width, depth=model.depth, num_heads=model.heads,
+        out_dim=model.prototypes, head_hidden_dim=model.hidden, batch_size=batch, **{"drop_path_rate": 0.0, **given},
     )  # fmt: skip
-    run = build_learner(config, 3, torch.device(device), "bf16")
+    run = build_train_state(config, 3, torch.device(device), "bf16")
     weights = _plain(model, original.ViT).state_dict()
     run.student.load_state_dict(weights)
     run.teacher.load_state_dict(weights)
     if isinstance(run.optimizer, AdamWEMA):
         run.optimizer.refresh_copies()
-    rates = Rates(lr=1e-4, weight_decay=0.04, momentum=0.996, teacher_temp=0.04, frozen=False)
+    hyperparams = StepHyperparams(lr=1e-4, weight_decay=0.04, momentum=0.996, teacher_temp=0.04, frozen=False)
 
     @dataclass
     class Batch:
@@ -102,7 +106,7 @@ def our_step(model: Model, batch: int, device: str, **given: Any) -> Step:
     inputs = Batch(*crops(model, batch, device))
 
     def step() -> Any:
-        return train_step(run, inputs, rates, 1)
+        return train_step(run, inputs, hyperparams, 1)
 
     step.graph = run.graph  # type: ignore[attr-defined]
     return step
@@ -205,10 +209,7 @@ def _peak(device: str) -> int | None:
 
 
 def timed(steps: dict[str, Step], device: str, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each contender's step, in turns, after some that warm it up."""
-    for step in steps.values():
-        for _ in range(WARM):
-            step()
+    """Milliseconds of each contender's step, in turns; they are warm."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
@@ -249,17 +250,22 @@ def largest_batch(make: Callable[[int], Step], start: int, limit: int = 1 << 14)
 def comparison(
     model: Model, batch: int, device: str, rounds: int, *, compiled: bool, contenders: str = "all"
 ) -> list[Row]:
-    """Rows of one model and batch: ours, with and without compiled blocks, and the two baselines."""
+    """Rows of one model and batch: ours and the two baselines; with `compiled`, ours beside what torch.compile makes of
+    both."""
     makers: dict[str, Callable[[], Step]] = {"dino-fast": lambda: our_step(model, batch, device)}
-    if device == "cuda":
-        makers["dino-fast, no CUDA graph"] = lambda: our_step(model, batch, device, cuda_graph="off")
     if compiled:
         makers["dino-fast, compiled"] = lambda: our_step(model, batch, device, compile=True)
-    makers["dino-fast, selective checkpoints"] = lambda: our_step(
-        model, batch, device, checkpoint_activations="selective"
-    )
-    if contenders == "all":
-        makers["strongest plain PyTorch"] = lambda: strongest_step(model, batch, device, compiled)
+        if contenders == "all":
+            makers["strongest plain PyTorch, compiled"] = lambda: strongest_step(model, batch, device)
+    else:
+        if device == "cuda":
+            makers["dino-fast, no CUDA graph"] = lambda: our_step(model, batch, device, cuda_graph="off")
+        makers["dino-fast, stochastic depth 0.1"] = lambda: our_step(model, batch, device, drop_path_rate=0.1)
+        makers["dino-fast, selective checkpoints"] = lambda: our_step(
+            model, batch, device, checkpoint_activations="selective"
+        )
+    if contenders == "all" and not compiled:
+        makers["strongest plain PyTorch"] = lambda: strongest_step(model, batch, device, compiled=False)
         if device == "cuda":  # float16 autocast with a scaler
             makers["published, fp16 autocast"] = lambda: published_step(model, batch, device)
     # A graph keeps its memory: of a model that is not compared with others, one contender at a time is there.
@@ -296,9 +302,9 @@ def measured(
             peak, graph = _peak(device), getattr(steps[name], "graph", None)
             rows[name].peak_bytes = None if peak is None else peak - before
             rows[name].note = f"; no CUDA graph: {graph.failed}" if graph is not None and graph.failed else ""
-        except (RuntimeError, torch.OutOfMemoryError) as error:
+        except Exception as error:  # a compiler's are of any kind; one contender must not cost the others
             steps.pop(name, None)
-            rows[name].note = f"failed: {str(error).splitlines()[0][:200]}"
+            rows[name].note = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
     times = timed(steps, device, rounds)
     steps.clear()
     if device == "cuda":
@@ -306,26 +312,53 @@ def measured(
     return times
 
 
-def rows(*, quick: bool = False, device: str = "cuda") -> list[Row]:
-    """The step of ViT-S, B and L; the largest batches of ViT-S."""
+def rows(*, quick: bool = False, device: str = "cuda", end: float = math.inf) -> Iterator[Row]:
+    """The step of ViT-S, B and L and the largest batches of ViT-S; what compiles for minutes comes last. What `end` (of
+    time.monotonic) does not reach, and what fails, is a row that says so."""
+    for name, make in plan(quick, device):
+        if time.monotonic() > end:
+            yield Row("engine", name, "bfloat16", "dino-fast", note=harness.NOT_REACHED, role="ours")
+            continue
+        try:
+            yield from make()
+        except Exception as error:
+            note = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+            yield Row("engine", name, "bfloat16", "dino-fast", note=note, role="ours")
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def plan(quick: bool, device: str) -> Iterator[tuple[str, Callable[[], Iterable[Row]]]]:
+    """The shape, and what measures it, of each comparison in turn."""
     if quick:
-        return comparison(TINY, 4, device, 2, compiled=False)
-    result = comparison(MODELS[0], 64, device, 20, compiled=True)
+        yield str(TINY), lambda: comparison(TINY, 4, device, 2, compiled=False)
+        return
+    small = MODELS[0]
+    yield f"{small} B64", lambda: comparison(small, 64, device, 20, compiled=False)
     for model in MODELS[1:]:
-        result += comparison(model, 64, device, 10, compiled=True, contenders="ours")
-    model = MODELS[0]
+        yield f"{model} B64", functools.partial(comparison, model, 64, device, 10, compiled=False, contenders="ours")
     for name, make in {
-        "dino-fast": lambda batch: our_step(model, batch, device),
+        "dino-fast": lambda batch: our_step(small, batch, device),
         "dino-fast, selective checkpoints": lambda batch: our_step(
-            model, batch, device, checkpoint_activations="selective"
+            small, batch, device, checkpoint_activations="selective"
         ),
-        "published, fp16 autocast": lambda batch: published_step(model, batch, device),
+        "published, fp16 autocast": lambda batch: published_step(small, batch, device),
     }.items():
-        batch = largest_batch(make, 64)
-        result.append(Row("engine, largest batch", str(model), "bfloat16", name, note=f"{batch} images"))
-        if batch and name == "dino-fast":
-            result += comparison(model, batch, device, 5, compiled=True, contenders="ours")
-    return result
+        yield f"{small}, largest batch", functools.partial(largest_batch_rows, small, name, make, device)
+    for model in MODELS:
+        contenders = "all" if model is small else "ours"
+        yield (
+            f"{model} B64, compiled",
+            functools.partial(comparison, model, 64, device, 10, compiled=True, contenders=contenders),
+        )
+
+
+def largest_batch_rows(model: Model, name: str, make: Callable[[int], Step], device: str) -> Iterator[Row]:
+    """The largest batch of one contender, and the time of a step of it where it is ours."""
+    batch = largest_batch(make, 64)
+    yield Row("engine, largest batch", str(model), "bfloat16", name, note=f"{batch} images")
+    if batch and name == "dino-fast":
+        yield from comparison(model, batch, device, 5, compiled=False, contenders="ours")
 
 
 # ---- CIFAR-10 ----
@@ -339,8 +372,11 @@ CIFAR = {
 PROBE_STEPS = 60
 
 
-def accuracy_rows(*, quick: bool = False, device: str = "cuda", seconds: float = 420.0) -> list[Row]:
-    """k-NN (k = 20, T = 0.07, the whole training set as bank) of the teacher over a run that takes `seconds`.
+def accuracy_rows(
+    *, quick: bool = False, device: str = "cuda", seconds: float = 420.0, end: float = math.inf
+) -> Iterator[Row]:
+    """k-NN (k = 20, T = 0.07, the whole training set as bank) of the teacher over a run that takes `seconds`, or what
+    is left until `end` (of time.monotonic).
 
     A short run measures the speed; the schedules are then laid over as many epochs as fit. `quick` trains a tiny model
     for two epochs on the demo.
@@ -358,16 +394,20 @@ def accuracy_rows(*, quick: bool = False, device: str = "cuda", seconds: float =
         shape = "demo"
     elif not given["data"]:
         note = "absent: no cifar10-train.parquet (DINO_FAST_TEST_DATA names the folder)"
-        return [Row("cifar", shape, "bfloat16", "dino-fast", note=note)]
+        yield Row("cifar", shape, "bfloat16", "dino-fast", note=note)
+        return
     with tempfile.TemporaryDirectory() as folder:
         if not quick:
             probe = {**given, "max_steps": PROBE_STEPS, "knn_every": 0.0, "out": f"{folder}/probe"}
             rates = [row["images_per_second"] for row in read_metrics(train(build_config(probe)))]
-            epochs = max(4, int(seconds * statistics.median(rates[PROBE_STEPS // 2 :]) / 50_000 * 0.93))
+            rate = statistics.median(rates[PROBE_STEPS // 2 :])
+            yield Row("cifar, speed", shape, "bfloat16", "dino-fast", note=f"{rate:,.0f} images/s")
+            seconds = min(seconds, end - time.monotonic())
+            epochs = max(4, int(seconds * rate / 50_000 * 0.93))
             given |= {"epochs": epochs, "warmup_epochs": max(1.0, epochs / 12), "knn_every": max(1.0, epochs // 10)}
         began = time.perf_counter()
         path: Path = train(build_config({**given, "out": f"{folder}/run"}))
         whole = time.perf_counter() - began
         curve = [(row["step"], row["knn"]) for row in read_metrics(path) if "knn" in row]
     note = json.dumps({"knn": curve[-1][1], "curve": curve, "epochs": given["epochs"]})
-    return [Row("cifar", shape, "bfloat16", "dino-fast", ms=1e3 * whole, note=note, role="ours")]
+    yield Row("cifar", shape, "bfloat16", "dino-fast", ms=1e3 * whole, note=note, role="ours")

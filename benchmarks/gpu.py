@@ -1,9 +1,10 @@
 """`python -m benchmarks.gpu --part tests|kernels|crops|engine|cifar|all`: everything that a GPU has to show.
 
 Each part ends within eight minutes and leaves one JSON file under benchmarks/results/, named by device, torch, part and
-date, with rows of {operation, shape, dtype, contender, ms, peak_bytes, error, floor_share, ratio}. Every contender is
-checked before it is timed; a peer that is not installed is recorded as absent, a comparison that the time did not reach
-and a function that this checkout lacks with a note that says so. Parts run in processes of their own.
+date, with rows of {operation, shape, dtype, contender, ms, peak_bytes, error, floor_share, ratio}. The file is written
+after every row; its `complete` is true at the end. Every contender is checked before it is timed; a peer that is not
+installed is recorded as absent, a comparison that the time did not reach and a function that this checkout lacks with a
+note that says so. Parts run in processes of their own.
 
     tests    the tests marked `gpu`
     kernels  losses, optimizer step, teacher's average and packed attention beside their baselines and peers
@@ -81,39 +82,48 @@ def _in_a_process(part: str, args: argparse.Namespace) -> int:
 def run_part(part: str, directory: Path, *, dry: bool) -> int:
     """Runs one part, writes its file; 1 where something of ours was wrong, failed or missing."""
     begin = time.monotonic()
+    end = begin + LIMIT - RESERVE
+    day = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    made: Iterable[Row]
     if part == "tests":
-        rows = tests(dry)
+        made = tests(dry)
     elif part == "kernels":
-        rows = kernels(dry, begin + LIMIT - RESERVE)
+        made = kernels(dry, end)
     else:
-        rows = [row for module, name in FUNCTIONS[part] for row in _rows_of(module, name, dry)]
-    path = write(part, rows, directory, dry=dry, seconds=time.monotonic() - begin)
-    for row in rows:
+        made = (row for module, name in FUNCTIONS[part] for row in _rows_of(module, name, dry, end))
+    rows: list[Row] = []
+    for row in made:
+        rows.append(row)
+        # What is measured is kept, whatever becomes of the rest.
+        write(part, rows, directory, dry=dry, seconds=time.monotonic() - begin, day=day, complete=False)
         print(f"{row.operation}  {row.shape}  {row.dtype}  " + "  ".join(report.cells(row.as_dict())), flush=True)
+    path = write(part, rows, directory, dry=dry, seconds=time.monotonic() - begin, day=day, complete=True)
     print(f"wrote {path}", flush=True)
     bad = [row for row in rows if row.role == "ours" and row.note.startswith(("wrong", "failed", "missing"))]
     return 1 if bad else 0
 
 
-def write(part: str, rows: list[Row], directory: Path, *, dry: bool, seconds: float) -> Path:
-    """`<device>_torch-<version>_gpu-<part>_<date>.json`; a dry run's name says that it is one."""
+def write(part: str, rows: list[Row], directory: Path, *, dry: bool, seconds: float, day: str, complete: bool) -> Path:
+    """`<device>_torch-<version>_gpu-<part>_<date>.json`; a dry run's name says that it is one. `complete` is false in
+    the file of a part that goes on, or was ended."""
     directory.mkdir(parents=True, exist_ok=True)
     device = "cpu" if dry else "cuda"
     result: dict[str, Any] = {
         **report.document(f"gpu {part}", rows, quick=dry, device=device),
         "part": part,
         "seconds": round(seconds, 1),
+        "complete": complete,
         "torch_cuda": torch.version.cuda,
     }
     if not dry:
         capability = torch.cuda.get_device_capability()
         result |= {"capability": f"sm_{capability[0]}{capability[1]}", "tiles": _tile_setting()}
-    day = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
     parts = (result["device"], f"torch-{result['torch']}", f"gpu-{part}", day, *["dry-run"] * dry)
     name = "_".join(re.sub(r"[^A-Za-z0-9.+-]+", "-", text).strip("-").lower() for text in parts)
     path = directory / f"{name}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    return path
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(result, indent=1) + "\n")
+    return partial.replace(path)
 
 
 def _tile_setting() -> str:
@@ -142,7 +152,7 @@ def tests(dry: bool) -> list[Row]:
     return [row]
 
 
-def kernels(dry: bool, end: float) -> list[Row]:
+def kernels(dry: bool, end: float) -> Iterator[Row]:
     """Comparisons until `end` (of time.monotonic), then a row that says what was not reached."""
     from .gpu_kernels import comparisons, with_rate
 
@@ -150,7 +160,7 @@ def kernels(dry: bool, end: float) -> list[Row]:
     if dry:
         harness.COPY_BYTES, harness.MATMUL_SIDE = 1 << 20, {"cpu": 64, "cuda": 64}
     try:
-        return [with_rate(row) for row in _timed(comparisons(dry), end)]
+        yield from map(with_rate, _timed(comparisons(dry), end))
     finally:
         harness.COPY_BYTES, harness.MATMUL_SIDE = sizes
 
@@ -158,7 +168,7 @@ def kernels(dry: bool, end: float) -> list[Row]:
 def _timed(makers: Iterable[tuple[str, Callable[[], Comparison]]], end: float) -> Iterator[Row]:
     for name, make in makers:
         if time.monotonic() > end:
-            yield Row(name, "", "", "dino-fast", note="missing: the part's time was over before it", role="ours")
+            yield Row(name, "", "", "dino-fast", note=harness.NOT_REACHED, role="ours")
             continue
         try:
             yield from harness.compare(make(), allocator="")
@@ -169,19 +179,22 @@ def _timed(makers: Iterable[tuple[str, Callable[[], Comparison]]], end: float) -
             torch.cuda.empty_cache()
 
 
-def _rows_of(module: str, name: str, dry: bool) -> list[Row]:
-    """The rows of a benchmark's function for GPUs; where there is none, a row that says so."""
+def _rows_of(module: str, name: str, dry: bool, end: float) -> Iterator[Row]:
+    """The rows of a benchmark's function for GPUs, which watches `end` (of time.monotonic); where there is none, or it
+    fails, a row that says so."""
     label = f"{module.removeprefix('bench_')}.{name}"
     try:
         found = getattr(importlib.import_module(f".{module}", __package__), name)
     except (ImportError, AttributeError) as error:
-        return [Row(label, "", "", "dino-fast", note=f"missing: {error}", role="ours")]
+        yield Row(label, "", "", "dino-fast", note=f"missing: {error}", role="ours")
+        return
     if dry:
-        return [Row(label, "", "", "dino-fast", note="found; a dry run does not call it", role="ours")]
+        yield Row(label, "", "", "dino-fast", note="found; a dry run does not call it", role="ours")
+        return
     try:
-        return list(found())
+        yield from found(end=end)
     except Exception as error:
-        return [Row(label, "", "", "dino-fast", note=f"failed: {type(error).__name__}: {error}"[:300], role="ours")]
+        yield Row(label, "", "", "dino-fast", note=f"failed: {type(error).__name__}: {error}"[:300], role="ours")
 
 
 if __name__ == "__main__":

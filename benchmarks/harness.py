@@ -71,6 +71,7 @@ MATMUL_SIDE = {"cpu": 1536, "cuda": 8192}
 # What others may be off by, in 32 and in 16 bits: beyond it they compute something else. Their rounding is their own (a
 # float32 sum of 4 million products is off by 1e-4) and stands beside their time.
 ROUNDING = (1e-3, 0.1)
+NOT_REACHED = "missing: the part's time was over before it"  # the note of what a deadline leaves out
 
 
 @dataclass
@@ -266,9 +267,10 @@ def _interleave(comparison: Comparison, contenders: list[Contender]) -> tuple[di
     probes = _floor_probes(comparison)
     order = [*contenders, *probes]
     times: dict[str, list[float]] = {c.name: [] for c in order}
+    host_ms = {}
     for contender in order:
-        for _ in range(2):
-            contender()
+        contender()
+        host_ms[contender.name] = _host_ms(contender, comparison.device)
     gc.collect()
     gc.disable()
     try:
@@ -277,7 +279,7 @@ def _interleave(comparison: Comparison, contenders: list[Contender]) -> tuple[di
         while rounds < 5 or (rounds < 50 and time.perf_counter() < end):
             shift = rounds % len(order)
             for contender in order[shift:] + order[:shift]:
-                times[contender.name].append(_time(contender, comparison.device))
+                times[contender.name].append(_time(contender, comparison.device, host_ms[contender.name]))
             rounds += 1
     finally:
         gc.enable()
@@ -285,8 +287,25 @@ def _interleave(comparison: Comparison, contenders: list[Contender]) -> tuple[di
     return times, floors
 
 
-def _time(contender: Contender, device: str) -> float:
-    """Milliseconds of one call."""
+def _host_ms(contender: Contender, device: str) -> float:
+    """Milliseconds that the host takes to queue a call on a GPU; 0 on a CPU."""
+    if contender.prepare:
+        contender.prepare()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    contender.call()
+    return 0.0 if device == "cpu" else 1e3 * (time.perf_counter() - start)
+
+
+def queue_cycles(host_ms: float) -> int:
+    """Clock cycles, of at most 2 GHz, for which a GPU sleeps while a call's launches queue up behind: twice what the
+    host took for them, at least a millisecond and at most a fifth of a second."""
+    return int(2e6 * min(max(1.0, 2 * host_ms), 200.0))
+
+
+def _time(contender: Contender, device: str, host_ms: float) -> float:
+    """Milliseconds of one call, whose launches take the host `host_ms`."""
     if contender.prepare:
         contender.prepare()
     if device == "cpu":
@@ -295,7 +314,7 @@ def _time(contender: Contender, device: str) -> float:
         return 1e3 * (time.perf_counter() - start)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
-    torch.cuda._sleep(2_000_000)  # about a millisecond: the call's launches queue up behind it
+    torch.cuda._sleep(queue_cycles(host_ms))
     begin.record()
     contender.call()
     end.record()

@@ -32,14 +32,14 @@ MODELS = (
     Model("ViT-S/16", 64, {"arch": "vit_small"}),
     Model("ViT-B/16", 64, {"arch": "vit_base"}),
     Model("ViT-L/16", 32, {"arch": "vit_large"}),
-    Model("ViT-g/14", 16, {"arch": "vit_large", "embed_dim": 1408, "depth": 40, "heads": 16} | PATCH_14),
+    Model("ViT-g/14", 16, {"arch": "vit_large", "embed_dim": 1408, "depth": 40, "num_heads": 16} | PATCH_14),
 )
 
 
 def predict(model: Model, world: int, shard: str) -> tuple[float, float]:
     """Seconds of a step's products, and seconds on the wire if nothing else were done."""
     config = Config(
-        data="x", drop_path_rate=0.0, precision="bf16", shard=shard, batch_size=model.images * world, **model.settings
+        data="x", drop_path_rate=0.0, precision="bf16", fsdp=shard, batch_size=model.images * world, **model.settings
     )
     flops = flops_per_image(config, 3)
     assert flops is not None

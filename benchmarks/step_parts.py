@@ -57,23 +57,22 @@ class Stopwatch:
 
 def parts(config: Config, *, seconds: float = 10.0) -> list[Row]:
     """A row for each part of a step as `config` has it, and one of the whole, whose note says what to change."""
-    from dino_fast.engine.build import choose_device, choose_precision, make_loader, open_data
+    from dino_fast.engine.build import build_train_state, make_loader, open_data, resolve_device, resolve_precision
     from dino_fast.engine.schedules import Schedules
-    from dino_fast.engine.train_state import build_learner
     from dino_fast.engine.train_step import train_step
 
-    device = choose_device(config.device)
-    precision = choose_precision(config.precision, device)
+    device = resolve_device(config.device)
+    precision = resolve_precision(config.precision, device)
     source = open_data(replace(config, knn_every=0.0)).train
     loader = make_loader(config, source, device)
-    run = build_learner(replace(config, cuda_graph="off"), source.channels, device, precision)
+    run = build_train_state(replace(config, cuda_graph="off"), source.channels, device, precision)
     schedules = Schedules(config, loader.batches_per_epoch)
-    rates = replace(schedules.at(schedules.steps // 2), frozen=False)
-    run.mark = watch = Stopwatch(device)
+    hyperparams = replace(schedules.values_at(schedules.steps // 2), frozen=False)
+    run.on_phase = watch = Stopwatch(device)
     batches, began = _endless(loader), time.monotonic()
     for step in range(1, WARM + MOST + 1):
         watch("data")
-        found = train_step(run, next(batches), rates, step)
+        found = train_step(run, next(batches), hyperparams, step)
         watch.end()
         if step <= WARM:
             began = time.monotonic()
@@ -116,8 +115,8 @@ def advice(part: str, config: Config, device: torch.device) -> str:
     if part == "data":
         return _of_data(config, gpu)
     if part == "loss":
-        if config.last_layer != "auto":
-            return f"--last-layer auto instead of {config.last_layer}"
+        if config.loss_impl != "auto":
+            return f"--loss-impl auto instead of {config.loss_impl}"
         return f"fewer prototypes: --out-dim {max(1024, config.out_dim // 4)} is plenty for a small data set"
     if part == "optimizer":
         return f"a larger batch spreads it over more images: --batch-size {2 * config.batch_size}"
@@ -157,4 +156,4 @@ def default(quick: bool) -> Config:
         return Config(channels=3, device="cuda")
     small = {"batch_size": 4, "out_dim": 8192, "depth": 2} if quick else {"batch_size": 16, "depth": 6}
     given: dict[str, Any] = {"arch": "vit_tiny", "patch_size": 4, "global_size": 32, "local_size": 16, **small}
-    return Config(channels=3, embed_dim=192, heads=3, drop_path_rate=0.0, **given)
+    return Config(channels=3, embed_dim=192, num_heads=3, drop_path_rate=0.0, **given)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -137,24 +137,24 @@ class MultiCrop:
 
     def sample(self, n: int, generator: torch.Generator) -> CropParams:
         """Draws the parameters of n images from a CPU generator."""
-        return self._params(torch.rand(n, self.n_crops, DRAWS, generator=generator))
+        return self._params(torch.rand(n, self.n_crops, DRAWS, generator=generator, dtype=torch.float32, device="cpu"))
 
     def sample_each(self, seeds: Sequence[int]) -> CropParams:
         """The concatenation of `sample(1, generator)` over generators seeded by `seeds`, in one go: far cheaper."""
-        uniform = torch.empty(len(seeds), self.n_crops, DRAWS)
+        uniform = torch.empty(len(seeds), self.n_crops, DRAWS, dtype=torch.float32, device="cpu")
         generator = torch.Generator()
         for row, seed in zip(uniform.unbind(), seeds, strict=True):
-            torch.rand(row.shape, generator=generator.manual_seed(seed), out=row)
+            row.uniform_(generator=generator.manual_seed(seed))
         return self._params(uniform)
 
     def _params(self, uniform: Tensor) -> CropParams:
         """[n, V, DRAWS] numbers in [0, 1) -> parameters, each image's a function of its own row."""
         area, log_ratio, y, x, rest = uniform.split((TRIES, TRIES, TRIES, TRIES, 14), dim=-1)
-        scales = torch.tensor([self.global_scale] * GLOBALS + [self.local_scale] * self.n_local)  # [V, 2]
-        blur_p = torch.tensor([*self.blur_p[:2], *[self.blur_p[2]] * self.n_local])  # [V]
-        solarize_p = torch.tensor([*self.solarize_p[:2], *[self.solarize_p[2]] * self.n_local])
+        scales = _floats([self.global_scale] * GLOBALS + [self.local_scale] * self.n_local)  # [V, 2]
+        blur_p = _floats([*self.blur_p[:2], *[self.blur_p[2]] * self.n_local])  # [V]
+        solarize_p = _floats([*self.solarize_p[:2], *[self.solarize_p[2]] * self.n_local])
         low, high = math.log(self.ratio[0]), math.log(self.ratio[1])
-        strength = torch.tensor(self.jitter)
+        strength = _floats(self.jitter)
         least = torch.cat([(1 - strength[:3]).clamp(min=0), -strength[3:]])
         most = torch.cat([1 + strength[:3], strength[3:]])
         return CropParams(
@@ -208,7 +208,7 @@ class MultiCrop:
 
     def cuts(self, params: CropParams, sizes: Sequence[tuple[int, int]]) -> Cuts:
         """What `params` means for images of `sizes` (height, width): all that `cut` needs beside the pixels."""
-        strength = torch.tensor(self.jitter)
+        strength = _floats(self.jitter)
         used = params.jitter[..., None] & (strength > 0)[params.order]  # [n, V, 4]
         return Cuts(
             torch.from_numpy(self.boxes(params, sizes)),
@@ -279,8 +279,12 @@ def statistics(mean: Sequence[float], std: Sequence[float], channels: int) -> tu
             raise UserError(
                 f"{name} has {len(given)} entries for images of {channels} channels; give {channels}, or one"
             )
-        both.append(torch.tensor([*given] * (channels // len(given)), dtype=torch.float32).view(-1, 1, 1))
+        both.append(_floats([*given] * (channels // len(given))).view(-1, 1, 1))
     return both[0], both[1]
+
+
+def _floats(values: Sequence[Any]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 def _eight_bits(image: Tensor) -> Tensor:

@@ -10,11 +10,18 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
+import sysconfig
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
+import torch
 from torch import Tensor
+
+from dino_fast import gpu
 
 
 class BackendError(RuntimeError):
@@ -23,12 +30,12 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation. `missing()` says what this machine or build lacks for it, `rejects(*tensors)` what is wrong
-    with these inputs; both return None when there is nothing to say."""
+    """One implementation. `unavailable_reason()` says what this machine or build lacks for it,
+    `unsupported_reason(*tensors)` why it does not take these inputs; both return None where it can run."""
 
     name: str
-    missing: Callable[[], str | None] = lambda: None
-    rejects: Callable[..., str | None] = lambda *tensors: None
+    unavailable_reason: Callable[[], str | None] = lambda: None
+    unsupported_reason: Callable[..., str | None] = lambda *tensors: None
 
 
 @dataclass(frozen=True)
@@ -40,13 +47,19 @@ class Preference:
     explain: Callable[[], str]
 
 
+# Inputs that an operation's backends may be asked about, of which `choose` looks at sizes, dtypes and devices.
+Example = Callable[[torch.device], tuple[Tensor | int, ...]]
+
 OPERATIONS: dict[str, tuple[Backend, ...]] = {}
 PREFERENCES: dict[str, Preference] = {}
+EXAMPLES: dict[str, Example] = {}
 
 
-def register(operation: str, *backends: Backend, preference: Preference | None = None) -> None:
-    """Declare an operation's backends, fastest first; the last must run everywhere."""
+def register(operation: str, *backends: Backend, example: Example, preference: Preference | None = None) -> None:
+    """Declare an operation's backends, fastest first; the last must run everywhere. `example(device)` makes ordinary
+    inputs of the operation on a device, in the form that `choose` is given them, for `dino-fast info`."""
     OPERATIONS[operation] = backends
+    EXAMPLES[operation] = example
     if preference is not None:
         PREFERENCES[operation] = preference
 
@@ -58,7 +71,7 @@ def choose(operation: str, *tensors: Tensor | int, backend: str = "auto") -> str
     if wanted is not None:
         for candidate in candidates:
             if candidate.name == wanted:
-                reason = candidate.missing() or candidate.rejects(*tensors)
+                reason = candidate.unavailable_reason() or candidate.unsupported_reason(*tensors)
                 if reason is None:
                     return wanted
                 raise BackendError(f"{operation}: backend '{wanted}' was asked for but cannot run: {reason}")
@@ -70,7 +83,7 @@ def choose(operation: str, *tensors: Tensor | int, backend: str = "auto") -> str
         candidates = tuple(sorted(candidates, key=lambda candidate: candidate.name != first))
     reasons = []
     for candidate in candidates:
-        reason = candidate.missing() or candidate.rejects(*tensors)
+        reason = candidate.unavailable_reason() or candidate.unsupported_reason(*tensors)
         if reason is None:
             return candidate.name
         reasons.append(f"{candidate.name}: {reason}")
@@ -117,24 +130,56 @@ def cuda_missing() -> str | None:
     """Why the compiled CUDA kernels cannot be used, or None."""
     if reason := native_missing():
         return reason
-    import torch
-
-    if importlib.import_module("dino_fast._C").cuda_version is None:
+    compiled_for = importlib.import_module("dino_fast._C").cuda_version
+    if compiled_for is None:
         return "this build has no CUDA kernels: no nvcc was found when it was installed"
     if not torch.cuda.is_available():
         return "no CUDA device"
-    return None
+    return gpu.driver_too_old(compiled_for)
 
 
 @cache
 def triton_missing() -> str | None:
-    """Why Triton kernels cannot be used, or None. With TRITON_INTERPRET=1 they run, slowly, on CPU tensors."""
+    """Why Triton kernels cannot be used, or None. With TRITON_INTERPRET=1 they run, slowly, on CPU tensors.
+
+    A GPU whose kernels cannot be launched for want of a C compiler or of a newer driver is warned about, once.
+    """
     try:
-        import triton  # noqa: F401
+        import triton
     except ImportError as error:
         return f"triton does not import ({error})"
     if os.environ.get("TRITON_INTERPRET") == "1":
         return None
-    import torch
+    if not torch.cuda.is_available():
+        return "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU)"
+    reason = _launcher_missing(triton) or gpu.driver_too_old(_ptxas_version())
+    if reason is not None:
+        warnings.warn(f"dino_fast runs without its Triton kernels: {reason}", RuntimeWarning, stacklevel=2)
+    return reason
 
-    return None if torch.cuda.is_available() else "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU)"
+
+def _launcher_missing(triton: Any) -> str | None:
+    """Why Triton cannot build the C module with which it launches a kernel for the first time, or None."""
+    if getattr(triton.knobs.build, "impl", None) is not None:
+        return None
+    compiler = os.environ.get("CC")
+    if compiler is not None and shutil.which(compiler) is None:
+        return f"the environment variable CC names no program: {compiler}"
+    if compiler is None and not (shutil.which("gcc") or shutil.which("clang")):
+        return "Triton needs a C compiler to launch a kernel and finds none; install gcc, or name one in CC"
+    scheme = sysconfig.get_default_scheme()
+    header = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"] + "/Python.h"
+    if not os.path.exists(header):
+        return f"Triton needs Python's C headers to launch a kernel, and there is no {header}; install python3-dev"
+    return None
+
+
+def _ptxas_version() -> str | None:
+    """The CUDA version that Triton compiles for on the current GPU, None where it does not tell."""
+    from triton.backends.nvidia import compiler
+
+    major, minor = gpu.chip(torch.device("cuda")).capability
+    try:
+        return compiler.get_ptxas(10 * major + minor).version
+    except (AttributeError, RuntimeError):
+        return None

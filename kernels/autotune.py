@@ -9,8 +9,16 @@ from typing import Any, TypeVar
 import torch
 import triton
 
+from dino_fast.gpu import on_device
+
 T = TypeVar("T")
 _measured: dict[Hashable, Any] = {}  # what was found, for this process
+
+
+def rounded(rows: int) -> int:
+    """A number of rows for the key of `pick`: the next power of 2, so that a number that changes with each batch is not
+    measured anew each time."""
+    return triton.next_power_of_2(rows)
 
 
 def pick(key: Hashable, candidates: Sequence[T], device: torch.device, launch: Callable[[T], object]) -> T:
@@ -20,8 +28,9 @@ def pick(key: Hashable, candidates: Sequence[T], device: torch.device, launch: C
     if os.environ.get("DINO_FAST_AUTOTUNE") != "1" or device.type != "cuda" or len(candidates) == 1:
         return candidates[0]
     if key not in _measured:
-        if torch.cuda.is_current_stream_capturing():
-            return candidates[0]
-        times = [triton.testing.do_bench(lambda c=c: launch(c)) for c in candidates]
+        with on_device(device):
+            if torch.cuda.is_current_stream_capturing():
+                return candidates[0]
+            times = [triton.testing.do_bench(lambda c=c: launch(c)) for c in candidates]
         _measured[key] = candidates[times.index(min(times))]
     return _measured[key]

@@ -25,12 +25,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dino_fast.gpu import chip
+from dino_fast.kernels.launch import launch_kernel
+
 # A tile of 16 rows by 512 columns in float32 is 32 registers a thread at 8 warps; `_statistics` holds three of them
 # (4 warps would spill on sm_90).
 BLOCK_K = 512
 WARPS = 8
-# Programs enough for two waves on 132 multiprocessors, whatever the number of images.
-TARGET_PROGRAMS = 264
+# Programs that a multiprocessor is given, at least, whatever the number of images.
+WAVES = 2
 
 
 @triton.jit
@@ -200,7 +203,7 @@ def statistics(
     """
     V, B, K = student.shape
     blocks = triton.cdiv(K, BLOCK_K)
-    slices = max(1, min(blocks, triton.cdiv(TARGET_PROGRAMS, B)))
+    slices = max(1, min(blocks, triton.cdiv(WAVES * chip(student.device).multiprocessors, B)))
     slice_k = triton.cdiv(blocks, slices) * BLOCK_K
     slices = triton.cdiv(K, slice_k)
 
@@ -209,13 +212,15 @@ def statistics(
 
     row_stats, pair_stats, teacher_stats = empty(B, slices, 2, V), empty(B, slices, 2, V), empty(B, slices, 6)
     rows = triton.next_power_of_2(V)
-    _statistics[(B, slices)](
+    launch_kernel(
+        _statistics, (B, slices),
         student, teacher, center, row_stats, pair_stats, teacher_stats,
         student.stride(0), student.stride(1), teacher.stride(0), teacher.stride(1), V, K, slice_k,
         1.0 / student_temp, 1.0 / teacher_temp, ROWS=rows, BLOCK_K=BLOCK_K, num_warps=WARPS,
     )  # fmt: skip
     image_loss, image_entropy = empty(B), empty(B)
-    _merge[(B,)](
+    launch_kernel(
+        _merge, (B,),
         row_stats, pair_stats, teacher_stats, row_statistics[0], row_statistics[1], image_loss, image_entropy,
         B, V, slices, 1.0 / student_temp, 1.0 / teacher_temp, ROWS=rows, num_warps=1,
     )  # fmt: skip
@@ -243,12 +248,13 @@ def _columns(
     V, B, K = student.shape
     # Columns alone fill half the chip at K = 65536; images are split too, and their sums are added in order.
     blocks = triton.cdiv(K, BLOCK_K)
-    groups = max(1, min(B, triton.cdiv(TARGET_PROGRAMS, blocks)))
+    groups = max(1, min(B, triton.cdiv(WAVES * chip(student.device).multiprocessors, blocks)))
     images = triton.cdiv(B, groups)
     groups = triton.cdiv(B, images)
     sums = torch.empty((groups, K), dtype=torch.float32, device=student.device)
     out = student if grad is None else grad
-    _gradient[(blocks, groups)](
+    launch_kernel(
+        _gradient, (blocks, groups),
         student, teacher, center, row_statistics[0], row_statistics[1], upstream, out, sums,
         student.stride(0), student.stride(1), teacher.stride(0), teacher.stride(1), out.stride(0), out.stride(1),
         B, V, K, images, 1.0 / student_temp, 1.0 / teacher_temp, 1.0 / (student_temp * B * (2 * V - 2)),

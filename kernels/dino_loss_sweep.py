@@ -23,6 +23,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dino_fast.gpu import chip
+from dino_fast.kernels.launch import launch_kernel
+
 LOG2_E = 1.4426950408889634
 BLOCK_K = 512
 WARPS = 8
@@ -257,7 +260,7 @@ def _scale(values, upstream, count, BLOCK: tl.constexpr):
 
 def scale(values: Tensor, upstream: Tensor) -> None:
     """values *= upstream, a scalar on the device; nothing is read or written where it is 1. `values` contiguous."""
-    _scale[(resident(values.device),)](values, upstream, values.numel(), BLOCK=4096, num_warps=8)
+    launch_kernel(_scale, (resident(values.device),), values, upstream, values.numel(), BLOCK=4096, num_warps=8)
 
 
 def programs(K: int, B: int, resident: int) -> tuple[int, int]:
@@ -268,20 +271,14 @@ def programs(K: int, B: int, resident: int) -> tuple[int, int]:
 
 def resident(device: torch.device) -> int:
     """Programs that a chip holds at once."""
-    if device.type != "cuda":
-        return 264  # the interpreter has them one after the other
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return 2 * chip(device).multiprocessors
 
 
-def rejects(student: Tensor) -> str | None:
+def unsupported_reason(student: Tensor) -> str | None:
     """Why this kernel does not take logits [V, B, K], or None."""
     V, B, K = student.shape
-    if student.device.type == "cuda":
-        chip = torch.cuda.get_device_capability(student.device)
-        if chip < (8, 0):
-            return "it needs compute capability 8.0"
-        if chip < (9, 0) and student.dtype == torch.float32:
-            return "float32 logits would spill on this chip"
+    if chip(student.device).capability < (9, 0) and student.dtype == torch.float32:
+        return "float32 logits would spill on this chip"
     if V > 16:
         return f"it takes at most 16 crops, not {V}"
     if programs(K, B, resident(student.device))[1] == 0:
@@ -311,7 +308,8 @@ def sweep(
     constants = launch_constants(V, K, slices, student.element_size())
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"  # there programs run one by one, so nobody may wait
     for halves in ((True, False), (False, True)) if interpreted else ((True, True),):
-        _sweep[(groups * slices + groups,)](
+        launch_kernel(
+            _sweep, (groups * slices + groups,),
             student, teacher, center, grad, parts, row_statistics[0], row_statistics[1], images[0], images[1],
             teacher_sums, counters, scalars[0], scalars[1], mean,
             student.stride(0), student.stride(1), teacher.stride(0), teacher.stride(1), grad.stride(0), grad.stride(1),

@@ -37,11 +37,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dino_fast.gpu import chip
 from dino_fast.kernels import linear_dino_loss_half as half
-from dino_fast.kernels.autotune import pick
+from dino_fast.kernels.autotune import pick, rounded
+from dino_fast.kernels.launch import launch_kernel
 
-# Programs of `_attend`: about one for each multiprocessor. More would only enlarge the workspace.
-TARGET_PROGRAMS = 132
 COLUMNS = 32  # prototypes of a program of `_columns`
 # The largest |m| / tau up to which the backward takes the forward's sums: weight norm with a gain of 1 stays below it.
 LIMIT = 32.0
@@ -86,7 +86,7 @@ def _logits(
 
 @triton.jit
 def _attend(
-    student, student_weight, student_scale, teacher, teacher_weight, teacher_scale, center,
+    student, student_weight, student_scale, read_scale, teacher, teacher_weight, teacher_scale, center,
     part_max, part_sum, part_pair, part_read,
     V, T, B, images, K, D, student_k, teacher_k, slice_k, inverse_student_temp, inverse_teacher_temp,
     BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
@@ -148,7 +148,7 @@ def _attend(
         m_t = new_m_t
         if READ:
             if SCALED:
-                scale = tl.load(student_scale + k, mask, 0.0)[:, None]
+                scale = tl.load(read_scale + k, mask, 0.0)[:, None]
                 e = e * scale
                 e_t = e_t * scale
             at = student_weight + k[:, None] * student_k + d[None, :]
@@ -358,12 +358,22 @@ class Layer:
             self._measure(None)
         return self._scale
 
+    def read_scale(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """What e^y is multiplied by before it is rounded to `dtype` for the second product, and the number by which the
+        product is still to be multiplied. In float16 scales are divided by the largest: as they are, the lifted
+        weights would overflow from 16 on."""
+        if dtype != torch.float16 or self.scale is None:
+            return self.scale, None
+        largest = self.scale.abs().amax().clamp_min(1e-30)
+        return self.scale / largest, largest
+
     def _measure(self, row: Tensor | None) -> None:
         K, D = self.weight.shape
         if self.gain is not None:
             self._scale = self.weight.new_empty(K, dtype=torch.float32)
         spare = self.weight  # an address for an argument that is not used
-        _columns[(triton.cdiv(K, COLUMNS),)](
+        launch_kernel(
+            _columns, (triton.cdiv(K, COLUMNS),),
             self.weight, _or(self.gain, spare), _or(row, spare), _or(self._scale, spare), _or(self.logits, spare),
             K, D, self.weight.stride(0), BLOCK_K=COLUMNS, WIDTH=width(D), SCALED=self.gain is not None,
             MEAN=row is not None, num_warps=4,
@@ -397,6 +407,11 @@ def constants(tile: Tile, V: int, T: int, D: int, dtype: torch.dtype) -> tuple[i
     }
 
 
+def programs(device: torch.device) -> int:
+    """Of `_attend`: about one for each multiprocessor. More would only enlarge the workspace."""
+    return chip(device).multiprocessors
+
+
 def attend(
     student: Tensor, student_layer: Layer, teacher: Tensor, teacher_layer: Layer, center: Tensor,
     student_temp: float, teacher_temp: float, *, wanted: bool,
@@ -421,7 +436,7 @@ def attend(
 def _attend_with(tile, student, student_layer, teacher, teacher_layer, center, student_temp, teacher_temp, wanted):
     (V, B, D), T, K = student.shape, len(teacher), len(student_layer.weight)
     images, options = constants(tile, V, T, D, student.dtype)
-    blocks, slices, slice_k = _split(tile, images, B, K)
+    blocks, slices, slice_k = _split(tile, images, B, K, student.device)
     rows = (T + V) * B
 
     def empty(*shape: int) -> Tensor:
@@ -429,8 +444,10 @@ def _attend_with(tile, student, student_layer, teacher, teacher_layer, center, s
 
     part_max, part_sum, part_pair = empty(slices, T + V, B), empty(slices, T + V, B), empty(slices, T, V, B)
     part_read, read = (empty(*shape, rows, D) if wanted else part_max for shape in ((slices,), ()))
-    _attend[(blocks, slices)](
-        student, student_layer.weight, _or(student_layer.scale, center),
+    read_scale, largest = student_layer.read_scale(student.dtype) if wanted else (None, None)
+    launch_kernel(
+        _attend, (blocks, slices),
+        student, student_layer.weight, _or(student_layer.scale, center), _or(read_scale, center),
         teacher, teacher_layer.weight, _or(teacher_layer.scale, center), center,
         part_max, part_sum, part_pair, part_read,
         V, T, B, images, K, D, student_layer.weight.stride(0), teacher_layer.weight.stride(0), slice_k,
@@ -438,10 +455,13 @@ def _attend_with(tile, student, student_layer, teacher, teacher_layer, center, s
         TEACHER_SCALED=teacher_layer.scale is not None, READ=wanted, **options,
     )  # fmt: skip
     statistics = empty(2, T + V, B)
-    _merge[(rows,)](
+    launch_kernel(
+        _merge, (rows,),
         part_max, part_sum, part_read, statistics[0], statistics[1], read, rows, T * B, D, slices,
         1.0 / student_temp, 1.0 / teacher_temp, WIDTH=width(D), READ=wanted, num_warps=4,
     )  # fmt: skip
+    if largest is not None:
+        read.mul_(largest)
     below = part_max - statistics[0]  # [slices, T + V, B]: what a slice's logits were measured from, less the maximum
     shift = (below[:, T:] / student_temp)[:, None]  # [slices, 1, V, B]
     sums = part_sum[:, :T, None]  # [slices, T, 1, B]
@@ -483,7 +503,8 @@ def _weigh_with(tile, student, student_layer, teacher, teacher_layer, center, st
     grad = torch.empty((K, D), dtype=student_layer.weight.dtype, device=student.device)
     scaled = student_layer.scale is not None
     gain_grad = torch.empty(K if scaled else 1, dtype=torch.float32, device=student.device)
-    _weigh[(triton.cdiv(K, tile.prototypes),)](
+    launch_kernel(
+        _weigh, (triton.cdiv(K, tile.prototypes),),
         student, student_layer.weight, _or(student_layer.scale, center), maxima[T:], factors,
         teacher, teacher_layer.weight, _or(teacher_layer.scale, center), maxima, pair_factors, center, unit, grad,
         gain_grad, V, T, B, images, K, D, student_layer.weight.stride(0), teacher_layer.weight.stride(0),
@@ -498,9 +519,10 @@ def _sums_with(tile, student, student_layer, teacher, teacher_layer, center, sta
     (V, B, D), T, K = student.shape, len(teacher), len(student_layer.weight)
     images, options = constants(tile, V, T, D, student.dtype)
     options = {name: value for name, value in options.items() if name not in ("ALIGNED", "LIFT")}
-    blocks, slices, slice_k = _split(tile, images, B, K)
+    blocks, slices, slice_k = _split(tile, images, B, K, student.device)
     part_sum = torch.empty((slices, T + V, B), dtype=torch.float32, device=student.device)
-    _sums[(blocks, slices)](
+    launch_kernel(
+        _sums, (blocks, slices),
         student, student_layer.weight, _or(student_layer.scale, center), statistics[0, T:], statistics[1, T:],
         teacher, teacher_layer.weight, _or(teacher_layer.scale, center), statistics[0], statistics[1], center,
         part_sum, V, T, B, images, K, D, student_layer.weight.stride(0), teacher_layer.weight.stride(0), slice_k,
@@ -510,10 +532,10 @@ def _sums_with(tile, student, student_layer, teacher, teacher_layer, center, sta
     return part_sum.sum(0)
 
 
-def _split(tile: Tile, images: int, B: int, K: int) -> tuple[int, int, int]:
+def _split(tile: Tile, images: int, B: int, K: int, device: torch.device) -> tuple[int, int, int]:
     """Blocks of images, slices of K, and the prototypes of a slice."""
     blocks, columns = triton.cdiv(B, images), triton.cdiv(K, tile.prototypes)
-    slice_k = triton.cdiv(columns, max(1, min(columns, TARGET_PROGRAMS // blocks))) * tile.prototypes
+    slice_k = triton.cdiv(columns, max(1, min(columns, programs(device) // blocks))) * tile.prototypes
     return blocks, triton.cdiv(K, slice_k), slice_k
 
 
@@ -542,7 +564,8 @@ def bytes_moved(tile: Tile, V: int, T: int, B: int, K: int, D: int, element_size
 def _tile(kernel: str, table: dict, student: Tensor, layers: tuple[Layer, Layer], T: int, launch: Callable) -> Tile:
     weights = torch.promote_types(layers[0].weight.dtype, layers[1].weight.dtype)
     candidates = tiles(table, student.dtype, weights, student.shape[2])
-    key = (kernel, student.device, student.dtype, weights, student.shape, T, len(layers[0].weight))
+    V, B, D = student.shape
+    key = (kernel, student.device, student.dtype, weights, V, rounded(B), D, T, len(layers[0].weight))
     return pick(key, candidates, student.device, launch)
 
 

@@ -8,9 +8,10 @@ With the names of that file, and all rows of a network one below the other, [N, 
 so no tile needs both networks' logits and none is padded to whole images. Where a student row has one target row
 (`ALIGNED`, iBOT) both are at hand, and f e^y - h e^y' is taken before the product, which saves one for the teacher.
 
-The pair products come from the reads: d(u, v) = (z(v) . E(u) - m(v)) / tau. E is a mean under weights that are rounded
-to 16 bits and divided by the sum of the rounded ones, so a common error of the weights cancels; what remains is below
-the error that 16-bit logits have. (float32 has no such slack: there d is summed from the logits, in the other file.)
+The pair products come from the reads: d(u, v) = (z(v) . E(u) - m(v)) / tau. The teacher's E is a mean under weights in
+two parts of 16 bits, e = p + rest, a product each: rounded once to bfloat16 they cost the loss some 1e-5 of itself. The
+student's weights are rounded once, and divided by the sum of the rounded ones, so that a common error cancels: their
+reads end in a gradient of 16 bits. (float32 has no such slack: there d is summed from the logits, in the other file.)
 
 A program of `_attend` keeps ROWS rows and what they read on chip and walks over one slice of K; slices meet in the
 other file's `_merge`. A program of `_weigh` keeps BLOCK_K prototypes and their gradient and walks over all rows. The
@@ -29,7 +30,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dino_fast.kernels.autotune import pick
+from dino_fast.gpu import chip
+from dino_fast.kernels.autotune import pick, rounded
+from dino_fast.kernels.launch import launch_kernel
 
 CHUNK = tl.constexpr(32)  # rows of the projection
 
@@ -50,6 +53,12 @@ def _store(base, value, row, row_mask, D, WIDTH: tl.constexpr, WHOLE: tl.constex
     d = tl.arange(0, WIDTH)
     mask = row_mask[:, None] if WHOLE else row_mask[:, None] & (d < D)[None, :]
     tl.store(base + row[:, None] * D + d[None, :], value.to(base.dtype.element_ty), mask)
+
+
+@triton.jit
+def _round(x, like):
+    """float32 x in the type of the other factor of a product."""
+    return x.to(like.dtype)
 
 
 @triton.jit
@@ -82,22 +91,31 @@ def _walk(
         if READ:
             if VALUES_SCALED:
                 a = tl.load(value_scale + k, mask, 0.0)
-                p = (e * (a * LIFT)[None, :]).to(w.dtype)
-                # What the weight is after rounding; a prototype of gain 0 reads nothing and keeps its weight.
-                back = tl.where(a != 0.0, 1.0 / (a * LIFT), 0.0)
-                rounded = rounded * old + tl.sum(tl.where((a != 0.0)[None, :], p.to(tl.float32) * back[None, :], e), 1)
+                wide = e * (a * LIFT)[None, :]
             else:
-                p = (e * LIFT).to(w.dtype)
-                rounded = rounded * old + tl.sum(p.to(tl.float32), 1) / LIFT
+                wide = e * LIFT
+            p = _round(wide, w)
             if TEACHER:
+                rest = _round(wide - p.to(tl.float32), w)
                 w = _tile(values, k, end, D, values_k, WIDTH, WHOLE)
-            read = tl.dot(p, w, read * old[:, None], input_precision="tf32x3")
+                read = tl.dot(p, w, read * old[:, None], input_precision="tf32x3")
+                read = tl.dot(rest, w, read, input_precision="tf32x3")
+            else:
+                if VALUES_SCALED:
+                    # What the weight is after rounding; what is 0 then (a prototype of gain 0) keeps its weight.
+                    back = tl.where(a != 0.0, 1.0 / (a * LIFT), 0.0)
+                    rounded = rounded * old + tl.sum(tl.where(p != 0.0, p.to(tl.float32) * back[None, :], e), 1)
+                else:
+                    rounded = rounded * old + tl.sum(p.to(tl.float32), 1) / LIFT
+                read = tl.dot(p, w, read * old[:, None], input_precision="tf32x3")
+    if TEACHER:
+        return m, l, read / LIFT
     return m, l, read * (l / (rounded * LIFT))[:, None]
 
 
 @triton.jit
 def _attend(
-    student, student_weight, student_scale, teacher, teacher_weight, teacher_scale, center,
+    student, student_weight, student_scale, read_scale, teacher, teacher_weight, teacher_scale, center,
     part_max, part_sum, part_read,
     student_rows, teacher_rows, teacher_blocks, K, D, student_k, teacher_k, slice_k, log2_student, log2_teacher,
     ROWS: tl.constexpr, BLOCK_K: tl.constexpr, WIDTH: tl.constexpr, WHOLE: tl.constexpr, SCALED: tl.constexpr,
@@ -114,7 +132,7 @@ def _attend(
         t_mask = t_row < teacher_rows
         z_t = _tile(teacher, t_row, teacher_rows, D, D, WIDTH, WHOLE)
         m_t, l_t, read_t = _walk(
-            z_t, teacher_weight, teacher_scale, student_weight, student_scale, center, begin, end, D, teacher_k,
+            z_t, teacher_weight, teacher_scale, student_weight, read_scale, center, begin, end, D, teacher_k,
             student_k, log2_teacher, ROWS, BLOCK_K, WIDTH, WHOLE, TEACHER_SCALED, SCALED, True, True, LIFT, STAGES,
         )  # fmt: skip
         at = j * all_rows + t_row
@@ -126,7 +144,7 @@ def _attend(
         s_mask = s_row < student_rows
         z = _tile(student, s_row, student_rows, D, D, WIDTH, WHOLE)
         m, l, read = _walk(
-            z, student_weight, student_scale, student_weight, student_scale, center, begin, end, D, student_k,
+            z, student_weight, student_scale, student_weight, read_scale, center, begin, end, D, student_k,
             student_k, log2_student, ROWS, BLOCK_K, WIDTH, WHOLE, SCALED, SCALED, False, READ, LIFT, STAGES,
         )  # fmt: skip
         at = j * all_rows + teacher_rows + s_row
@@ -261,8 +279,6 @@ WEIGH_TILES = {
     (10, 0): (Tile(64, 128, 2, 8), Tile(32, 128, 2, 8)),
 }
 ALIGNED_TILES = {(8, 0): (Tile(32, 64, 2, 8),), (9, 0): (Tile(32, 128, 2, 8),), (10, 0): (Tile(32, 128, 2, 8),)}
-# One program of `_attend` fills a multiprocessor: whole rounds of them.
-PROGRAMS = {(8, 0): 108, (9, 0): 132, (10, 0): 148}
 
 
 def takes(student: Tensor, *weights: Tensor) -> bool:
@@ -273,11 +289,12 @@ def takes(student: Tensor, *weights: Tensor) -> bool:
     same = all(weight.dtype == student.dtype for weight in weights)
     # Lifted and masked at once, which is float16 of less than the full width, the largest tile would spill.
     fits = D == WIDTH or (student.dtype == torch.bfloat16 and WIDTH // 2 < D < WIDTH)
-    return same and fits and chip(student) in ATTEND_TILES
+    return same and fits and chip(student.device).capability in ATTEND_TILES
 
 
-def chip(tensor: Tensor) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(tensor.device) if tensor.device.type == "cuda" else (9, 0)
+def programs(device: torch.device) -> int:
+    """Of `_attend`, of which one fills a multiprocessor: whole rounds of them."""
+    return chip(device).multiprocessors
 
 
 def constants(tile: Tile, D: int, dtype: torch.dtype, kernel: str) -> dict[str, Any]:
@@ -301,29 +318,34 @@ def attend(
     """As `kernels.linear_dino_loss.attend`: statistics [2, T + V, B], d [T, V, B], reads [T + V, B, D] or None."""
     (V, B, D), T, K = student.shape, len(teacher), len(student_layer.weight)
     temps = LOG2_E / student_temp, LOG2_E / teacher_temp
+    read_scale, largest = student_layer.read_scale(student.dtype)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=student.device)
 
     def launch(tile: Tile) -> tuple[Tensor, Tensor]:
-        teacher_blocks, blocks, slice_k, slices = split(tile, V, T, B, K, PROGRAMS[chip(student)])
+        teacher_blocks, blocks, slice_k, slices = split(tile, V, T, B, K, programs(student.device))
         part_max, part_sum = empty(slices, T + V, B), empty(slices, T + V, B)
         part_read = empty(slices, T + V, B, D)
-        _attend[(blocks, slices)](
-            student, student_layer.weight, _or(student_layer.scale, center),
+        launch_kernel(
+            _attend, (blocks, slices),
+            student, student_layer.weight, _or(student_layer.scale, center), _or(read_scale, center),
             teacher, teacher_layer.weight, _or(teacher_layer.scale, center), center, part_max, part_sum, part_read,
             V * B, T * B, teacher_blocks, K, D, student_layer.weight.stride(0), teacher_layer.weight.stride(0),
             slice_k, *temps, SCALED=student_layer.scale is not None, TEACHER_SCALED=teacher_layer.scale is not None,
             READ=wanted, **constants(tile, D, student.dtype, "attend"),
         )  # fmt: skip
         statistics, read = empty(2, T + V, B), empty(T + V if wanted else T, B, D)
-        _finish[((T + V) * B,)](
+        launch_kernel(
+            _finish, ((T + V) * B,),
             part_max, part_sum, part_read, statistics[0], statistics[1], read, (T + V) * B, T * B, D, slices, *temps,
             SLICES=triton.next_power_of_2(slices), WIDTH=WIDTH, READ=wanted, num_warps=4,
         )  # fmt: skip
         return statistics, read
 
     statistics, read = launch(_tile_of("attend", ATTEND_TILES, student, (T, K, wanted), launch))
+    if largest is not None:
+        read.mul_(largest)
     products = torch.einsum("vbd,ubd->uvb", student.double(), read[:T].double())
     pairs = ((products - statistics[0, T:].double()) / student_temp).float()
     return statistics, pairs, read if wanted else None
@@ -356,7 +378,8 @@ def weight_gradient(
     def launch(tile: Tile) -> tuple[Tensor, Tensor]:
         grad = torch.empty((K, D), dtype=student_layer.weight.dtype, device=student.device)
         gain_grad = torch.empty(K if scaled else 1, dtype=torch.float32, device=student.device)
-        _weigh[(triton.cdiv(K, tile.prototypes),)](
+        launch_kernel(
+            _weigh, (triton.cdiv(K, tile.prototypes),),
             student, student_layer.weight, _or(student_layer.gain, center), maxima[T:], factors,
             teacher, teacher_layer.weight, _or(teacher_layer.gain, center), maxima, teacher_factors, sums, center,
             unit, grad, gain_grad, V * B, T * B, K, D, student_layer.weight.stride(0), teacher_layer.weight.stride(0),
@@ -371,11 +394,11 @@ def weight_gradient(
 
 def flops(tile: Tile, weigh: Tile, V: int, T: int, B: int, K: int) -> dict[str, int]:
     """Floating-point operations of the products with reads, padding included, for a tile of each kernel and K a
-    multiple of their prototypes. Without padding 4 (V + T) each, or 4 V + 2 T aligned, times B K D."""
-    _, blocks, _, _ = split(tile, V, T, B, K, 1)
+    multiple of their prototypes. Without padding 4 V + 6 T, and 4 (V + T) or 4 V + 2 T aligned, times B K D."""
+    teacher_blocks, blocks, _, _ = split(tile, V, T, B, K, 1)
     student, teacher = (triton.cdiv(n * B, weigh.rows) * weigh.rows for n in (V, T))
     products = 4 * student + (2 if V == T == 1 else 4) * teacher
-    return {"attend": 4 * blocks * tile.rows * K * WIDTH, "weigh": products * K * WIDTH}
+    return {"attend": (4 * blocks + 2 * teacher_blocks) * tile.rows * K * WIDTH, "weigh": products * K * WIDTH}
 
 
 def bytes_moved(
@@ -395,8 +418,9 @@ def bytes_moved(
 
 
 def _tile_of(kernel: str, table: dict, student: Tensor, sizes: tuple, launch: Callable) -> Tile:
-    key = ("half", kernel, student.device, student.dtype, student.shape, *sizes)
-    return pick(key, table[chip(student)], student.device, launch)
+    V, B, D = student.shape
+    key = ("half", kernel, student.device, student.dtype, V, rounded(B), D, *sizes)
+    return pick(key, table[chip(student.device).capability], student.device, launch)
 
 
 def _or(tensor: Tensor | None, spare: Tensor) -> Tensor:

@@ -38,7 +38,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dino_fast.gpu import INTERPRETED, chip
 from dino_fast.kernels.autotune import pick
+from dino_fast.kernels.launch import launch_kernel
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -303,8 +305,10 @@ class Tile(NamedTuple):
 
 WIDEST = 128  # elements of a head
 WHOLE = 256  # tokens of a sequence whose keys and values stay on chip in 16 bits
+# Bytes of shared memory that "whole" takes at most, by the width; all else fits every chip from sm_80 on.
+WHOLE_SHARED_MEMORY = {32: 41984, 64: 86016, 128: 147456}
 CROPS = 4  # short sequences of a program, where there are programs enough all the same
-ENOUGH_PROGRAMS = 4 * 132
+ENOUGH_PROGRAMS = 4  # for each multiprocessor
 
 # By the bytes of an element, the width and the way: first the tile that is taken, then what DINO_FAST_AUTOTUNE=1 also
 # measures. All compile for sm_80, sm_90 and sm_100 without spills (tests/kernels/test_packed_attention.py); larger ones
@@ -347,15 +351,22 @@ def width(d: int) -> int:
     return max(16, triton.next_power_of_2(d))
 
 
-def tiles(max_seqlen: int, d: int, element_size: int, *, backward: bool = False) -> tuple[str, tuple[Tile, ...]]:
-    """The way of the longest sequence and the tiles for it."""
+def tiles(
+    max_seqlen: int,
+    d: int,
+    element_size: int,
+    *,
+    backward: bool = False,
+    shared_memory: int = INTERPRETED.shared_memory,
+) -> tuple[str, tuple[Tile, ...]]:
+    """The way of the longest sequence and the tiles for it, on a chip of so many bytes of shared memory a block."""
     table = BACKWARD_TILES if backward else FORWARD_TILES
     kind = element_size, max(32, width(d))
     if max_seqlen <= table[(*kind, "short")][0].short:
         # A tile as short as the sequences
         short = max(16, triton.next_power_of_2(max_seqlen))
         return "short", tuple(tile._replace(short=min(tile.short, short)) for tile in table[(*kind, "short")])
-    if max_seqlen <= WHOLE and (*kind, "whole") in table:
+    if max_seqlen <= WHOLE and (*kind, "whole") in table and WHOLE_SHARED_MEMORY[kind[1]] <= shared_memory:
         keys = triton.next_power_of_2(max_seqlen)
         return "whole", tuple(tile._replace(keys=keys) for tile in table[(*kind, "whole")])
     return "tiles", table[(*kind, "tiles")]
@@ -367,10 +378,12 @@ def constants(way: str, tile: Tile, d: int, crops: int, *, backward: bool = Fals
     return found if backward else found | {"KEYS": tile.keys}
 
 
-def grid(way: str, tile: Tile, n: int, H: int, max_seqlen: int) -> tuple[int, int, int]:
+def grid(
+    way: str, tile: Tile, n: int, H: int, max_seqlen: int, multiprocessors: int = INTERPRETED.multiprocessors
+) -> tuple[int, int, int]:
     """Groups of sequences, blocks of rows in each, sequences of a group."""
     if way == "short":
-        crops = CROPS if n * H >= CROPS * ENOUGH_PROGRAMS else 1
+        crops = CROPS if n * H >= CROPS * ENOUGH_PROGRAMS * multiprocessors else 1
         return triton.cdiv(n, crops), 1, crops
     return n, triton.cdiv(max_seqlen, tile.rows) if way == "tiles" else 1, 1
 
@@ -382,11 +395,13 @@ def forward(qkv: Tensor, ends: Tensor, max_seqlen: int, out: Tensor, maxima: Ten
     n = ends.shape[0] - 1
     if tokens == 0 or n == 0 or max_seqlen == 0:
         return
-    way, candidates = tiles(max_seqlen, d, qkv.element_size())
+    limits = chip(qkv.device)
+    way, candidates = tiles(max_seqlen, d, qkv.element_size(), shared_memory=limits.shared_memory)
 
     def launch(tile: Tile) -> None:
-        groups, blocks, crops = grid(way, tile, n, H, max_seqlen)
-        _forward[(groups * blocks, H)](
+        groups, blocks, crops = grid(way, tile, n, H, max_seqlen, limits.multiprocessors)
+        launch_kernel(
+            _forward, (groups * blocks, H),
             qkv, out, maxima, sums, ends, *qkv.stride()[:3], tokens, n, H, blocks, d**-0.5,
             **constants(way, tile, d, crops), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -403,21 +418,25 @@ def backward(
     n = ends.shape[0] - 1
     if tokens == 0 or n == 0 or max_seqlen == 0:
         return
-    way, candidates = tiles(max_seqlen, d, qkv.element_size(), backward=True)
-    # Of rows in tiles, from the first kernel to the second
-    new_sums, deltas = torch.empty((2, *sums.shape) if way == "tiles" else (2, 1), dtype=torch.float32, device=qkv.device)
+    limits = chip(qkv.device)
+    way, candidates = tiles(max_seqlen, d, qkv.element_size(), backward=True, shared_memory=limits.shared_memory)
+    # Of rows in tiles, from the first kernel to the second.
+    shape = (2, *sums.shape) if way == "tiles" else (2, 1)
+    new_sums, deltas = torch.empty(shape, dtype=torch.float32, device=qkv.device)
 
     def launch(tile: Tile) -> None:
-        groups, blocks, crops = grid(way, tile, n, H, max_seqlen)
+        groups, blocks, crops = grid(way, tile, n, H, max_seqlen, limits.multiprocessors)
         made_for = constants(way, tile, d, crops, backward=True)
         strides, options = (*qkv.stride()[:3], *grad.stride()[:2]), {"num_warps": tile.warps, "num_stages": tile.stages}
-        _backward[(groups * blocks, H)](
+        launch_kernel(
+            _backward, (groups * blocks, H),
             grad, qkv, out, maxima, sums, new_sums, deltas, ends, grad_qkv, *strides, tokens, n, H, blocks, d**-0.5,
             **made_for, **options,
         )  # fmt: skip
         if way == "tiles":
             made_for = {name: made_for[name] for name in ("WIDTH", "D", "SHORT", "ROWS")}
-            _backward_of_keys[(n * blocks, H)](
+            launch_kernel(
+                _backward_of_keys, (n * blocks, H),
                 grad, qkv, maxima, new_sums, deltas, ends, grad_qkv, *strides, tokens, H, blocks, d**-0.5, **made_for,
                 **options,
             )  # fmt: skip

@@ -29,7 +29,8 @@ from dino_fast.report.pictures import _untrained
 from dino_fast.report.serve import open_server
 
 MODEL: dict[str, Any] = {
-    "arch": "vit_tiny", "embed_dim": 32, "depth": 2, "heads": 2, "patch_size": 4, "global_size": 16, "local_size": 8,
+    "arch": "vit_tiny", "embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4, "global_size": 16,
+    "local_size": 8,
     "local_crops": 2, "out_dim": 64, "head_hidden_dim": 32, "head_bottleneck_dim": 16, "batch_size": 8, "epochs": 3,
     "warmup_epochs": 1, "knn_every": 1, "save_every": 1, "workers": 0, "device": "cpu",
 }  # fmt: skip
@@ -173,14 +174,14 @@ def test_pictures_are_of_the_run(run: Path, page: str) -> None:
 
 
 def test_untrained_weights_are_those_the_run_began_with(run: Path) -> None:
+    from dino_fast.engine.build import build_train_state
     from dino_fast.engine.config import load_config
-    from dino_fast.engine.train_step import build_learner
     from dino_fast.eval.common.backbone import open_backbone
 
     config = load_config(run / "config.yaml")
     found = _untrained(config, open_backbone(run))
     assert found is not None
-    first = build_learner(config, 3, torch.device("cpu"), "fp32").teacher.backbone.state_dict()
+    first = build_train_state(config, 3, torch.device("cpu"), "fp32").teacher.backbone.state_dict()
     again = found.backbone.state_dict()
     assert first.keys() == again.keys() and all(torch.equal(first[name], again[name]) for name in first)
 

@@ -330,6 +330,7 @@ template <typename T, int Which> T* room(int64_t count) {
   thread_local std::unique_ptr<T, void (*)(T*)> memory{nullptr, [](T* p) { ::operator delete(p, kLine); }};
   thread_local int64_t size = 0;
   if (size < count) {
+    size = 0;  // where there is no memory for more, the next call finds none
     memory.reset();
     memory.reset(static_cast<T*>(::operator new(count * sizeof(T), kLine)));
     size = count;

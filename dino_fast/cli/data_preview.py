@@ -6,7 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dino_fast.engine.config import PRESETS, build_config, multi_crop
+from dino_fast.engine.config import build_config, multi_crop
+from dino_fast.engine.presets import PRESETS
 from dino_fast.errors import UserError, make_folder, unwritable
 
 

@@ -29,8 +29,8 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
     )
     lines = [
-        f"Jaccard {100 * result['jaccard']:.2f} %  (best head of each image; {result['which']}, "
-        f"{100 * result['mass']:g} % of the attention, {result['images']} images)",
+        f"Jaccard {100 * result['jaccard']:.2f} %  (best head for each object; {result['which']}, "
+        f"{100 * result['mass']:g} % of the attention, {result['objects']} objects in {result['images']} images)",
         f"best single head: {result['best_head']} with {100 * result['best_head_jaccard']:.2f} %; by head: "
         + "  ".join(f"{100 * value:.2f}" for value in result["heads"]),
     ]

@@ -65,20 +65,20 @@ def _explain(operation: str) -> dict[str, dict[str, Any]]:
     """For each kind of device, the backend that would run, and for every other why it would not."""
     import torch
 
-    from dino_fast.backends import OPERATIONS, PREFERENCES, BackendError, choose
+    from dino_fast.backends import EXAMPLES, OPERATIONS, PREFERENCES, BackendError, choose
 
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     result = {}
     for device in devices:
-        tensor = torch.empty(0, device=device)
+        inputs = EXAMPLES[operation](torch.device(device))
         try:
-            chosen, error = choose(operation, tensor), None
+            chosen, error = choose(operation, *inputs), None
         except BackendError as problem:
             chosen, error = None, str(problem)
         others = {}
         for backend in OPERATIONS[operation]:
             if backend.name != chosen:
-                reason = backend.missing() or backend.rejects(tensor)
+                reason = backend.unavailable_reason() or backend.unsupported_reason(*inputs)
                 others[backend.name] = reason or error or f"'{chosen}' is faster, or was asked for"
         result[device] = {"chosen": chosen, "others": others}
         if operation in PREFERENCES:

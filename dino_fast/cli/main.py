@@ -83,7 +83,7 @@ def _run(words: list[str]) -> int:
             f"'{parser.prog} --help' shows how many each takes"
         )
     if unknown:
-        options = [option for action in parser._actions for option in action.option_strings]
+        options = [name for action in parser._actions for name in action.option_strings if "_" not in name]
         word = unknown[0].partition("=")[0]
         raise UserError(
             f"{parser.prog} has no option {word!r}{nearest(word, options) or '.'} '{parser.prog} --help' lists all"

@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints the runs, the settings in which they differ, and draws their curves."""
     from rich.console import Console
 
-    from dino_fast.engine import runs
+    from dino_fast.report import compare as runs
 
     found = runs.find(args.paths)
     if args.plot:

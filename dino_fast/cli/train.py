@@ -23,9 +23,9 @@ def run(args: argparse.Namespace) -> int:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPIN)  # read when torch is imported
     if args.dry_run:
-        from dino_fast.engine.dry_run import report
+        from dino_fast.engine.estimate import dry_run_report
 
-        print(report(config, dict(os.environ)))
+        print(dry_run_report(config, dict(os.environ)))
         return 0
     from dino_fast.engine.trainer import train  # imports torch: a wrong setting has been told by now
 

@@ -8,7 +8,9 @@ ordinary JPEGs travel as files and nvJPEG decodes them on the GPU.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +58,7 @@ def pack(images: Sequence[Tensor | Jpeg], cuts: Cuts, channels: int) -> Packed:
         torch.frombuffer(bytearray(image.data), dtype=torch.uint8) if isinstance(image, Jpeg) else image.reshape(-1)
         for image in images
     ]
-    return Packed(torch.cat(rows), torch.tensor(shapes), cuts)
+    return Packed(torch.cat(rows), torch.tensor(shapes, dtype=torch.int64, device="cpu"), cuts)
 
 
 def cut_ahead(batches: Iterator[Batch], source: Source, crops: MultiCrop, device: torch.device) -> Iterator[Batch]:
@@ -135,9 +137,41 @@ def _decoded(files: list[Tensor], channels: int, device: torch.device) -> Sequen
         return []
     mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
     try:
+        if device.type == "cuda":
+            return _in_order(lambda: decode_jpeg(files, mode, device=device), files, device)  # type: ignore[arg-type, return-value]
         return decode_jpeg(files, mode, device=device)  # type: ignore[return-value]
     except RuntimeError:
         return [None] * len(files)
+
+
+# Files that nvJPEG may still read, each with the event after which it does not.
+_reading: deque[tuple[torch.cuda.Event, list[Tensor]]] = deque()
+
+
+@functools.cache
+def _decode_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _in_order(decode: Callable[[], list[Tensor]], files: list[Tensor], device: torch.device) -> list[Tensor]:
+    """The images of `decode()`, ordered with the current stream by events; the host waits for nothing.
+
+    nvJPEG works on a stream of torchvision's, which the caller's stream waits for but which itself waits for none: it
+    would write at once into memory that is free for the current stream but still read by work queued there. So images
+    are allocated on a stream that has no other memory, and used on the current one by `record_stream`, after which
+    the allocator hands their memory out again only when the current stream's work is done.
+    """
+    while _reading and _reading[0][0].query():
+        _reading.popleft()
+    current, stream = torch.cuda.current_stream(device), _decode_stream(device)
+    with torch.cuda.stream(stream):
+        images = decode()
+    decoded = stream.record_event()
+    _reading.append((decoded, files))
+    current.wait_event(decoded)
+    for image in images:
+        image.record_stream(current)
+    return images
 
 
 def nvjpeg_missing(device: torch.device) -> str | None:

@@ -230,14 +230,17 @@ class _Crops:
             failure = (
                 f"{_REPLACEMENTS + 1} images in a row cannot be read; is the disk still there? The last: {bad[-1][1]}"
             )
-            nothing = torch.empty(0)
-            return Batch(nothing, nothing, torch.empty(0, dtype=torch.int64), epoch, number, bad, failure)
+            nothing = torch.empty(0, dtype=torch.float32, device="cpu")
+            return Batch(nothing, nothing, torch.empty(0, dtype=torch.int64, device="cpu"), epoch, number, bad, failure)
         params = self.crops.sample_each([mix(self.seed, _CROPS, epoch, index) for index in wanted])
-        index = torch.tensor([index for _, index in read])
+        index = torch.tensor([index for _, index in read], dtype=torch.int64, device="cpu")
         sizes = [(i.height, i.width) if isinstance(i, Jpeg) else (i.shape[1], i.shape[2]) for i in images]
         cuts = self.crops.cuts(params, sizes)
         if self.packed:
-            nothing, packed = torch.empty(0), pack(images, cuts, self.source.channels)
+            nothing, packed = (
+                torch.empty(0, dtype=torch.float32, device="cpu"),
+                pack(images, cuts, self.source.channels),
+            )
             return Batch(nothing, nothing, index, epoch, number, bad, packed=packed)
         pixels = [image for image in images if isinstance(image, Tensor)]  # all of them, where nothing is packed
         slot, room = self._room(len(images))
@@ -271,7 +274,9 @@ def _one_thread(worker: int) -> None:
 
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     """The permutation [n] int64 of an epoch."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(mix(seed, _ORDER, epoch)))
+    return torch.randperm(
+        n, generator=torch.Generator().manual_seed(mix(seed, _ORDER, epoch)), dtype=torch.int64, device="cpu"
+    )
 
 
 def mix(*numbers: int) -> int:
@@ -311,7 +316,10 @@ def eval_batches(
             label = source.label(index)
             labels.append(-1 if label is None else label)
         if images and (len(images) == batch_size or index == len(source) - 1):
-            yield torch.stack(images).float().div_(255).sub_(offset).div_(scale), torch.tensor(labels)
+            yield (
+                torch.stack(images).float().div_(255).sub_(offset).div_(scale),
+                torch.tensor(labels, dtype=torch.int64, device="cpu"),
+            )
             images, labels = [], []
     if not found:
         raise UserError(f"none of the {len(source)} images can be read; 'dino-fast data check' says why")

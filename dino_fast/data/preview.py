@@ -40,7 +40,12 @@ def readable(source: Source, count: int) -> list[Tensor]:
         raise UserError(f"--images is {count}; give 1 or more")
     images: list[Tensor] = []
     reason = ""
-    for step in torch.linspace(0, len(source) - 1, min(count, len(source))).round().long().tolist():
+    for step in (
+        torch.linspace(0, len(source) - 1, min(count, len(source)), dtype=torch.float32, device="cpu")
+        .round()
+        .long()
+        .tolist()
+    ):
         try:
             images.append(source.read(step))
         except ImageError as error:

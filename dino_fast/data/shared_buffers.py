@@ -21,7 +21,7 @@ class Slots:
     """The training process's side; made before the workers are forked. `free` is shared with them."""
 
     def __init__(self, workers: int, count: int) -> None:
-        self.free = torch.ones(workers, count, dtype=torch.uint8).share_memory_()
+        self.free = torch.ones(workers, count, dtype=torch.uint8, device="cpu").share_memory_()
         self._lent: list[tuple[StorageWeakRef, Slot]] = []
 
     def lend(self, slot: Slot, crops: Tensor) -> None:
@@ -63,6 +63,6 @@ class WorkersSlots:
         sizes = [math.prod(shape) for shape in shapes]
         memory = self._memory[slot]
         if memory is None or len(memory) < sum(sizes):
-            memory = self._memory[slot] = torch.empty(sum(sizes)).share_memory_()
+            memory = self._memory[slot] = torch.empty(sum(sizes), dtype=torch.float32, device="cpu").share_memory_()
         parts = memory[: sum(sizes)].split(sizes)
         return (self._worker, slot), [part.view(*shape) for part, shape in zip(parts, shapes, strict=True)]

@@ -105,7 +105,9 @@ class ArraySource(Source):
             return image
         if self.channels == 3:
             return image.expand(3, -1, -1)
-        luma = torch.tensor([19595, 38470, 7471], dtype=torch.int32).view(3, 1, 1)  # Pillow's weights, times 65536
+        luma = torch.tensor([19595, 38470, 7471], dtype=torch.int32, device="cpu").view(
+            3, 1, 1
+        )  # Pillow's weights, times 65536
         return ((image.int() * luma).sum(0, keepdim=True) + 0x8000 >> 16).to(torch.uint8)
 
 

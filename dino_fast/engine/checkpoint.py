@@ -21,6 +21,8 @@ import math
 import os
 import re
 import shutil
+import threading
+import time
 import uuid
 import warnings
 import zlib
@@ -141,6 +143,55 @@ def mark_best(directory: Path, step: int) -> Path:
     return directory / "best"
 
 
+class AsyncCheckpointer:
+    """Writes checkpoints in a thread, one at a time, or at once if not `background`.
+
+    In the background `save` must be given tensors that nobody changes afterwards. An error of the thread is raised by
+    the next `poll`, `save` or `wait`. `seconds` is how long the last checkpoint took.
+    """
+
+    def __init__(self, background: bool) -> None:
+        self.background = background
+        self.seconds = 0.0
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, directory: Path, step: int, state: dict[str, Any], keep: int, best: bool) -> None:
+        """Starts writing a checkpoint after waiting for the previous one; with `best` it becomes the best one."""
+        self.wait()
+        # Not a daemon: an interpreter that exits finishes the checkpoint first.
+        self._thread = threading.Thread(
+            target=self._write, args=(directory, step, state, keep, best), name="checkpoint"
+        )
+        self._thread.start()
+        if not self.background:
+            self.wait()
+
+    def poll(self) -> None:
+        """Raises the error of a checkpoint that has ended; does not wait for one that is still being written."""
+        if self._thread is not None and not self._thread.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Waits until the checkpoint is on the disk; raises its error if there was one."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _write(self, directory: Path, step: int, state: dict[str, Any], keep: int, best: bool) -> None:
+        began = time.monotonic()
+        try:
+            save(directory, step, state, keep=keep)
+            if best:
+                mark_best(directory, step)
+        except BaseException as error:
+            self._error = error
+        self.seconds = time.monotonic() - began
+
+
 class _Damaged(UserError):
     """A checkpoint that is not what was written."""
 
@@ -206,7 +257,7 @@ def _decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor's elements as a flat uint8 tensor in memory of the host, copied only where it must be."""
     flat = tensor.resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8)
+    return flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> tuple[int, int]:

@@ -10,11 +10,12 @@ import argparse
 import dataclasses
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from dino_fast.engine.presets import PRESETS
 from dino_fast.errors import UserError, nearest
 
 if typing.TYPE_CHECKING:
@@ -34,13 +35,13 @@ class Config:
     data: str = option(
         "demo", "folder, .parquet or .tar files, .npy file, list of files, pattern, or 'demo' (ships with the package)"
     )
-    channels: int | None = option(None, "read images as grey (1) or colour (3); by default what the data says")
+    channels: int | None = option(None, "read images as gray (1) or color (3); by default what the data says")
     mean: tuple[float, ...] = option((0.485, 0.456, 0.406), "per channel, of pixels in 0..1")
     std: tuple[float, ...] = option((0.229, 0.224, 0.225), "per channel, of pixels in 0..1")
     workers: int | None = option(None, "processes that load data; default: 0 on a CPU, on a GPU one a core, at most 10")
     augment_on: str = option("auto", "where crops are made; auto: on the GPU that trains", ("auto", "cpu", "gpu"))
     decode_on: str = option("cpu", "gpu: nvJPEG, whose pixels differ from the CPU's by a level", ("cpu", "gpu"))
-    max_bad: float = option(0.05, "share of unreadable images that is skipped before the run stops")
+    max_corrupt: float = option(0.05, "share of unreadable images that is skipped before the run stops")
 
     # crops
     global_size: int = option(224, "side of the two global crops")
@@ -49,11 +50,11 @@ class Config:
     global_scale: tuple[float, float] = option((0.4, 1.0), "share of the image that a global crop covers")
     local_scale: tuple[float, float] = option((0.05, 0.4), "share of the image that a local crop covers")
     flip_p: float = option(0.5, "probability of a horizontal flip")
-    jitter_p: float = option(0.8, "probability of colour jitter")
+    jitter_p: float = option(0.8, "probability of color jitter")
     jitter: tuple[float, float, float, float] = option(
         (0.4, 0.4, 0.2, 0.1), "strength: brightness, contrast, saturation, hue"
     )
-    grey_p: float = option(0.2, "probability of dropping colour")
+    gray_p: float = option(0.2, "probability of dropping color")
     blur_p: tuple[float, float, float] = option((1.0, 0.1, 0.5), "of a blur: first global, second global, local crops")
     solarize_p: tuple[float, float, float] = option((0.0, 0.2, 0.0), "of solarizing: the same three")
 
@@ -65,7 +66,7 @@ class Config:
     patch_size: int = option(16, "side of a patch")
     embed_dim: int | None = option(None, "width, instead of the architecture's")
     depth: int | None = option(None, "blocks, instead of the architecture's")
-    heads: int | None = option(None, "attention heads, instead of the architecture's")
+    num_heads: int | None = option(None, "attention heads, instead of the architecture's")
     drop_path_rate: float = option(0.1, "stochastic depth of the student's last block; linear from 0")
     out_dim: int = option(65536, "prototypes, K")
     head_layers: int = option(3, "linear layers of the head before the prototypes")
@@ -77,11 +78,11 @@ class Config:
     )
     norm_last_layer: bool = option(True, "keep the prototypes at length 1")
     init_from: str | None = option(None, "weights to start from: a run, a file, hub:NAME or timm:NAME, as for eval")
-    init_head: bool = option(True, "take the heads and the centre too, where --init-from has them")
+    init_head: bool = option(True, "take the heads and the center too, where --init-from has them")
     init: str = option("published", "weights at the start; xavier suits narrow models", ("published", "xavier"))
 
     # loss and teacher
-    teacher: str = option(
+    teacher_update: str = option(
         "ema",
         "the student's moving average (ema), what it was at the end of the last epoch or before the last step, or a "
         "copy of it as it is",
@@ -92,12 +93,12 @@ class Config:
     teacher_temp: float = option(0.04, "the teacher's temperature, after its warm-up; the student's does not sharpen")
     warmup_teacher_temp: float = option(0.04, "the teacher's temperature at the start")
     warmup_teacher_temp_epochs: int = option(0, "epochs of the linear way from the one to the other")
-    center_momentum: float = option(0.9, "how much of the centre is kept at each step")
-    center_init: str = option("zero", "the centre at the start", ("zero", "first_batch"))
+    center_momentum: float = option(0.9, "weight of the old center in its moving average")
+    center_init: str = option("zero", "the center at the start", ("zero", "first_batch"))
 
     # optimization
     batch_size: int = option(64, "images of a step, over all processes")
-    accumulate: int = option(1, "parts in which a step's images go through the model, to save memory")
+    grad_accum_steps: int = option(1, "micro-batches of a step, whose gradients are accumulated; to save memory")
     epochs: int = option(100, "length of the run, and of its schedules")
     max_steps: int | None = option(None, "stop after so many steps; the schedules still span the epochs")
     optimizer: str = option("adamw", "sgd and lars have momentum 0.9", ("adamw", "sgd", "lars"))
@@ -106,31 +107,33 @@ class Config:
     warmup_epochs: float = option(10.0, "epochs of linear warm-up of the learning rate")
     weight_decay: float = option(0.04, "at the start")
     weight_decay_end: float = option(0.4, "at the end, along a cosine")
-    momentum: float = option(0.996, "of the teacher, at the start; 1 at the end, along a cosine")
+    momentum_teacher: float = option(0.996, "the teacher's momentum at the start; 1 at the end, along a cosine")
     clip_grad: float = option(3.0, "largest norm of each parameter's gradient; 0 does not clip")
     on_nonfinite: str = option("stop", "at a loss that is inf or NaN: stop, or skip the step", ("stop", "skip"))
     nonfinite_limit: int = option(10, "steps in a row from which --on-nonfinite skip stops, too")
     freeze_last_layer: float = option(1.0, "epochs in which the prototypes stay as they are")
 
-    # evaluation and checkpoints
+    # evaluation
     knn_every: float = option(1.0, "epochs between k-NN evaluations on held-out images; 0 for none")
     knn_k: int = option(20, "neighbours that vote")
     knn_temperature: float = option(0.07, "of the votes' weights")
     knn_images: int = option(10_000, "at most so many images on either side of the k-NN evaluation")
+    # the run and its checkpoints
     save_every: float = option(1.0, "epochs between checkpoints")
-    keep: int = option(3, "checkpoints that are kept, beside the best")
+    keep_checkpoints: int = option(3, "checkpoints that are kept, beside the best")
     save_in_background: bool | None = option(None, "write checkpoints beside the training; default: on a GPU")
 
-    # the run
     out: str | None = option(None, "run directory; by default a new runs/<date-time>")
     resume: bool = option(False, "continue the run in --out exactly where its last checkpoint is")
     wandb: str | None = option(None, "also log to this project of Weights & Biases (pip install 'dino-fast[wandb]')")
     profile: bool = option(False, "write a trace of five steps, trace.json, for chrome://tracing or ui.perfetto.dev")
     seed: int = option(0, "every random draw is a function of it")
+
+    # speed
     device: str = option("auto", "where to train", ("auto", "cpu", "cuda"))
-    shard: str = option(
+    fsdp: str = option(
         "none",
-        "over the processes that torchrun or srun started: gradients and moments (grads), or the weights too (full)",
+        "FSDP over the processes of torchrun or srun: shard gradients and moments (grads), or the weights, too (full)",
         ("none", "grads", "full"),
     )
     precision: str = option("auto", "fp32 on a CPU, bf16 on a GPU that has it", ("auto", "fp32", "bf16", "fp16"))
@@ -146,104 +149,49 @@ class Config:
         "keep less of each block and compute it again: all but products and attention, or everything",
         ("none", "selective", "full"),
     )
-    last_layer: str = option(
+    loss_impl: str = option(
         "auto",
-        "prototypes and loss: without logits (fused), logits of a few images at a time (parts) or of all (logits); "
-        "auto: fused on a GPU, parts on a CPU",
-        ("auto", "fused", "parts", "logits"),
+        "prototypes and loss: without logits (fused), logits of a few images at a time (chunked) or of all (logits); "
+        "auto: fused on a GPU, chunked on a CPU",
+        ("auto", "fused", "chunked", "logits"),
     )
     keep_freed_memory: bool = option(True, "let the C allocator keep freed memory: no new page faults in every step")
 
 
-# Names of the original's script for what has another one here.
-SAME_ARCH = {"resnet50": "torchvision/resnet50", "deit_tiny": "vit_tiny", "deit_small": "vit_small"}
+# Other names of settings and of their values, accepted as options, in YAML files and as arguments: those of earlier
+# versions, which stored runs have in their config.yaml, and those of main_dino.py.
+ALIASES = {
+    "momentum": "momentum_teacher", "heads": "num_heads", "accumulate": "grad_accum_steps", "shard": "fsdp",
+    "last_layer": "loss_impl", "teacher": "teacher_update", "keep": "keep_checkpoints", "max_bad": "max_corrupt",
+    "grey_p": "gray_p",
+    "data_path": "data", "output_dir": "out", "num_workers": "workers", "use_bn_in_head": "head_bn",
+    "local_crops_number": "local_crops", "global_crops_scale": "global_scale", "local_crops_scale": "local_scale",
+    "saveckp_freq": "save_every",
+}  # fmt: skip
+VALUE_ALIASES = {
+    "arch": {"resnet50": "torchvision/resnet50", "deit_tiny": "vit_tiny", "deit_small": "vit_small"},
+    "loss_impl": {"parts": "chunked"},
+}
 
 # Fields that do not change what the rest of a run computes: a resumed run may be given others.
 FREE_ON_RESUME = (
-    *("data", "workers", "augment_on", "max_bad", "max_steps", "knn_every", "knn_k", "knn_temperature", "knn_images"),
-    *("save_every", "keep", "save_in_background", "on_nonfinite", "nonfinite_limit"),
-    *("out", "resume", "device", "shard", "keep_freed_memory", "wandb", "profile"),
-    *("tf32", "compile", "cuda_graph", "checkpoint_activations", "last_layer"),
+    *(
+        "data",
+        "workers",
+        "augment_on",
+        "max_corrupt",
+        "max_steps",
+        "knn_every",
+        "knn_k",
+        "knn_temperature",
+        "knn_images",
+    ),
+    *("save_every", "keep_checkpoints", "save_in_background", "on_nonfinite", "nonfinite_limit"),
+    *("out", "resume", "device", "fsdp", "keep_freed_memory", "wandb", "profile"),
+    *("tf32", "compile", "cuda_graph", "checkpoint_activations", "loss_impl"),
 )
 # Where and whether to continue is the command's affair and not written into config.yaml.
 _OF_THE_COMMAND = ("out", "resume", "profile")
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "demo": {
-        "data": "demo",
-        "mean": (0.286,),
-        "std": (0.353,),
-        "global_size": 28,
-        "local_size": 14,
-        "local_crops": 2,
-        "local_scale": (0.15, 0.5),
-        "jitter": (0.4, 0.4, 0.0, 0.0),  # the images are grey
-        "grey_p": 0.0,
-        "blur_p": (0.0, 0.0, 0.0),  # up to 2 pixels, which is much at this size
-        "solarize_p": (0.0, 0.0, 0.0),
-        "arch": "vit_tiny",
-        "patch_size": 7,
-        "embed_dim": 64,
-        "depth": 3,
-        "heads": 1,
-        "drop_path_rate": 0.0,
-        "init": "xavier",
-        "out_dim": 512,
-        "head_hidden_dim": 256,
-        "head_bottleneck_dim": 64,
-        "teacher_temp": 0.03,
-        "warmup_teacher_temp": 0.03,
-        "center_init": "first_batch",
-        "batch_size": 32,
-        "epochs": 32,  # 5,000 steps; docs/demo.md has the runs that led here
-        "lr": 0.016,  # 0.002 at 32 images
-        "min_lr": 4e-5,
-        "warmup_epochs": 0.64,  # 100 steps
-        "weight_decay_end": 0.04,
-        "momentum": 0.985,
-        "freeze_last_layer": 0.32,  # 50 steps
-        "knn_every": 4.0,
-    },
-    # The "vanilla" run of the original's README: its defaults, on 8 GPUs with 64 images each (k-NN 69.3, linear 74.0).
-    "vit_small_100ep": {"arch": "vit_small", "epochs": 100, "batch_size": 512},
-    # The same with the blur of the successors' code, which draws the complement of the published probabilities.
-    "vit_small_inverted_blur": {"arch": "vit_small", "epochs": 100, "batch_size": 512, "blur_p": (0.0, 0.9, 0.5)},
-    # "Boosting DINO performance" there: the same on 16 GPUs with these changes (k-NN 73.3, linear 76.0).
-    "vit_small_boost": {
-        "arch": "vit_small",
-        "epochs": 300,
-        "batch_size": 1024,
-        "teacher_temp": 0.07,
-        "warmup_teacher_temp_epochs": 30,
-        "norm_last_layer": False,
-    },
-    # The README's ResNet-50 (k-NN 67.5, linear 75.3 with a larger batch): what it changes of the defaults.
-    "resnet50": {
-        "arch": "torchvision/resnet50",
-        "optimizer": "sgd",
-        "lr": 0.03,
-        "weight_decay": 1e-4,
-        "weight_decay_end": 1e-4,
-        "global_scale": (0.14, 1.0),
-        "local_scale": (0.05, 0.14),
-    },
-    # The released ViT-B/16 (k-NN 76.1, linear 78.2): dino_vitbase16_pretrain/args.txt, which the README links to; 32
-    # GPUs with 32 images each, without fp16 (--precision is as elsewhere). What is not here has the default there too.
-    "vit_base": {
-        "arch": "vit_base",
-        "epochs": 400,
-        "batch_size": 1024,
-        "lr": 0.00075,
-        "min_lr": 2e-6,
-        "teacher_temp": 0.07,
-        "warmup_teacher_temp_epochs": 50,
-        "freeze_last_layer": 3.0,
-        "clip_grad": 0.3,
-        "local_crops": 10,
-        "global_scale": (0.25, 1.0),
-        "local_scale": (0.05, 0.25),
-    },
-}
 
 
 def build_config(
@@ -254,7 +202,7 @@ def build_config(
     Where the data is the demo's and no preset is named, the demo's preset is used. With `resume` the base is the
     config.yaml of the run in `out`, and only what may change may differ from it. Raises UserError.
     """
-    given = {name: _typed(name, value, _flag(name)) for name, value in (given or {}).items()}
+    given = _typed_layer(given or {}, _flag)
     layers = [_read_yaml(Path(file))] if file is not None else []
     layers.append(given)
     stored = _stored(layers)
@@ -265,7 +213,7 @@ def build_config(
     values = dict(stored or {})
     for layer in layers:
         if "arch" in layer and values.get("arch") != layer["arch"]:  # another architecture's sizes do not carry over
-            values = {name: value for name, value in values.items() if name not in ("embed_dim", "depth", "heads")}
+            values = {name: value for name, value in values.items() if name not in ("embed_dim", "depth", "num_heads")}
         values.update(layer)
     config = Config(**values)
     validate(config)
@@ -318,7 +266,7 @@ def _stored(layers: list[dict[str, Any]]) -> dict[str, Any] | None:
 def _preset(name: str) -> dict[str, Any]:
     if name not in PRESETS:
         raise UserError(f"there is no preset {name!r}{nearest(name, PRESETS) or '.'} Presets: {', '.join(PRESETS)}")
-    return {key: _typed(key, value, f"preset {name}: {key}") for key, value in PRESETS[name].items()}
+    return _typed_layer(PRESETS[name], lambda key: f"preset {name}: {key}")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -334,7 +282,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__}; expected lines such as 'batch_size: 64'")
-    return {str(name): _typed(str(name), value, f"{path}: {name}") for name, value in values.items()}
+    return _typed_layer(values, lambda name: f"{path}: {name}")
 
 
 def multi_crop(config: Config) -> MultiCrop:
@@ -350,7 +298,7 @@ def multi_crop(config: Config) -> MultiCrop:
         flip_p=config.flip_p,
         jitter_p=config.jitter_p,
         jitter=config.jitter,
-        grey_p=config.grey_p,
+        grey_p=config.gray_p,
         blur_p=config.blur_p,
         solarize_p=config.solarize_p,
         mean=config.mean,
@@ -358,9 +306,30 @@ def multi_crop(config: Config) -> MultiCrop:
     )
 
 
+def with_present_names(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """Settings of a stored config.yaml under the names and values that this version has for them."""
+    present: dict[str, Any] = {}
+    for given, value in values.items():
+        name = ALIASES.get(str(given), str(given))
+        accepted = isinstance(value, str) and name in VALUE_ALIASES
+        present[name] = VALUE_ALIASES[name].get(value, value) if accepted else value
+    return present
+
+
 # ---- types ----
 
 _HINTS = typing.get_type_hints(Config)
+
+
+def _typed_layer(values: Mapping[Any, Any], where: Callable[[str], str]) -> dict[str, Any]:
+    """Settings under their present names, as their fields' types. `where` describes a name for error messages."""
+    layer: dict[str, Any] = {}
+    for given, value in values.items():
+        name = ALIASES.get(str(given), str(given))
+        if name in layer:
+            raise UserError(f"{where(str(given))} is given twice: it is another name of {name!r}. Leave one out")
+        layer[name] = _typed(name, value, where(str(given)))
+    return layer
 
 
 def _typed(name: str, value: Any, where: str) -> Any:
@@ -371,7 +340,7 @@ def _typed(name: str, value: Any, where: str) -> Any:
         )
     try:
         value = _convert(_HINTS[name], value)
-        return SAME_ARCH.get(value, value) if name == "arch" else value
+        return VALUE_ALIASES[name].get(value, value) if name in VALUE_ALIASES else value
     except (TypeError, ValueError):
         raise UserError(f"{where} is {value!r}; expected {_describe(_HINTS[name])}") from None
 
@@ -405,26 +374,71 @@ def _describe(hint: Any) -> str:
 # ---- the command line ----
 
 
+# The first field of each group of options, in the order of `Config`.
+GROUPS = {
+    "data": "data", "global_size": "crops", "arch": "model", "teacher_update": "loss and teacher",
+    "batch_size": "optimization", "knn_every": "evaluation", "save_every": "run", "device": "speed",
+}  # fmt: skip
+# What `--help` shows; `--help-all` shows every option.
+MOST_USED = (
+    *("data", "out", "resume", "arch", "patch_size", "out_dim", "epochs", "max_steps", "batch_size", "lr", "device"),
+)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One option a field, without defaults, so that only what was given is in the namespace."""
-    parser.add_argument("--preset", metavar="NAME", help=f"a recipe to start from: {', '.join(PRESETS)}")
-    parser.add_argument("--config", metavar="FILE", help="YAML file of settings; the command line wins over it")
+    """Adds an option for each field, without defaults: the namespace holds only what was given.
+
+    Underscores instead of hyphens and the names in `ALIASES` are accepted, too.
+    """
+    most_used = parser.add_argument_group("most used")
+    most_used.add_argument("--preset", metavar="NAME", help=f"a recipe to start from: {', '.join(PRESETS)}")
+    _add_option(parser, "--config", metavar="FILE", help="YAML file of settings; the command line wins over it")
+    parser.add_argument("--help-all", action=_HelpAll, help="show all options")
+    group = parser.add_argument_group("data")
     for one in fields(Config):
+        if GROUPS.get(one.name, "data") != "data":
+            group = parser.add_argument_group(GROUPS[one.name])
         hint, text = _HINTS[one.name], one.metadata["help"].replace("%", "%%")
         shown = " ".join(map(str, one.default)) if isinstance(one.default, tuple) else one.default
         default = "" if one.default is None or (hint is bool and not one.default) else f" (default: {shown})"
-        keywords: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text + default}
+        keywords: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text + default, "dest": one.name}
         if hint is bool or hint == bool | None:
-            parser.add_argument(_flag(one.name), action=argparse.BooleanOptionalAction, **keywords)
-            continue
-        if typing.get_origin(hint) is tuple:
-            kinds = typing.get_args(hint)
-            keywords["nargs"], hint = ("+" if kinds[-1] is ... else len(kinds)), kinds[0]
-        plain: Callable[[str], Any] = typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
-        keywords |= {"type": plain, "metavar": {int: "N", float: "X", str: "TEXT"}[plain]}  # type: ignore[index]
-        if one.metadata["choices"]:
-            keywords |= {"metavar": "|".join(one.metadata["choices"])}
-        parser.add_argument(_flag(one.name), **keywords)
+            keywords["action"] = argparse.BooleanOptionalAction
+        else:
+            if typing.get_origin(hint) is tuple:
+                kinds = typing.get_args(hint)
+                keywords["nargs"], hint = ("+" if kinds[-1] is ... else len(kinds)), kinds[0]
+            plain: Callable[[str], Any] = typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
+            keywords |= {"type": plain, "metavar": {int: "N", float: "X", str: "TEXT"}[plain]}  # type: ignore[index]
+            if one.metadata["choices"]:
+                keywords |= {"metavar": "|".join(one.metadata["choices"])}
+        if one.name in MOST_USED:
+            most_used.add_argument(_flag(one.name), **keywords)
+        else:
+            _add_option(group, _flag(one.name), **keywords)
+        names = [one.name, *(alias for alias, name in ALIASES.items() if name == one.name)]
+        spellings = {spelling for name in names for spelling in (f"--{name}", _flag(name))} - {_flag(one.name)}
+        if spellings:
+            parser.add_argument(*sorted(spellings), **keywords | {"help": argparse.SUPPRESS})
+
+
+def _add_option(parser: argparse._ActionsContainer, *names: str, help: str, **keywords: Any) -> None:
+    """Adds an option that only `--help-all` shows."""
+    action = parser.add_argument(*names, help=argparse.SUPPRESS, **keywords)
+    action.full_help = help  # type: ignore[attr-defined]
+
+
+class _HelpAll(argparse.Action):
+    """Prints the help of every option and exits."""
+
+    def __init__(self, option_strings: list[str], dest: str, **keywords: Any) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=keywords["help"])
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        for action in parser._actions:
+            action.help = getattr(action, "full_help", action.help)
+        parser.print_help()
+        parser.exit()
 
 
 def from_arguments(args: argparse.Namespace) -> Config:
@@ -465,10 +479,12 @@ def validate(config: Config) -> None:
         low, high = getattr(config, name)
         if not low <= high:
             raise UserError(f"{_flag(name)} is {low} {high}; give the smaller share first")
-    if config.batch_size % config.accumulate:
-        raise UserError(f"--accumulate {config.accumulate} does not divide --batch-size {config.batch_size}")
-    if config.embed_dim and config.heads and config.embed_dim % config.heads:
-        raise UserError(f"--embed-dim {config.embed_dim} is not a multiple of --heads {config.heads}")
+    if config.batch_size % config.grad_accum_steps:
+        raise UserError(
+            f"--grad-accum-steps {config.grad_accum_steps} does not divide --batch-size {config.batch_size}"
+        )
+    if config.embed_dim and config.num_heads and config.embed_dim % config.num_heads:
+        raise UserError(f"--embed-dim {config.embed_dim} is not a multiple of --num-heads {config.num_heads}")
 
 
 _Rule = tuple[str, Callable[[Any], bool], str]
@@ -476,8 +492,9 @@ _RULES: tuple[_Rule, ...] = (
     (
         "1 or more",
         lambda x: x >= 1,
-        "patch_size global_size local_size embed_dim depth heads out_dim head_layers head_hidden_dim "
-        "head_bottleneck_dim batch_size accumulate epochs max_steps knn_k knn_images keep nonfinite_limit",
+        "patch_size global_size local_size embed_dim depth num_heads out_dim head_layers head_hidden_dim "
+        "head_bottleneck_dim batch_size grad_accum_steps epochs max_steps knn_k knn_images keep_checkpoints "
+        "nonfinite_limit",
     ),
     (
         "0 or more",
@@ -493,7 +510,7 @@ _RULES: tuple[_Rule, ...] = (
     (
         "between 0 and 1",
         lambda x: 0 <= x <= 1,
-        "momentum center_momentum flip_p jitter_p grey_p blur_p solarize_p max_bad",
+        "momentum_teacher center_momentum flip_p jitter_p gray_p blur_p solarize_p max_corrupt",
     ),
     ("above 0 and at most 1", lambda x: 0 < x <= 1, "global_scale local_scale"),
     ("at least 0 and below 1", lambda x: 0 <= x < 1, "drop_path_rate"),

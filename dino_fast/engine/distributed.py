@@ -1,14 +1,7 @@
-"""Many processes: who they are, how the networks are spread over them, and what they tell each other.
+"""The processes of a run: which one this is, and what they exchange on the CPU.
 
-`torchrun` and Slurm's `srun` say in the environment which process this is. Gradients are averaged in one of three ways:
-
-    none    DistributedDataParallel: every process holds everything, gradients are all-reduced in the backward pass
-    grads   FSDP2: weights, gradients and moments are cut by rows; weights are gathered for the step and kept for it
-    full    FSDP2: weights are gathered block by block, and again for the backward pass
-
-Under the last two the teacher is cut just as the student is, so its moving average needs no communication, and each
-process keeps its own rows of the prototypes for good: `dino_fast.ops.linear_dino_loss.sharded` merges what they find.
-What is decided from a clock, a signal or the disk is agreed on by all processes, or they would wait for each other.
+`torchrun` and Slurm's `srun` tell a process its rank in environment variables. Whatever depends on a clock, a signal or
+the disk is decided by all processes together: ranks that took different branches would deadlock in a collective.
 """
 
 from __future__ import annotations
@@ -23,94 +16,93 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from dino_fast.errors import UserError
-from dino_fast.models import DINOHead, MultiCropWrapper
 
 T = TypeVar("T")
-WAIT = timedelta(minutes=30)  # for a process that reads a large data set's index while the others are done
+WAIT = timedelta(minutes=30)  # one process may read a large data set's index while the others are waiting
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """This process among all. Its methods are called by all of them at the same point, and do nothing for one."""
+class DistContext:
+    """This process's rank, and collectives: all processes call a method at the same point; with one it does nothing."""
 
     rank: int = 0
     world: int = 1
-    local: int = 0  # among those of this machine
+    local: int = 0  # rank on this machine
     local_world: int = 1
-    control: Any = None  # a gloo group: what it carries waits for no GPU
+    control: Any = None  # gloo process group for CPU tensors: never waits for a GPU
 
     @property
     def first(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
-    def agree(self, *numbers: int) -> list[int]:
-        """The largest that any process gave, of each."""
+    def all_reduce_max(self, *numbers: int) -> list[int]:
+        """Element-wise maximum over the processes."""
         if self.world == 1:
             return list(numbers)
-        vector = torch.tensor(numbers, dtype=torch.int64)
+        vector = torch.tensor(numbers, dtype=torch.int64, device="cpu")
         dist.all_reduce(vector, dist.ReduceOp.MAX, group=self.control)
         return cast("list[int]", vector.tolist())
 
-    def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` returns in the first process; where it raises UserError there, all raise it."""
+    def run_on_rank0(self, make: Callable[[], T]) -> T:
+        """Calls `make` on rank 0 and returns its result on all; a UserError there is raised on all."""
         if self.world == 1:
             return make()
-        told: list[Any] = [None, None]
+        result: list[Any] = [None, None]  # value, error message
         if self.first:
             try:
-                told[0] = make()
+                result[0] = make()
             except UserError as error:
-                told[1] = str(error)
-        dist.broadcast_object_list(told, src=0, group=self.control)
-        if told[1] is not None:
-            raise UserError(told[1])
-        return cast(T, told[0])
+                result[1] = str(error)
+        dist.broadcast_object_list(result, src=0, group=self.control)
+        if result[1] is not None:
+            raise UserError(result[1])
+        return cast(T, result[0])
 
-    def rows(self, own: Tensor) -> Tensor:
-        """The rows [n, ...] of all processes, in their order, on the CPU; n may differ."""
+    def all_gather_rows(self, own: Tensor) -> Tensor:
+        """Concatenates rows [n, ...] of all ranks, in rank order, on the CPU; n may differ."""
         if self.world == 1:
             return own
-        counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
-        dist.all_gather(counts, torch.tensor([len(own)]), group=self.control)
+        counts = [torch.zeros(1, dtype=torch.int64, device="cpu") for _ in range(self.world)]
+        dist.all_gather(counts, torch.tensor([len(own)], dtype=torch.int64, device="cpu"), group=self.control)
         longest = max(int(count) for count in counts)
-        padded = torch.zeros(longest, *own.shape[1:], dtype=own.dtype)
+        padded = torch.zeros(longest, *own.shape[1:], dtype=own.dtype, device="cpu")
         padded[: len(own)] = own.cpu()
         parts = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(parts, padded, group=self.control)
         return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])
 
     def start_mean(self, tensor: Tensor) -> Callable[[], Tensor]:
-        """Begins to average a tensor over the processes; the function returned waits for the result."""
+        """Starts an all-reduce of the mean over the ranks; the returned function waits for it and returns the mean."""
         if self.world == 1:
             return lambda: tensor
         total = tensor.clone()
         work = dist.all_reduce(total, async_op=True)
 
         def finished() -> Tensor:
-            work.wait()  # of NCCL: the stream waits, not the host
+            work.wait()  # NCCL: the stream waits, not the host
             return total / self.world
 
         return finished
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = DistContext()
 
 
 @contextlib.contextmanager
-def joined(kind: str) -> Iterator[Ranks]:
-    """This process among those that were started together, for devices of `kind` (cuda or cpu).
+def init_distributed(kind: str) -> Iterator[DistContext]:
+    """Joins the processes that torchrun or srun started, for devices of `kind` ("cuda" or "cpu").
 
-    A process group that is there already is used, and left.
+    An existing process group is used and left in place. Raises UserError if there are more processes than GPUs.
     """
-    rank, world, local, local_world = place(os.environ)
+    rank, world, local, local_world = read_environment(os.environ)
     if dist.is_available() and dist.is_initialized():
         rank, world = dist.get_rank(), dist.get_world_size()
     if world == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     made = not dist.is_initialized()
     if kind == "cuda":
@@ -121,29 +113,29 @@ def joined(kind: str) -> Iterator[Ranks]:
         torch.cuda.set_device(local)
     if made:
         backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
-        dist.init_process_group(backend, store=meeting_place(rank, world), rank=rank, world_size=world, timeout=WAIT)
+        dist.init_process_group(backend, store=rendezvous_store(rank, world), rank=rank, world_size=world, timeout=WAIT)
     control = dist.new_group(backend="gloo", timeout=WAIT) if kind == "cuda" else dist.group.WORLD
     try:
-        yield Ranks(rank, world, local, local_world, control)
+        yield DistContext(rank, world, local, local_world, control)
     finally:
         if made:
             dist.destroy_process_group()
 
 
-def meeting_place(rank: int, world: int) -> dist.Store:
-    """Where processes find each other. torchrun keeps it over its restarts, in which the addresses of processes that
-    are gone would be found: each attempt has names of its own."""
+def rendezvous_store(rank: int, world: int) -> dist.Store:
+    """The key-value store of the rendezvous. torchrun keeps it over restarts, with addresses of processes that have
+    died, so each attempt prefixes its keys."""
     from torch.distributed.rendezvous import rendezvous
 
     store, _, _ = next(rendezvous("env://", rank, world, timeout=WAIT))
     return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
-def place(environment: Mapping[str, str]) -> tuple[int, int, int, int]:
-    """(rank, world, rank on this machine, processes on this machine) from torchrun's variables, or from Slurm's.
+def read_environment(environment: Mapping[str, str]) -> tuple[int, int, int, int]:
+    """(rank, world size, local rank, local world size) from torchrun's variables, or else Slurm's.
 
-    Slurm's are turned into torchrun's, which PyTorch reads. Only a step that srun started has tasks of its own: in a
-    batch script without srun the job's count says nothing about this process.
+    With Slurm, MASTER_ADDR and MASTER_PORT are set for PyTorch if they are not. Only variables of a step (srun) count:
+    in a batch script without srun the job's task count says nothing about this process.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -169,125 +161,29 @@ def first_host(nodes: str) -> str:
     return found[1] + (found[2] or "")
 
 
-# ---- spreading the networks ----
+# ---- a nested state from rank 0 to all ----
 
 
-class Called(nn.Module):
-    """Runs any function of the student as its forward pass: what DistributedDataParallel wraps."""
-
-    def __init__(self, student: nn.Module) -> None:
-        super().__init__()
-        self.student = student
-
-    def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        return function(*arguments)
-
-
-def directly(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls `function` where nothing has to be told of a forward pass."""
-    return function(*arguments)
-
-
-def replicate(student: nn.Module) -> nn.Module:
-    """The student under DistributedDataParallel, to be called with one of its functions and that one's arguments.
-
-    It covers the parameters that want a gradient now: make it anew when that changes.
-    """
-    from torch.nn.parallel import DistributedDataParallel
-
-    # Weights are equal already: functions of the seed, or read from one checkpoint.
-    return DistributedDataParallel(Called(student), gradient_as_bucket_view=True, init_sync=False)
-
-
-def shard(network: MultiCropWrapper, mesh: Any, *, keep: bool, dtype: torch.dtype | None) -> None:
-    """Cuts a network's weights over the mesh: each block, the rest of the backbone, the head, the prototypes.
-
-    With `keep` the gathered weights stay from the forward to the backward pass; `dtype` is what they are gathered in.
-    """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    for part in (*getattr(network.backbone, "blocks", ()), network.backbone, *_before_prototypes(network)):
-        fully_shard(part, mesh=mesh, reshard_after_forward=not keep, mp_policy=policy)
-    cut_rows(cast(nn.Module, network.head.last_layer), mesh)
-
-
-def _before_prototypes(network: MultiCropWrapper) -> list[nn.Module]:
-    """The head's parts that are called one by one: the MLP, and the predictor where there is one."""
-    head = cast(DINOHead, network.head)
-    return [head.mlp] if head.predictor is None else [head.mlp, head.predictor]
-
-
-def cut_rows(layer: nn.Module, mesh: Any) -> None:
-    """Each process keeps its rows of the layer's parameters."""
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    for name, parameter in list(layer.named_parameters()):
-        rows = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
-        setattr(layer, name, nn.Parameter(rows, requires_grad=parameter.requires_grad))
-
-
-def reduce_gradients(student: MultiCropWrapper, through: Any, now: bool) -> contextlib.AbstractContextManager[Any]:
-    """Around a forward pass: whether its backward pass ends in gradients averaged over the processes (`now`), or adds
-    to this process's own."""
-    for part in (student.backbone, *_before_prototypes(student)):
-        if hasattr(part, "set_requires_gradient_sync"):
-            cast(Any, part).set_requires_gradient_sync(now)
-    if not now and hasattr(through, "no_sync"):
-        return cast("contextlib.AbstractContextManager[Any]", through.no_sync())
-    return contextlib.nullcontext()
-
-
-# ---- whole tensors, for checkpoints and evaluation ----
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This process's rows of a tensor that is cut; any other tensor itself. Differentiable."""
-    return cast(Any, tensor).to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def gathered(value: Any, keep: bool) -> Any:
-    """The nested `value` with a whole copy of every tensor on the CPU; None where not `keep`. All processes call it."""
-    if isinstance(value, dict):
-        found = {key: gathered(item, keep) for key, item in value.items()}
-        return found if keep else None
-    if isinstance(value, list | tuple):
-        entries = [gathered(item, keep) for item in value]
-        return type(value)(entries) if keep else None
-    if isinstance(value, Tensor):
-        whole = cast(Any, value).full_tensor() if hasattr(value, "full_tensor") else value
-        return whole.detach().to("cpu", copy=True) if keep else None
-    return value if keep else None
-
-
-def told(ranks: Ranks, value: Any) -> Any:
-    """The nested `value` of the first process, in all: its outline as one object, then tensor by tensor."""
-    if ranks.world == 1:
+def broadcast_state(context: DistContext, value: Any) -> Any:
+    """Broadcasts rank 0's nested dict, list or tuple: its structure as one object, then its tensors one by one."""
+    if context.world == 1:
         return value
     tensors: list[Tensor] = []
-    outline = ranks.from_first(lambda: _outline(value, tensors))
-    return _filled(outline, iter(tensors), ranks)
-
-
-def placed(whole: Tensor, like: Tensor) -> Tensor:
-    """The tensor cut as `like` is."""
-    if not hasattr(like, "device_mesh"):
-        return whole
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
+    outline = context.run_on_rank0(lambda: _outline(value, tensors))
+    return _fill(outline, iter(tensors), context)
 
 
 @dataclass(frozen=True)
-class _Blank:
+class _Placeholder:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 def _outline(value: Any, tensors: list[Tensor]) -> Any:
+    """`value` with a placeholder for each tensor; the tensors are appended to `tensors`."""
     if isinstance(value, Tensor):
         tensors.append(value)
-        return _Blank(tuple(value.shape), value.dtype)
+        return _Placeholder(tuple(value.shape), value.dtype)
     if isinstance(value, dict):
         return {key: _outline(item, tensors) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -295,13 +191,16 @@ def _outline(value: Any, tensors: list[Tensor]) -> Any:
     return value
 
 
-def _filled(outline: Any, tensors: Iterator[Tensor], ranks: Ranks) -> Any:
-    if isinstance(outline, _Blank):
-        tensor = next(tensors).contiguous() if ranks.first else torch.empty(outline.shape, dtype=outline.dtype)
-        dist.broadcast(tensor, src=0, group=ranks.control)
+def _fill(outline: Any, tensors: Iterator[Tensor], context: DistContext) -> Any:
+    if isinstance(outline, _Placeholder):
+        if context.first:
+            tensor = next(tensors).contiguous()
+        else:
+            tensor = torch.empty(outline.shape, dtype=outline.dtype, device="cpu")
+        dist.broadcast(tensor, src=0, group=context.control)
         return tensor
     if isinstance(outline, dict):
-        return {key: _filled(item, tensors, ranks) for key, item in outline.items()}
+        return {key: _fill(item, tensors, context) for key, item in outline.items()}
     if isinstance(outline, list | tuple):
-        return type(outline)(_filled(item, tensors, ranks) for item in outline)
+        return type(outline)(_fill(item, tensors, context) for item in outline)
     return outline

@@ -15,12 +15,32 @@ computed again for want of memory counts.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+import time
+from dataclasses import dataclass, replace
 
-from dino_fast.engine.config import Config
+import torch
+from torch import Tensor
+
+from dino_fast.backends import native_missing
+from dino_fast.engine.build import (
+    build_configured_backbone,
+    build_model,
+    build_train_state,
+    make_loader,
+    open_data,
+    resolve_device,
+    resolve_precision,
+)
+from dino_fast.engine.config import Config, validate
+from dino_fast.engine.distributed import read_environment
+from dino_fast.engine.progress import clock
+from dino_fast.engine.schedules import Schedules
+from dino_fast.engine.train_step import Crops, train_step
+from dino_fast.errors import UserError
 
 MLP_RATIO = 4
+# Floating-point operations that the trial steps may take: some seconds of two CPU cores at 50 GFLOP/s.
+CPU_BUDGET = 1e12
 # Dense tensor-core products with float32 accumulation, FLOP/s as the makers publish them, by part of the device's name.
 PEAKS_16_BIT = {
     "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
@@ -101,18 +121,15 @@ def forward_flops(sizes: Sizes, tokens: int, rates: list[float]) -> float:
 def _counted(config: Config, channels: int) -> tuple[float, float, int] | None:
     """Of any other backbone: what PyTorch counts in a forward pass without data, thrice and once; and its width. None
     for one that cannot run without data."""
-    import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from dino_fast.engine.train_state import configured_backbone
-
     with torch.device("meta"):
-        backbone = configured_backbone(config, channels, 0.0).eval()
+        backbone = build_configured_backbone(config, channels, 0.0).eval()
     found = []
     for side in (config.global_size, config.local_size):
         try:
             with FlopCounterMode(display=False) as counter, torch.no_grad():
-                backbone(torch.empty(1, channels, side, side, device="meta"))
+                backbone(torch.empty(1, channels, side, side, dtype=torch.float32, device="meta"))
         except (RuntimeError, NotImplementedError):
             return None
         found.append(float(counter.get_total_flops()))
@@ -121,10 +138,6 @@ def _counted(config: Config, channels: int) -> tuple[float, float, int] | None:
 
 def parameters(config: Config, channels: int) -> tuple[int, int]:
     """(of the backbone, of the head) of one network."""
-    import torch
-
-    from dino_fast.engine.train_state import build_model
-
     with torch.device("meta"):
         model = build_model(config, channels, 0.0)
     return sum(p.numel() for p in model.backbone.parameters()), sum(p.numel() for p in model.head.parameters())
@@ -140,8 +153,8 @@ def memory_parts(config: Config, channels: int, precision: str, world: int, devi
     """
     wide = 4 if precision == "fp32" else 2
     count = sum(parameters(config, channels))
-    cut = 1 if config.shard == "none" else world
-    images = config.batch_size / world / config.accumulate
+    cut = 1 if config.fsdp == "none" else world
+    images = config.batch_size / world / config.grad_accum_steps
     copies = precision == "bf16" and world == 1  # of both networks' weights, and gradients in bfloat16
     pixels = 2 * config.global_size**2 + config.local_crops * config.local_size**2
     parts = {
@@ -152,7 +165,7 @@ def memory_parts(config: Config, channels: int, precision: str, world: int, devi
     kept = {"none": 16.0, "selective": 10.0, "full": 1.0}[config.checkpoint_activations]
     if device == "cpu" and precision == "fp32":
         kept = min(kept, 6.0)
-    if config.last_layer == "logits":
+    if config.loss_impl == "logits":
         parts["logits"] = images * (4 + config.local_crops) * config.out_dim * wide
     if sizes is not None:
         parts["what the blocks keep for the backward pass"] = (
@@ -170,18 +183,120 @@ def wire_bytes(config: Config, channels: int, world: int) -> float:
     rest, share = backbone + head - prototypes, (world - 1) / world
     V, D, images = 2 + config.local_crops, config.head_bottleneck_dim, config.batch_size / world
     wide = 4 if config.precision in ("auto", "fp32") else 2
-    if config.shard == "none":
+    if config.fsdp == "none":
         return 2 * share * 4.0 * (backbone + head)
-    gathers = 2 if config.shard == "grads" else 3  # student and teacher, and the student again
+    gathers = 2 if config.fsdp == "grads" else 3  # student and teacher, and the student again
     rows = (world - 1) * images * D * ((V + 2) * wide + V * 4.0)
     return share * (gathers * wide + 4.0) * rest + rows
 
 
-def peak_flops(device: Any, precision: str) -> float | None:
+def peak_flops(device: torch.device, precision: str) -> float | None:
     """Of the device's matrix units in 16 bit; None where it is not known, or the run is in float32."""
-    if precision == "fp32" or getattr(device, "type", "cpu") != "cuda":
+    if precision == "fp32" or device.type != "cuda":
         return None
-    import torch
-
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in PEAKS_16_BIT.items() if all(word in name for word in part.split())), None)
+
+
+# ---- `dino-fast train --dry-run` ----
+
+
+def dry_run_report(config: Config, environment: dict[str, str]) -> str:
+    """Parameter counts, memory, operations of an image, steps, and the expected time, as text.
+
+    Raises UserError for whatever the run itself would refuse.
+    """
+    validate(config)
+    device = resolve_device(config.device)
+    precision = resolve_precision(config.precision, device)
+    world = read_environment(environment)[1]
+    if config.keep_freed_memory and native_missing() is None:  # as in the run: it is timed below
+        from dino_fast import _C
+
+        _C.keep_freed_memory()
+    data = open_data(config)
+    loader = make_loader(config, data.train, device)
+    if config.batch_size % world:
+        raise UserError(f"--batch-size {config.batch_size} does not divide among {world} processes")
+    channels = data.train.channels
+    schedules = Schedules(config, loader.batches_per_epoch)
+    steps = min(schedules.steps, config.max_steps or schedules.steps)
+    backbone, head = parameters(config, channels)
+    flops = flops_per_image(config, channels)
+    sizes = sizes_of(config, channels)
+    prototypes = config.out_dim * config.head_bottleneck_dim
+    tokens = f"{sizes.tokens:,} tokens (student {sizes.student_tokens:,})" if sizes else ""
+    work = f"{flops / 1e9:.3g} GFLOP" if flops else "operations unknown"
+    rows = [
+        ("backbone", f"{config.arch}/{config.patch_size}, {backbone / 1e6:.2f} M parameters"),
+        ("head", f"{head / 1e6:.2f} M parameters, of which prototypes {prototypes / 1e6:.2f} M"),
+        ("data", f"{len(data.train):,} images of {config.data}, {loader.batches_per_epoch:,} steps an epoch"),
+        ("steps", f"{steps:,} of {config.batch_size} images" + (f", in {world} processes" if world > 1 else "")),
+        ("an image", ", ".join(filter(None, (work, tokens)))),
+        ("the run", f"{(flops or 0) * steps * config.batch_size:.3g} FLOP"),
+    ]
+    parts = memory_parts(config, channels, precision, world, device.type)
+    rows.append(("memory", f"{sum(parts.values()) / 1e9:.2f} GB in each process, estimated:"))
+    rows += [("", f"  {size / 1e9:.2f} GB {name}") for name, size in parts.items()]
+    if world > 1:
+        rows.append(
+            ("on the wire", f"{wire_bytes(config, channels, world) / 1e6:.1f} MB sent by each process in a step")
+        )
+    rows.append(("time", expected_time(config, channels, device, precision, flops, steps, world)))
+    rows += [("note", note) for note in (*schedules.notes(), data.why) if note]
+    return "\n".join(f"{name:<12} {text}" for name, text in rows)
+
+
+def expected_time(
+    config: Config, channels: int, device: torch.device, precision: str, flops: float | None, steps: int, world: int
+) -> str:
+    """From trial steps on noise here, a straight line through two numbers of images."""
+    images = config.batch_size // world
+    largest = images
+    if device.type == "cpu" and flops is not None:
+        largest = min(images, int(CPU_BUDGET / (4.5 * flops)))  # three steps of it and three of half of it
+    tried = [largest // 2, largest]
+    if largest < 4 or flops is None:
+        return "not tried here: a trial step would take long itself"
+    seconds = [trial(config, channels, device, precision, n) for n in tried]
+    slope = max((seconds[1] - seconds[0]) / (tried[1] - tried[0]), seconds[1] / tried[1] / 10)
+    step = seconds[1] + slope * (images - tried[1])
+    rate = images * flops / step
+    peak = peak_flops(device, precision)
+    share = f", {rate / peak:.0%} of the matrix units' peak" if peak else ""
+    left_out = "data loading, evaluation, checkpoints" + (" and the network" if world > 1 else "")
+    return (
+        f"{clock(step * steps)} for {steps:,} steps of {step * 1e3:.0f} ms ({config.batch_size / step:.0f} images/s, "
+        f"{rate / 1e12:.3g} TFLOP/s{share}), from trial steps of {tried[0]} and {tried[1]} images on this "
+        f"{device.type}; without {left_out}"
+    )
+
+
+@dataclass
+class _Noise:
+    """Crops of no image."""
+
+    global_crops: Tensor
+    local_crops: Tensor
+
+
+def trial(config: Config, channels: int, device: torch.device, precision: str, images: int) -> float:
+    """Seconds of a step on `images` images, the least of two after one to warm up."""
+    small = replace(config, batch_size=images, grad_accum_steps=1, fsdp="none", cuda_graph="off")
+    state = build_train_state(small, channels, device, precision)
+    large, local = config.global_size, config.local_size
+    crops: Crops = _Noise(
+        torch.randn(2, images, channels, large, large, dtype=torch.float32, device="cpu"),
+        torch.randn(config.local_crops, images, channels, local, local, dtype=torch.float32, device="cpu"),
+    )
+    schedules = Schedules(small, 10)
+    hyperparams = replace(schedules.values_at(schedules.steps - 1), frozen=False)
+    best = float("inf")
+    for step in range(3):
+        began = time.perf_counter()
+        train_step(state, crops, hyperparams, step)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if step:
+            best = min(best, time.perf_counter() - began)
+    return best

@@ -1,4 +1,4 @@
-"""k-NN accuracy while training: each process makes the features of its share of the images."""
+"""k-NN accuracy during training: each process computes the features of its share of the images."""
 
 from __future__ import annotations
 
@@ -10,41 +10,45 @@ import torch
 from torch import Tensor, nn
 
 from dino_fast.data import Source, Subset, eval_batches
-from dino_fast.engine import distributed as many
-from dino_fast.engine.distributed import Ranks
+from dino_fast.engine.build import build_configured_backbone
+from dino_fast.engine.distributed import DistContext
+from dino_fast.engine.parallelize import full_state_dict, is_sharded
 from dino_fast.engine.signals import Halted
-from dino_fast.engine.train_state import Learner, configured_backbone
+from dino_fast.engine.train_state import TrainState
 from dino_fast.models import MultiCropWrapper
 
-Watch = Callable[[Iterable[Any]], Iterator[Any]]  # passes items on; raises Halted once a signal came
+Watch = Callable[[Iterable[Any]], Iterator[Any]]  # passes items through; raises Halted after a signal
 
 
-def measure_knn(run: Learner, channels: int, bank: Source, test: Source, watch: Watch) -> tuple[dict[str, float], str]:
-    """k-NN accuracy on `test`: `knn` of the teacher, `knn_student`, and a line about them; nothing after a signal."""
+def measure_knn(
+    state: TrainState, channels: int, bank: Source, test: Source, watch: Watch
+) -> tuple[dict[str, float], str]:
+    """k-NN accuracies on `test` (`knn` of the teacher, `knn_student`) and a line about them; empty after a signal."""
     from dino_fast.eval.knn import knn_accuracy
 
-    config, found, text = run.config, {}, ""
-    for name, model in (("knn", run.teacher), ("knn_student", run.student)):
-        backbone = whole_backbone(run, model, channels)
-        of_bank, of_test = (features_of_all(run, backbone, source, watch) for source in (bank, test))
-        if of_bank is None or of_test is None:
+    config, accuracies, text = state.config, {}, ""
+    for name, model in (("knn", state.teacher), ("knn_student", state.student)):
+        backbone = whole_backbone(state, model, channels)
+        bank_features, test_features = (all_features(state, backbone, source, watch) for source in (bank, test))
+        if bank_features is None or test_features is None:
             return {}, ""
-        (known, labels), (queries, truth) = of_bank, of_test
+        (known, labels), (queries, truth) = bank_features, test_features
         k = min(config.knn_k, len(known))
         top1 = 0.0
-        if run.ranks.first:
+        if state.context.first:
             top1 = float(knn_accuracy(known, labels, queries, truth, k=k, temperature=config.knn_temperature)[0])
-        found[name] = run.ranks.from_first(lambda value=top1: value)  # type: ignore[misc]
+        accuracies[name] = state.context.run_on_rank0(lambda value=top1: value)  # type: ignore[misc]
         text = f"k-NN (k={k}, temperature {config.knn_temperature:g}, {len(queries)} held-out images): "
-    return found, text + f"teacher {found['knn']:.1%}, student {found['knn_student']:.1%}"
+    return accuracies, text + f"teacher {accuracies['knn']:.1%}, student {accuracies['knn_student']:.1%}"
 
 
-def features_of_all(run: Learner, backbone: nn.Module, source: Source, watch: Watch) -> tuple[Tensor, Tensor] | None:
-    """Features [N, C] and labels [N] of the labelled images, in order; None where a signal came to any process."""
+def all_features(state: TrainState, backbone: nn.Module, source: Source, watch: Watch) -> tuple[Tensor, Tensor] | None:
+    """Features [N, C] and labels [N] of the labeled images, in order; None if any process received a signal."""
     from dino_fast.eval.knn import extract_features
 
-    share, config = share_of(source, run.ranks), run.config
-    features, labels = torch.empty(0, cast(int, backbone.embed_dim)), torch.empty(0, dtype=torch.int64)
+    share, config = share_of(source, state.context), state.config
+    features = torch.empty(0, cast(int, backbone.embed_dim), dtype=torch.float32, device="cpu")
+    labels = torch.empty(0, dtype=torch.int64, device="cpu")
     halted = False
     try:
         if len(share):
@@ -52,26 +56,26 @@ def features_of_all(run: Learner, backbone: nn.Module, source: Source, watch: Wa
             features, labels = extract_features(backbone, watch(batches))
     except Halted:
         halted = True
-    if run.ranks.agree(halted)[0]:
+    if state.context.all_reduce_max(halted)[0]:
         return None
-    features, labels = run.ranks.rows(features), run.ranks.rows(labels)
+    features, labels = state.context.all_gather_rows(features), state.context.all_gather_rows(labels)
     return features[labels >= 0], labels[labels >= 0]
 
 
-def share_of(source: Source, ranks: Ranks) -> Source:
-    """This process's images: the shares of all, one after the other, are the source."""
-    if ranks.world == 1:
+def share_of(source: Source, context: DistContext) -> Source:
+    """This process's contiguous share of the images."""
+    if context.world == 1:
         return source
-    share = -(-len(source) // ranks.world)
-    return Subset(source, np.arange(len(source))[ranks.rank * share : (ranks.rank + 1) * share])
+    share = -(-len(source) // context.world)
+    return Subset(source, np.arange(len(source))[context.rank * share : (context.rank + 1) * share])
 
 
-def whole_backbone(run: Learner, model: MultiCropWrapper, channels: int) -> nn.Module:
-    """The network's backbone; where it is cut over processes, a whole copy of it in each: all must call this, and none
-    waits for another while it uses it."""
-    if not hasattr(next(model.backbone.parameters()), "to_local"):
+def whole_backbone(state: TrainState, model: MultiCropWrapper, channels: int) -> nn.Module:
+    """The network's backbone; if it is sharded, a gathered copy, which forward passes use without collectives. All
+    processes must call this."""
+    if not is_sharded(next(model.backbone.parameters())):
         return model.backbone
-    with torch.random.fork_rng(devices=[]):  # its weights are drawn, and overwritten
-        copy = configured_backbone(run.config, channels, 0.0)
-    copy.load_state_dict(many.gathered(model.backbone.state_dict(), keep=True))
-    return copy.to(run.device).requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):  # random weights, overwritten below
+        copy = build_configured_backbone(state.config, channels, 0.0)
+    copy.load_state_dict(full_state_dict(model.backbone.state_dict(), keep=True))
+    return copy.to(state.device).requires_grad_(False)

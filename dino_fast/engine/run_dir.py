@@ -1,4 +1,4 @@
-"""What a run leaves on the disk: one directory, complete in itself.
+"""The directory of a run, complete in itself.
 
 config.yaml       the configuration as it was used
 metrics.jsonl     one JSON object a step, flushed at once
@@ -15,18 +15,19 @@ import errno
 import json
 import math
 import os
-import uuid
 import zlib
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
-from dino_fast.engine.distributed import ALONE, Ranks
+from dino_fast.atomic import atomic_write
+from dino_fast.engine.config import with_present_names
+from dino_fast.engine.distributed import SINGLE_PROCESS, DistContext
 from dino_fast.errors import UserError, unwritable
 
-# What makes a directory a run: any of these. A folder with other things in it may be used.
-_MARKS = ("config.yaml", "metrics.jsonl", "checkpoints")
+# A directory with any of these is a run. One that holds only other files may become one.
+MARKS = ("config.yaml", "metrics.jsonl", "checkpoints")
 
 # TensorBoard groups curves by what comes before the slash.
 _TAGS = {
@@ -46,15 +47,20 @@ _TAGS = {
 _UNPLOTTED = {"step"}
 
 
-def open_run(out: Path | None, config: dict[str, Any], resume: bool, ranks: Ranks = ALONE) -> Run:
+def open_run(out: Path | None, config: dict[str, Any], resume: bool, context: DistContext = SINGLE_PROCESS) -> RunDir:
     """Make or reopen a run directory and write `config` (plain values) to its config.yaml.
 
     `out` None makes `runs/<date-time>` below the working directory. With `resume` the run in `out` is continued, or
     begun where there is none. Raises `UserError` for an `out` that holds a run (without `resume`), is a file, or cannot
     be written to; nothing is changed then. Of several processes the first makes it, and alone writes to it.
     """
-    path = ranks.from_first(lambda: _make_run(out, config, resume))
-    return Run(path, writes=ranks.first)
+    path = context.run_on_rank0(lambda: _make_run(out, config, resume))
+    return RunDir(path, writes=context.first)
+
+
+def run_marks(path: Path) -> list[str]:
+    """The files and folders in a directory that make it a run."""
+    return [name for name in MARKS if (path / name).exists()]
 
 
 def _make_run(out: Path | None, config: dict[str, Any], resume: bool) -> Path:
@@ -66,23 +72,23 @@ def _make_run(out: Path | None, config: dict[str, Any], resume: bool) -> Path:
         path = Path(out)
         if path.exists() and not path.is_dir():
             raise UserError(f"--out {path} is a file; give a directory, new or empty")
-        held = [name for name in _MARKS if (path / name).exists()]
-        if held and not resume:
+        marks = run_marks(path)
+        if marks and not resume:
             raise UserError(
-                f"--out {path} already holds a run ({', '.join(held)}). Continue it with --resume, "
+                f"--out {path} already holds a run ({', '.join(marks)}). Continue it with --resume, "
                 "or give another --out to start a new one"
             )
     with _writable(path):
         for folder in (path, path / "checkpoints", path / "export"):
             folder.mkdir(parents=True, exist_ok=True)
-        Run(path)._write_config(config)
+        RunDir(path)._write_config(config)
     return path
 
 
-class Run:
+class RunDir:
     """An open run directory. `path`, `checkpoints` and `export` are its folders. Close it, or use it in a `with`.
 
-    Where not `writes`, metrics go nowhere; messages are still noted.
+    Without `writes` (ranks other than 0), metrics are dropped; messages still go to log.txt.
     """
 
     def __init__(self, path: Path, writes: bool = True) -> None:
@@ -117,7 +123,7 @@ class Run:
                 {_TAGS.get(name, f"train/{name}"): x for name, x in row.items() if name != "step"}, step=row["step"]
             )
 
-    def follow(self, project: str, config: dict[str, Any]) -> None:
+    def init_wandb(self, project: str, config: dict[str, Any]) -> None:
         """Log to Weights & Biases as well; a run that is continued goes on under the name of its directory.
 
         Raises UserError where the package is not installed.
@@ -134,19 +140,20 @@ class Run:
             project=project, name=self.path.name, id=identity, resume="allow", dir=str(self.path), config=plain
         )
 
-    def cut_back(self, step: int) -> None:
+    def truncate_metrics(self, step: int) -> None:
         """Drop every metrics line beyond `step` and a torn last one, so that a resumed run has each step once."""
         if not self.writes:
             return
         self._close_metrics()
         path = self.path / "metrics.jsonl"
         if path.exists():
-            kept = [row for row in read_metrics(path) if row["step"] <= step]
-            _replace(path, "".join(json.dumps(row) + "\n" for row in kept))
+            rows = [row for row in read_metrics(path) if row["step"] <= step]
+            with atomic_write(path) as temporary:
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         self._close_board()
         self._purge = step + 1
 
-    def note(self, text: str) -> None:
+    def log_text(self, text: str) -> None:
         """Append a message with the time to log.txt."""
         with _writable(self.path), open(self.path / "log.txt", "a", encoding="utf-8") as file:
             file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}\n")
@@ -158,7 +165,7 @@ class Run:
             self._wandb.finish()
             self._wandb = None
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> RunDir:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -174,11 +181,12 @@ class Run:
                 before = yaml.safe_load(path.read_text(encoding="utf-8"))
             except (yaml.YAMLError, UnicodeDecodeError):
                 before = None  # cut off by a crash; it is written anew
-            before = before if isinstance(before, dict) else {}
+            before = with_present_names(before if isinstance(before, dict) else {})
             names = [name for name in {**before, **plain} if before.get(name) != plain.get(name)]
             for name in names:
-                self.note(f"resumed with {name}: {plain.get(name)!r} (was {before.get(name)!r})")
-        _replace(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+                self.log_text(f"resumed with {name}: {plain.get(name)!r} (was {before.get(name)!r})")
+        with atomic_write(path) as temporary:
+            temporary.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
     def _plot(self, row: dict[str, Any]) -> None:
         if self._board is None:
@@ -263,19 +271,6 @@ def _fresh(parent: Path) -> Path:
 def _newest_run() -> str:
     runs = sorted(path for path in Path("runs").glob("*") if (path / "config.yaml").exists())
     return f" (the newest here is {runs[-1]})" if runs else ""
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a crash, meets the old or the new text and nothing between."""
-    temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What changes from step to step: learning rate, weight decay, the teacher's momentum and temperature, the freeze."""
+"""Schedules: learning rate, weight decay, the teacher's momentum and temperature, and the frozen last layer."""
 
 from __future__ import annotations
 
@@ -6,17 +6,18 @@ import math
 from dataclasses import dataclass
 
 from dino_fast.engine.config import Config
+from dino_fast.loss import teacher_temp_at
 
 
 @dataclass(frozen=True)
-class Rates:
-    """The values of one step."""
+class StepHyperparams:
+    """Hyperparameters of one step."""
 
     lr: float
     weight_decay: float
-    momentum: float  # share of the teacher that the step keeps
+    momentum: float  # weight of the old teacher in its moving average
     teacher_temp: float
-    frozen: bool  # the last layer stays as it is
+    frozen: bool  # the last layer is not updated
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,12 @@ class Schedules:
 
     @property
     def steps(self) -> int:
-        """Steps that the schedules span."""
+        """Length of the schedules, in optimizer steps."""
         return self.config.epochs * self.steps_per_epoch
 
     @property
     def warmup_steps(self) -> int:
-        """Steps of warm-up; where it is longer than the run, a tenth of the run (the published: 10 of 100 epochs)."""
+        """Warm-up steps of the learning rate; a tenth of the run if the warm-up is longer than the run."""
         wanted = self._count(self.config.warmup_epochs)
         return wanted if wanted <= self.steps else self.steps // 10
 
@@ -41,10 +42,10 @@ class Schedules:
     def freeze_steps(self) -> int:
         return self._count(self.config.freeze_last_layer)
 
-    def at(self, step: int) -> Rates:
+    def values_at(self, step: int) -> StepHyperparams:
         """The values of step `step`, counted from 0."""
         config, end = self.config, self.steps
-        return Rates(
+        return StepHyperparams(
             lr=cosine(step, config.lr * config.batch_size / 256, config.min_lr, end, self.warmup_steps),
             weight_decay=cosine(step, config.weight_decay, config.weight_decay_end, end),
             momentum=self.momentum(step),
@@ -53,25 +54,22 @@ class Schedules:
         )
 
     def momentum(self, step: int) -> float:
-        """The share of the teacher that step `step` keeps: 0 makes it the student after that step, 1 leaves it."""
-        kind, config = self.config.teacher, self.config
+        """The teacher's momentum m of `step`: teacher = m teacher + (1 - m) student, after the student's update."""
+        kind, config = self.config.teacher_update, self.config
         if kind == "ema":
-            return cosine(step, config.momentum, 1.0, self.steps)
+            return cosine(step, config.momentum_teacher, 1.0, self.steps)
         if kind == "previous-epoch":
             return 0.0 if (step + 1) % self.steps_per_epoch == 0 else 1.0
-        return 0.0 if kind == "copy" else 1.0  # previous-step: `train_step` has made it the student before the update
+        return 0.0 if kind == "copy" else 1.0  # previous-step: `train_step` copies the student before its update
 
     def teacher_temp(self, epoch: int) -> float:
-        """Constant within an epoch; linear over the warm-up's epochs, of which the last has the final value."""
+        """The published warm-up, constant within an epoch: see `teacher_temp_at`."""
         config = self.config
-        warmup = min(config.warmup_teacher_temp_epochs, config.epochs)
-        if epoch >= warmup:
-            return config.teacher_temp
-        share = epoch / (warmup - 1) if warmup > 1 else 0.0
-        return config.warmup_teacher_temp + (config.teacher_temp - config.warmup_teacher_temp) * share
+        warmup = config.warmup_teacher_temp, config.teacher_temp, config.warmup_teacher_temp_epochs
+        return teacher_temp_at(epoch, *warmup, config.epochs)
 
     def notes(self) -> list[str]:
-        """What to tell about a run that is shorter than what was asked of its schedules."""
+        """Notes for a run that is shorter than its schedules ask for."""
         config, notes = self.config, []
         if config.warmup_epochs > config.epochs:
             notes.append(
@@ -107,9 +105,9 @@ class Schedules:
 
 
 def cosine(step: int, start: float, end: float, steps: int, warmup: int = 0) -> float:
-    """Linear from 0 to `start` over `warmup` steps (both ends included), then half a cosine towards `end`.
+    """Value at `step`: linear from 0 to `start` over `warmup` steps (both included), then half a cosine towards `end`.
 
-    The value of step `step` of `steps`; `end` itself would be that of step `steps`, as published.
+    `end` itself would be the value at step `steps`, as published.
     """
     if step < warmup:
         return start * step / max(warmup - 1, 1)

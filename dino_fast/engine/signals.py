@@ -14,7 +14,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM ended the run after it was saved; `code` is the exit status that shells expect."""
+    """Raised after Ctrl-C or SIGTERM, once the run is saved; `code` is the exit status that shells expect."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
@@ -22,18 +22,19 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Halted(Exception):
-    """A signal came during an evaluation."""
+    """A signal arrived during an evaluation."""
 
 
-class Stop:
-    """Ctrl-C and SIGTERM set `number`, which the loop reads between steps; a second one acts at once."""
+class SignalHandler:
+    """Catches Ctrl-C and SIGTERM, inside a `with`: the first one sets `number`, which the training loop reads between
+    steps; a second one acts at once."""
 
     def __init__(self) -> None:
         self.number: int | None = None
         self._before: dict[int, Any] = {}
 
-    def __enter__(self) -> Stop:
-        if threading.current_thread() is threading.main_thread():  # the only one that may
+    def __enter__(self) -> SignalHandler:
+        if threading.current_thread() is threading.main_thread():  # only the main thread may set handlers
             self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
@@ -47,7 +48,7 @@ class Stop:
         self.__exit__()
 
     def watch(self, items: Iterable[T]) -> Iterator[T]:
-        """The items; Halted once a signal came."""
+        """Yields the items; raises Halted once a signal has arrived."""
         for item in items:
             if self.number is not None:
                 raise Halted
@@ -55,8 +56,9 @@ class Stop:
 
 
 @contextlib.contextmanager
-def signals_held() -> Iterator[None]:
-    """Delivers signals at the end; processes that are started in between never get them."""
+def block_signals() -> Iterator[None]:
+    """Blocks both signals inside the `with` and delivers them at its end. Processes started inside inherit the mask, so
+    they never get them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield

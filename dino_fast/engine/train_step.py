@@ -4,190 +4,255 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any, Protocol, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from dino_fast.engine import distributed as many
-from dino_fast.engine.last_layer import loss_of_rows
-from dino_fast.engine.later import Found
-from dino_fast.engine.monitor import feature_spread
-from dino_fast.engine.schedules import Rates
-from dino_fast.engine.train_state import Learner, build_learner, learner_state, parameter_groups, restore_learner
+from dino_fast.backends import choose
+from dino_fast.engine.metrics import StepMetrics
+from dino_fast.engine.parallelize import replicate, to_local
+from dino_fast.engine.schedules import StepHyperparams
+from dino_fast.engine.train_state import TrainState, call_direct
+from dino_fast.loss import linear_dino_loss
 from dino_fast.models import DINOHead, VisionTransformer, WeightNormLinear, set_drop_path_seed
+from dino_fast.ops.dino_loss import dino_loss
+from dino_fast.ops.linear_dino_loss.chunked import linear_dino_loss_chunked, teacher_entropy
 from dino_fast.ops.linear_dino_loss.sharded import linear_dino_loss_ranks
 from dino_fast.optim import ema_update
 
-__all__ = [
-    "Crops",
-    "Learner",
-    "build_learner",
-    "compute_step",
-    "learner_state",
-    "parameter_groups",
-    "restore_learner",
-    "train_step",
-]
-
 
 class Crops(Protocol):
-    """What a step needs of a batch."""
+    """The crops of a batch: float32, on any device."""
 
     global_crops: Tensor  # [2, B, C, H, W]
     local_crops: Tensor  # [n_local, B, C, h, w]
 
 
-def train_step(run: Learner, batch: Crops, rates: Rates, step: int) -> Found:
-    """Forward, loss, backward, clip, AdamW, teacher, centre: one published iteration on one global batch.
+def train_step(state: TrainState, batch: Crops, hyperparams: StepHyperparams, step: int) -> StepMetrics:
+    """Forward, loss, backward, clip, AdamW, teacher, center: one published iteration on one global batch.
 
-    With `accumulate` the batch goes through the models in parts; targets, gradients and centre are those of the whole.
-    Returns the step's `loss`, `teacher_entropy`, `kl` (nats), `feature_spread` and `grad_norm` (before clipping), which
-    nothing has waited for yet. A loss that is not finite leaves weights, moments, teacher and centre as they are; where
-    the configuration says that it stops the run, so do all losses after it.
+    With `grad_accum_steps` the batch goes through the models in micro-batches; targets, gradients and center are those
+    of the whole batch. Returns `loss`, `teacher_entropy`, `kl` (nats), `feature_spread` and `grad_norm` (before
+    clipping), whose copy to the host has only been started. A non-finite loss leaves weights, moments, teacher and
+    center as they are; with `on_nonfinite: stop` so do all steps after it.
     """
-    parts = list(_parts(batch, run.config.accumulate, run.device))
-    _set_rates(run, rates)
-    if step == 0 and run.config.center_init == "first_batch" and run.config.centering:
-        _start_center(run, parts)
-    kept = [_kept(run, crops, step * len(parts) + i) for i, crops in enumerate(parts)]
-    compute = functools.partial(compute_step, run)
-    if run.graph is not None:
-        return Found(run.graph(compute, parts, kept, rates))
-    numbers = compute(parts, kept, rates)
-    run.optimizer.zero_grad()
-    return Found(numbers)
+    micro_batches = list(_micro_batches(batch, state.config.grad_accum_steps, state.device))
+    _set_hyperparams(state, hyperparams)
+    if step == 0 and state.config.center_init == "first_batch" and state.config.centering:
+        _init_center(state, micro_batches)
+    first = step * len(micro_batches)
+    keep_indices = [_keep_indices(state, *crops, first + i) for i, crops in enumerate(micro_batches)]
+    compute = functools.partial(compute_step, state)
+    if state.graph is not None:
+        return StepMetrics(state.graph(compute, micro_batches, keep_indices, hyperparams))
+    numbers = compute(micro_batches, keep_indices, hyperparams)
+    state.optimizer.zero_grad()
+    return StepMetrics(numbers)
 
 
 def compute_step(
-    run: Learner, parts: list[tuple[Tensor, Tensor]], kept: list[Tensor | None], rates: Rates
+    state: TrainState,
+    micro_batches: list[tuple[Tensor, Tensor]],
+    keep_indices: list[Tensor | None],
+    hyperparams: StepHyperparams,
 ) -> dict[str, Tensor]:
-    """What a GPU does in a step, from crops and drawn depths that lie on it: the host reads no number and copies none,
-    so it can be recorded (`engine/cuda_graph.py`). Returns the step's numbers, scalars on the device."""
-    loss, entropy = torch.zeros((), device=run.device), torch.zeros((), device=run.device)
-    mean = torch.zeros(run.config.head_bottleneck_dim, device=run.device)  # of what the teacher's last layer is given
+    """The device's work of a step, from crops and keep indices that lie on it. Returns scalars on the device.
+
+    The host reads no value and copies nothing, so that it can be recorded as a CUDA graph.
+    """
+    config, count = state.config, len(micro_batches)
+    loss = torch.zeros((), dtype=torch.float32, device=state.device)
+    entropy = torch.zeros_like(loss)
+    # Mean input of the teacher's last layer.
+    bottleneck_mean = torch.zeros(config.head_bottleneck_dim, dtype=torch.float32, device=state.device)
     features = []
-    _, teacher = run.computing
+    _, teacher = state.forward_models
     teacher_head = cast(DINOHead, teacher.head)
-    for i, (large, small) in enumerate(parts):
-        last = i == len(parts) - 1
-        with _autocast(run), many.reduce_gradients(run.student, run.through, last):
-            run.mark("teacher")
+    for i, (global_crops, local_crops) in enumerate(micro_batches):
+        last = i == count - 1
+        with _autocast(state), state.sync_gradients(last):
+            state.on_phase("teacher")
             with torch.no_grad():
-                tokens = teacher.backbone(large)  # [2 B, C]
+                tokens = teacher.backbone(global_crops)  # [2 B, C]
                 targets = teacher_head.bottleneck(tokens)  # [2 B, D]
-            run.mark("student")
-            rows = run.through(_rows, run, [large, small] if len(small) else [large], kept[i])  # [V B, D]
-            run.mark("loss")
-            part, part_entropy = _loss(run, rows, targets, rates.teacher_temp)
-        loss += part.detach() / len(parts)
-        entropy += part_entropy / len(parts)
-        mean += targets.float().mean(dim=0) / len(parts)
+            state.on_phase("student")
+            crops = [global_crops, local_crops] if len(local_crops) else [global_crops]
+            rows = state.forward_fn(_student_rows, state, crops, keep_indices[i])  # [V B, D]
+            state.on_phase("loss")
+            micro_loss, micro_entropy = _loss(state, rows, targets, hyperparams.teacher_temp)
+        loss += micro_loss.detach() / count
+        entropy += micro_entropy / count
+        bottleneck_mean += targets.float().mean(dim=0) / count
         features.append(tokens[: len(tokens) // 2])  # of the first global crops
-        if last:  # on their way before the last backward pass: nothing waits for that one
-            of_all = run.ranks.start_mean(mean)
+        if last:  # all-reduced while the last backward pass runs, which waits for neither
+            reduced_mean = state.context.start_mean(bottleneck_mean)
             spread = [feature_spread(torch.cat(features))] if sum(map(len, features)) > 1 else []
-            means = run.ranks.start_mean(torch.stack([loss, entropy, *spread]))
-        run.mark("backward")
-        run.scaler.scale(part / len(parts)).backward()
-    run.mark("optimizer")
-    numbers = dict(zip(("loss", "teacher_entropy", "feature_spread"), means().unbind(), strict=False))
-    bad = ~numbers["loss"].isfinite()
-    run.held.copy_(bad | run.held if run.config.on_nonfinite == "stop" else bad)
-    of_prototypes = teacher_head.last_layer.of_mean(of_all())  # before the teacher moves
-    if run.config.teacher == "previous-step":
-        ema_update(run.teacher.parameters(), run.student.parameters(), 0.0, hold=run.held)
-    run.scaler.step(run.optimizer, momentum=rates.momentum, hold=run.held)
-    run.scaler.update()
-    if run.config.centering:
-        run.loss.update_center(of_prototypes, run.prototypes, hold=run.held)
-    norm = getattr(run.optimizer, "grad_norm", None)
+            reduced_numbers = state.context.start_mean(torch.stack([loss, entropy, *spread]))
+        state.on_phase("backward")
+        state.scaler.scale(micro_loss / count).backward()
+    state.on_phase("optimizer")
+    names = ("loss", "teacher_entropy", "feature_spread")
+    numbers = dict(zip(names, reduced_numbers().unbind(), strict=False))
+    nonfinite = ~numbers["loss"].isfinite()
+    state.skip_step.copy_(nonfinite | state.skip_step if config.on_nonfinite == "stop" else nonfinite)
+    mean_logits = teacher_head.last_layer.of_mean(reduced_mean())  # before the teacher's weights change
+    if config.teacher_update == "previous-step":
+        ema_update(state.teacher.parameters(), state.student.parameters(), 0.0, hold=state.skip_step)
+    state.scaler.step(state.optimizer, momentum=hyperparams.momentum, hold=state.skip_step)
+    state.scaler.update()
+    if config.centering:
+        state.loss.update_center(mean_logits, state.prototypes, hold=state.skip_step)
+    norm = getattr(state.optimizer, "grad_norm", None)
     return numbers if norm is None else numbers | {"grad_norm": norm}
 
 
-def _rows(run: Learner, crops: list[Tensor], kept: Tensor | None) -> Tensor:
-    """What the student's last layer is given."""
-    student, _ = run.computing
-    return cast(DINOHead, student.head).bottleneck(student.features(crops, kept))
+def _student_rows(state: TrainState, crops: list[Tensor], keep_indices: Tensor | None) -> Tensor:
+    """Inputs [V B, D] of the student's last layer."""
+    student, _ = state.forward_models
+    return cast(DINOHead, student.head).bottleneck(student.features(crops, keep_indices))
 
 
-def _loss(run: Learner, rows: Tensor, targets: Tensor, teacher_temp: float) -> tuple[Tensor, Tensor]:
-    """The loss and the targets' mean entropy, of this process's images; of all where the prototypes are cut, with the
-    gradients of the former by `rows` either way."""
-    student, teacher = (cast(WeightNormLinear, network.head.last_layer) for network in run.computing)
-    temps: dict[str, Any] = {"student_temp": run.config.student_temp, "teacher_temp": teacher_temp}
-    if run.cut:
-        if rows.requires_grad:  # the others' share of the mean is theirs, and the gradients will be averaged
-            rows.register_hook(lambda gradient: gradient * run.ranks.world)
+def _loss(state: TrainState, rows: Tensor, targets: Tensor, teacher_temp: float) -> tuple[Tensor, Tensor]:
+    """Loss and mean entropy of the targets, from the inputs [V B, D] and [2 B, D] of the last layers.
+
+    Means over this process's images; over those of all processes if the prototypes are sharded. Either way the gradient
+    w.r.t. `rows` is that of this process's mean.
+    """
+    student, teacher = (cast(WeightNormLinear, network.head.last_layer) for network in state.forward_models)
+    temps: dict[str, Any] = {"student_temp": state.config.student_temp, "teacher_temp": teacher_temp}
+    rows, targets = rows.unflatten(0, (state.loss.ncrops, -1)), targets.unflatten(0, (2, -1))
+    center = state.loss.center[0, state.prototypes]
+    if state.is_sharded:
+        if rows.requires_grad:  # FSDP averages gradients, and this loss is already the mean over the processes
+            rows.register_hook(lambda gradient: gradient * state.context.world)
         return linear_dino_loss_ranks(
-            rows.unflatten(0, (run.loss.ncrops, -1)),
-            many.local(student.weight_v),
-            targets.unflatten(0, (2, -1)),
-            many.local(teacher.weight_v),
-            run.loss.center[0, run.prototypes],
-            student_gain=many.local(student.weight_g)[:, 0],
-            teacher_gain=many.local(teacher.weight_g)[:, 0],
+            rows,
+            to_local(student.weight_v),
+            targets,
+            to_local(teacher.weight_v),
+            center,
+            student_gain=to_local(student.weight_g)[:, 0],
+            teacher_gain=to_local(teacher.weight_g)[:, 0],
             **temps,
         )
-    return loss_of_rows(
-        rows.unflatten(0, (run.loss.ncrops, -1)),
-        student,
-        targets.unflatten(0, (2, -1)),
-        teacher,
-        run.loss.center[0],
-        way=run.config.last_layer,
-        **temps,
-    )
+    return last_layer_loss(rows, student, targets, teacher, center, impl=state.config.loss_impl, **temps)
 
 
-def _parts(batch: Crops, count: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """The images in `count` parts: (global crops [2 b, C, H, W], local crops [n b, C, h, w]), crop by crop."""
-    # First to the device: the pieces of a part would be put together in memory that is not pinned, and be waited for.
+def last_layer_loss(
+    rows: Tensor,
+    student: WeightNormLinear,
+    targets: Tensor,
+    teacher: WeightNormLinear,
+    center: Tensor,
+    *,
+    student_temp: float,
+    teacher_temp: float,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Loss and mean entropy of the targets (nats), float32 scalars, from the last layers' inputs [V, B, D], [2, B, D].
+
+    `impl` is "auto", or one of three that agree to rounding: "fused" (`linear_dino_loss`) stores no logits, "chunked"
+    those of a few images at a time, "logits" those of all images.
+    """
+    mixed = torch.is_autocast_enabled(rows.device.type)
+    dtype = torch.get_autocast_dtype(rows.device.type) if mixed else rows.dtype
+    impl = select_loss_impl(impl, rows, student.weight_v, dtype)
+    temps: dict[str, Any] = {"student_temp": student_temp, "teacher_temp": teacher_temp}
+    if impl == "fused":
+        temps |= {"student_gain": student.weight_g[:, 0], "teacher_gain": teacher.weight_g[:, 0]}
+        with torch.autocast(rows.device.type, enabled=False):
+            loss, _ = linear_dino_loss(rows, student.weight_v, targets, teacher.weight_v, center, **temps)
+        return loss, teacher_entropy(targets.flatten(0, 1), teacher.weight, center, teacher_temp)
+    if impl == "chunked":
+        with torch.no_grad():
+            teacher_weight = teacher.weight.to(dtype)
+        student_weight = student.weight.to(dtype)
+        return linear_dino_loss_chunked(
+            rows.to(dtype), student_weight, targets.to(dtype), teacher_weight, center, **temps
+        )
+    with torch.no_grad():
+        target_logits = F.linear(targets, teacher.weight)  # [2, B, K]
+    logits = F.linear(rows, student.weight)  # [V, B, K]
+    # In place: nothing else reads the student's logits.
+    result = dino_loss(logits, target_logits, center, inplace=True, **temps)
+    return result.loss, result.teacher_entropy
+
+
+def select_loss_impl(asked: str, rows: Tensor, weight: Tensor, dtype: torch.dtype = torch.float32) -> str:
+    """`asked`; "auto" becomes "fused" if a GPU has kernels for it, "logits" if not, and "chunked" on a CPU.
+
+    In float16 "chunked" becomes "logits": its gradients would be made without the loss scaling.
+    """
+    if asked == "auto" and rows.is_cuda:
+        return "fused" if choose("linear_dino_loss", rows, weight, rows, weight) == "triton" else "logits"
+    impl = "chunked" if asked == "auto" else asked
+    return "logits" if impl == "chunked" and dtype == torch.float16 else impl
+
+
+def feature_spread(features: Tensor) -> Tensor:
+    """How far the features of different images lie apart: 1 if isotropic, 0 if all are the same.
+
+    `features` [N, C] of any float dtype, N >= 2 -> float32 scalar: the mean over dimensions of the standard deviation
+    of the L2-normalized rows, times sqrt(C), the inverse of its value for directions spread evenly.
+    """
+    if features.ndim != 2 or features.shape[0] < 2:
+        raise ValueError(f"features have shape {tuple(features.shape)}; [N, C] with at least two rows is needed")
+    rows = F.normalize(features.detach().float(), dim=1)  # [N, C]
+    return rows.std(dim=0, unbiased=False).mean() * math.sqrt(rows.shape[1])
+
+
+def _micro_batches(batch: Crops, count: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """The images in `count` micro-batches: (global crops [2 b, C, H, W], local crops [n b, C, h, w]), crop-major."""
+    # Copied whole: flattening a chunk on the host would make a new tensor that is not pinned, and the copy would block.
     both = (x.to(device, non_blocking=True).chunk(count, dim=1) for x in (batch.global_crops, batch.local_crops))
-    for large, small in zip(*both, strict=True):
-        yield large.flatten(0, 1), small.flatten(0, 1)
+    for global_crops, local_crops in zip(*both, strict=True):
+        yield global_crops.flatten(0, 1), local_crops.flatten(0, 1)
 
 
-def _kept(run: Learner, crops: tuple[Tensor, Tensor], number: int) -> Tensor | None:
-    """What stochastic depth draws for the student, a function of seed and `number`, on the device."""
-    student, (large, small) = run.computing[0], crops
-    set_drop_path_seed(student, run.config.seed, number)
+def _keep_indices(state: TrainState, global_crops: Tensor, local_crops: Tensor, number: int) -> Tensor | None:
+    """Stochastic depth of the student for micro-batch `number`, a function of it and the seed, on the device."""
+    student = state.forward_models[0]
+    set_drop_path_seed(student, state.config.seed, number)
     if not isinstance(student.backbone, VisionTransformer):
         return None
-    drawn = student.backbone.stochastic_depth([large, small] if len(small) else [large])
-    if drawn is None or not large.is_cuda:
+    drawn = student.backbone.stochastic_depth([global_crops, local_crops] if len(local_crops) else [global_crops])
+    if drawn is None or not global_crops.is_cuda:
         return drawn
-    return drawn.pin_memory().to(run.device, non_blocking=True)
+    return drawn.pin_memory().to(state.device, non_blocking=True)
 
 
-def _set_rates(run: Learner, rates: Rates) -> None:
-    decayed, plain = run.optimizer.param_groups
-    decayed["lr"] = plain["lr"] = rates.lr
-    decayed["weight_decay"] = rates.weight_decay
-    # While frozen, no gradient of the prototypes is computed; the teacher's follow them all the same.
-    last = cast(WeightNormLinear, run.student.head.last_layer)
-    changed = last.weight_v.requires_grad == rates.frozen
-    last.weight_v.requires_grad_(not rates.frozen)
-    last.weight_g.requires_grad_(not rates.frozen and not run.config.norm_last_layer)
-    if run.copies is not None:
-        copied = cast(WeightNormLinear, run.copies[0].head.last_layer)
+def _set_hyperparams(state: TrainState, hyperparams: StepHyperparams) -> None:
+    """Writes learning rate and weight decay to the optimizer and freezes or unfreezes the last layer."""
+    decayed, plain = state.optimizer.param_groups
+    decayed["lr"] = plain["lr"] = hyperparams.lr
+    decayed["weight_decay"] = hyperparams.weight_decay
+    # While frozen, the prototypes get no gradient; the teacher's still follow them.
+    last = cast(WeightNormLinear, state.student.head.last_layer)
+    changed = last.weight_v.requires_grad == hyperparams.frozen
+    last.weight_v.requires_grad_(not hyperparams.frozen)
+    last.weight_g.requires_grad_(not hyperparams.frozen and not state.config.norm_last_layer)
+    if state.bf16_models is not None:
+        copied = cast(WeightNormLinear, state.bf16_models[0].head.last_layer)
         copied.weight_v.requires_grad_(last.weight_v.requires_grad)
         copied.weight_g.requires_grad_(last.weight_g.requires_grad)
-    if run.ranks.world > 1 and run.config.shard == "none" and (changed or run.through is many.directly):
-        run.through = many.replicate(run.student)
+    if state.context.world > 1 and state.config.fsdp == "none" and (changed or state.forward_fn is call_direct):
+        state.forward_fn = replicate(state.student)
 
 
 @torch.no_grad()
-def _start_center(run: Learner, parts: list[tuple[Tensor, Tensor]]) -> None:
-    """The centre becomes the mean of the teacher's logits over the batch."""
-    head = cast(DINOHead, run.teacher.head)
-    with _autocast(run):
-        means = [head.bottleneck(run.teacher.backbone(large)).float().mean(dim=0) for large, _ in parts]
-    mean = run.ranks.start_mean(torch.stack(means).mean(dim=0))()
-    own, start = run.loss.center[:, run.prototypes], head.last_layer.of_mean(mean)
-    own.copy_(torch.where(mean.isfinite().all(), start, own))
+def _init_center(state: TrainState, micro_batches: list[tuple[Tensor, Tensor]]) -> None:
+    """Sets the center to the mean of the teacher's logits over the batch, if that is finite."""
+    head = cast(DINOHead, state.teacher.head)
+    with _autocast(state):
+        means = [head.bottleneck(state.teacher.backbone(crops)).float().mean(dim=0) for crops, _ in micro_batches]
+    mean = state.context.start_mean(torch.stack(means).mean(dim=0))()
+    center, start = state.loss.center[:, state.prototypes], head.last_layer.of_mean(mean)
+    center.copy_(torch.where(mean.isfinite().all(), start, center))
 
 
-def _autocast(run: Learner) -> contextlib.AbstractContextManager[Any]:
-    return torch.autocast(run.device.type, run.autocast, enabled=run.autocast is not None)
+def _autocast(state: TrainState) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast(state.device.type, state.autocast, enabled=state.autocast is not None)

@@ -1,9 +1,10 @@
-"""The training run: its beginning, the loop, and how it ends."""
+"""A training run from its configuration to its end: the loop, its checkpoints, and resuming."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,27 +12,43 @@ from typing import Any
 import torch
 
 from dino_fast.backends import native_missing
-from dino_fast.data import Batch
-from dino_fast.engine import distributed as many
-from dino_fast.engine.build import choose_device, choose_precision, labelled, make_loader, open_data
+from dino_fast.data import Batch, TrainLoader
+from dino_fast.engine import checkpoint
+from dino_fast.engine.build import (
+    Data,
+    build_train_state,
+    is_labeled,
+    make_loader,
+    open_data,
+    resolve_device,
+    resolve_precision,
+    unsupported_reason,
+)
+from dino_fast.engine.checkpoint import AsyncCheckpointer
 from dino_fast.engine.config import Config, check_same, stored_config, to_dict, validate
-from dino_fast.engine.continuing import how_to_resume, resume, save
-from dino_fast.engine.cuda_graph import why_not
-from dino_fast.engine.findings import settle
-from dino_fast.engine.job import Job, Unread
+from dino_fast.engine.distributed import broadcast_state, init_distributed
+from dino_fast.engine.estimate import flops_per_image, peak_flops, sizes_of
+from dino_fast.engine.health import Health
+from dino_fast.engine.metrics import PendingStep, dump_nonfinite
 from dino_fast.engine.online_knn import measure_knn, whole_backbone
+from dino_fast.engine.parallelize import full_state_dict
 from dino_fast.engine.profiler import profiled
-from dino_fast.engine.run_dir import open_run
-from dino_fast.engine.signals import Interrupted, Stop, signals_held
-from dino_fast.engine.train_step import build_learner, train_step
+from dino_fast.engine.progress import Progress, memory
+from dino_fast.engine.run_dir import RunDir, open_run
+from dino_fast.engine.schedules import Schedules
+from dino_fast.engine.signals import Interrupted, SignalHandler, block_signals
+from dino_fast.engine.train_state import TrainState
+from dino_fast.engine.train_step import train_step
 from dino_fast.errors import UserError
+
+SAVE_SHARE = 0.1  # saving takes at most this share of the time, however short the epochs are
 
 
 def train(config: Config) -> Path:
-    """Train as configured; returns the run directory. Raises UserError, and Interrupted after Ctrl-C or SIGTERM."""
+    """Trains as configured; returns the run directory. Raises UserError, and Interrupted after Ctrl-C or SIGTERM."""
     validate(config)
-    kind = choose_device(config.device)
-    precision = choose_precision(config.precision, kind)
+    kind = resolve_device(config.device)
+    precision = resolve_precision(config.precision, kind)
     stored = stored_config(config)
     if stored is not None:
         check_same(stored, config)
@@ -39,160 +56,365 @@ def train(config: Config) -> Path:
         from dino_fast import _C
 
         _C.keep_freed_memory()
-    with many.joined(kind.type) as ranks:
-        device = torch.device(kind.type, ranks.local) if kind.type == "cuda" else kind
+    with init_distributed(kind.type) as context:
+        device = torch.device(kind.type, context.local) if kind.type == "cuda" else kind
         data = open_data(config)
-        loader = make_loader(config, data.train, device, ranks)
+        loader = make_loader(config, data.train, device, context)
         out = Path(config.out) if config.out else None
-        continued = config.resume and out is not None and any((out / "checkpoints").glob("step-*"))
-        begun = replace(config, init_from=None) if continued else config  # a checkpoint replaces what it began from
-        learner = build_learner(begun, data.train.channels, device, precision, ranks)
-        with open_run(out, to_dict(config), config.resume, ranks) as run, Stop() as stop:
+        has_checkpoint = config.resume and out is not None and any((out / "checkpoints").glob("step-*"))
+        begun = replace(config, init_from=None) if has_checkpoint else config  # the checkpoint replaces those weights
+        state = build_train_state(begun, data.train.channels, device, precision, context)
+        with open_run(out, to_dict(config), config.resume, context) as run_dir, SignalHandler() as signals:
             if config.wandb:
-                run.follow(config.wandb, to_dict(config))
-            job = Job(config, data, loader, run, learner, stop)
-            if resume(job):
-                loop(job)
-            finish(job)
-            return run.path
+                run_dir.init_wandb(config.wandb, to_dict(config))
+            trainer = Trainer(config, data, loader, run_dir, state, signals)
+            if trainer.resume():
+                trainer.fit()
+            trainer.finish()
+            return run_dir.path
 
 
-# ---- the loop ----
+def defers_metrics(device: torch.device) -> bool:
+    """Whether a step's metrics are read only after the next step was started: waiting for them would leave a GPU idle.
+    A CPU has finished the step by then."""
+    return device.type == "cuda"
 
 
-def loop(job: Job) -> None:
-    """From the job's step to its end: the whole of a run but its beginning and its end."""
-    introduce(job)
-    before = measured_knn(job) if job.step == 0 else {}  # of the untrained weights, on the first line
-    with job.progress, profiled(job.config.profile, job.run.path, job.ranks.rank, job.say) as ended:
-        for batch, clock in timed(job):
-            rates = job.schedules.at(job.step)
-            # forward, loss, backward, clip, AdamW, teacher, centre: begun, on a GPU not ended
-            found = train_step(job.learner, batch, rates, job.step)
-            job.step += 1
-            ended()
-            job.writer.poll()
-            settle(job)  # the step before, where it was not
-            measured = clock()
-            accuracies = measured_knn(job) if job.knn_is_due() else {}
-            job.unread = Unread(job.step - 1, batch, rates, found, measured | before | accuracies)
-            before = {}
-            if not job.late:
-                settle(job)
-            number = job.signal()
-            if job.save_is_due(accuracies) or number:
-                save(job, accuracies)
-            if number:
-                job.writer.wait()
-                raise Interrupted(number, f"interrupted at step {job.step} and saved. {how_to_resume(job)}")
-        settle(job)
+class Trainer:
+    """A run: `resume`, then `fit`, then `finish`.
 
+    `step` counts optimizer steps done, `end` is their number at the end. With several processes all of them make the
+    same calls; rank 0 writes the files.
+    """
 
-def timed(job: Job) -> Iterator[tuple[Batch, Any]]:
-    """Batches, each with a function that tells, after the step, its images a second and its share of waiting."""
-    batches = batches_from_here(job)
-    while job.step < job.end:
-        asked = time.perf_counter()
-        batch = next_or_save(job, batches)
-        if batch is None:
+    def __init__(
+        self,
+        config: Config,
+        data: Data,
+        loader: TrainLoader,
+        run_dir: RunDir,
+        state: TrainState,
+        signals: SignalHandler,
+    ) -> None:
+        self.config, self.data, self.loader = config, data, loader
+        self.run_dir, self.state, self.signals = run_dir, state, signals
+        self.context = state.context
+        self.schedules = Schedules(config, loader.batches_per_epoch)
+        self.step = 0
+        self.end = min(self.schedules.steps, config.max_steps or self.schedules.steps)
+        self.best_knn = -1.0  # the teacher's highest k-NN accuracy
+        self.saved_step, self.saved_at = -1, time.monotonic()  # of the last checkpoint
+        self.nonfinite_steps = 0  # in a row
+        self.pending: PendingStep | None = None
+        self._agreed = [
+            0,
+            1,
+            0,
+        ]  # maximum over the processes: signal, whether a save is affordable, whether data failed
+        device, channels = str(state.device), data.train.channels
+        sizes = sizes_of(config, channels)
+        self.tokens_per_image = sizes.tokens if sizes else 0
+        self.flops_per_image = flops_per_image(config, channels)
+        autocast = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[state.autocast]
+        self.precision = "bf16" if state.bf16_models is not None else autocast
+        peak = peak_flops(state.device, self.precision)
+        self.peak_flops = None if peak is None else peak * self.context.world
+        background = config.save_in_background
+        self.checkpointer = AsyncCheckpointer(state.device.type == "cuda" if background is None else background)
+        self.progress = Progress(self.end, device=device, enabled=self.context.first)
+        patience = max(200, self.schedules.freeze_steps + self.schedules.warmup_steps)
+        self.health = Health(config.out_dim, patience=patience, workers=loader.workers, device=device)
+        loader.on_bad = self.say if self.context.first else self._log_from_rank
+        if state.graph is not None:
+            state.graph.say = self.say
+
+    # ---- the loop ----
+
+    def fit(self) -> None:
+        """Trains from the current step to the end. Raises Interrupted after a signal, once the run is saved."""
+        self._introduce()
+        untrained = self._measure_knn() if self.step == 0 else {}  # before any update, logged with the first step
+        profile = profiled(self.config.profile, self.run_dir.path, self.context.rank, self.say)
+        with self.progress, profile as step_profiler:
+            for batch, elapsed in self._timed_batches():
+                hyperparams = self.schedules.values_at(self.step)
+                metrics = train_step(self.state, batch, hyperparams, self.step)  # on a GPU started, not finished
+                self.step += 1
+                step_profiler()
+                self.checkpointer.poll()
+                self.flush_metrics()  # of the step before, if that was deferred
+                measured = elapsed() | untrained
+                knn = self._measure_knn() if self._knn_is_due() else {}
+                self.pending = PendingStep(self.step - 1, batch, hyperparams, metrics, measured | knn)
+                untrained = {}
+                if not defers_metrics(self.state.device):
+                    self.flush_metrics()
+                signal = self._signal()
+                if self._save_is_due(knn) or signal:
+                    self.save_checkpoint(knn)
+                if signal:
+                    self.checkpointer.wait()
+                    raise Interrupted(signal, f"interrupted at step {self.step} and saved. {self._how_to_resume()}")
+            self.flush_metrics()
+
+    def _timed_batches(self) -> Iterator[tuple[Batch, Callable[[], dict[str, float]]]]:
+        """Batches, each with a function that gives, after the step, images per second and the share of data waiting."""
+        batches = self._batches()
+        while self.step < self.end:
+            asked = time.perf_counter()
+            batch = self._next_batch(batches)
+            if batch is None:
+                return
+            got = time.perf_counter()
+
+            def elapsed(asked: float = asked, got: float = got) -> dict[str, float]:
+                seconds = time.perf_counter() - asked
+                return {"images_per_second": self.config.batch_size / seconds, "data_wait": (got - asked) / seconds}
+
+            yield batch, elapsed
+
+    def _next_batch(self, batches: Iterator[Batch]) -> Batch | None:
+        """The next batch. If the data fail for good (a lost disk, a dead worker), saves the run and raises."""
+        failure: UserError | None = None
+        batch = None
+        try:
+            batch = next(batches, None)
+        except UserError as error:
+            failure = error
+        if self.context.world > 1:
+            affordable = self.context.first and self._save_is_affordable()
+            self._agreed = self.context.all_reduce_max(self.signals.number or 0, affordable, failure is not None)
+        if failure is None and not self._agreed[2]:
+            return batch
+        reason = failure or UserError("another process found no data; its message says why")
+        if self.step <= max(self.saved_step, 0):
+            raise reason
+        self.save_checkpoint({})
+        self.checkpointer.wait()
+        raise UserError(f"{reason}. Saved at step {self.step}. {self._how_to_resume()}") from failure
+
+    def _batches(self) -> Iterator[Batch]:
+        """The loader's batches from the current step on."""
+        self.loader.start = divmod(self.step, self.loader.batches_per_epoch)
+        batches = iter(self.loader)
+        # Workers are forked here and inherit the signal mask: this process alone handles a Ctrl-C sent to the group.
+        # The loader's iterator draws from the global generator when it is made, which must leave no trace.
+        with block_signals(), torch.random.fork_rng(devices=[]):
+            first = next(batches, None)
+        if first is not None:
+            yield first
+            del first  # its memory is used again
+            yield from batches
+
+    def _signal(self) -> int:
+        """The signal that ends the run on all processes, or 0."""
+        return self._agreed[0] if self.context.world > 1 else self.signals.number or 0
+
+    def _is_every(self, epochs: float) -> bool:
+        return epochs > 0 and self.step % max(1, round(epochs * self.loader.batches_per_epoch)) == 0
+
+    # ---- metrics ----
+
+    def flush_metrics(self) -> None:
+        """Reads and logs the pending step's metrics, if there is one; handles a non-finite loss."""
+        pending, self.pending = self.pending, None
+        if pending is None:
             return
-        got = time.perf_counter()
+        if pending.metrics.finite:
+            self.nonfinite_steps = 0
+            self.log_step(pending, dict(pending.metrics))
+        else:
+            self.handle_nonfinite(pending)
+            self.log_step(pending, {"loss": float("nan"), "skipped": True})
 
-        def clock(asked: float = asked, got: float = got) -> dict[str, float]:
-            whole = time.perf_counter() - asked
-            return {"images_per_second": job.config.batch_size / whole, "data_wait": (got - asked) / whole}
+    def handle_nonfinite(self, pending: PendingStep) -> None:
+        """Dumps the inputs of a step with a non-finite loss. Raises UserError if it stops the run."""
+        self.nonfinite_steps += 1
+        limit = self.config.nonfinite_limit if self.config.on_nonfinite == "skip" else 1
+        path = None
+        if self.nonfinite_steps in (1, limit):
+            path = dump_nonfinite(pending, self.state, self.run_dir.path)
+        text = (
+            f"the loss of step {pending.step} is {pending.metrics['loss']}. The step's crops, the images' numbers and "
+            f"the student's weights are in {path}"
+        )
+        advice = (
+            "Try a lower --lr, a longer --warmup-epochs, or --precision fp32, and look for odd images with 'dino-fast "
+            "data check'"
+        )
+        if self.nonfinite_steps >= limit:
+            before = f"{self.nonfinite_steps} losses in a row are not finite; " if limit > 1 else ""
+            raise UserError(f"{before}{text}; checkpoints are as they were. {advice}")
+        if path is not None:
+            self.say(f"{text}. The step is skipped; {limit} in a row stop the run. {advice}")
 
-        yield batch, clock
+    def log_step(self, pending: PendingStep, metrics: dict[str, Any]) -> None:
+        """Writes a line of metrics.jsonl, updates the progress bar and prints advice about the run's health."""
+        hyperparams, speed = pending.hyperparams, pending.measured["images_per_second"]
+        tokens, flops, peak = self.tokens_per_image, self.flops_per_image, self.peak_flops
+        row: dict[str, Any] = {
+            "step": pending.step,
+            "epoch": pending.batch.epoch,
+            **metrics,
+            **pending.measured,
+            "lr": hyperparams.lr,
+            "weight_decay": hyperparams.weight_decay,
+            "momentum": hyperparams.momentum,
+            "teacher_temp": hyperparams.teacher_temp,
+            "memory": memory(str(self.state.device)),
+            "tokens_per_second": speed * tokens if tokens else None,
+            "tflops": speed * flops / 1e12 if flops else None,
+            "mfu": speed * flops / peak if flops and peak else None,
+        }
+        row = {name: value for name, value in row.items() if value is not None}
+        self.run_dir.log(row)
+        self.progress.update(row | {"step": pending.step + 1})
+        if self.loader.workers == 0 and self.state.device.type == "cpu":
+            row = row | {"data_wait": None}  # the same cores make the crops: more workers would not speed it up
+        for advice in self.health.check(row):
+            self.say(advice)
 
+    def _knn_is_due(self) -> bool:
+        """Every `knn_every` epochs and at the end; step 0 has the measurement before any update."""
+        due = self.step == self.end or self._is_every(self.config.knn_every)
+        return self.step > 1 and self.config.knn_every > 0 and due
 
-def next_or_save(job: Job, batches: Iterator[Batch]) -> Batch | None:
-    """The next batch. Where the data fail for good (a lost disk, a dead worker), the run is saved before it stops."""
-    failure: UserError | None = None
-    batch = None
-    try:
-        batch = next(batches, None)
-    except UserError as error:
-        failure = error
-    job.agree(failed=failure is not None)
-    if failure is None and not job.agreed[2]:
-        return batch
-    reason = failure or UserError("another process found no data; its message says why")
-    if job.step <= max(job.saved, 0):
-        raise reason
-    save(job, {})
-    job.writer.wait()
-    raise UserError(f"{reason}. Saved at step {job.step}. {how_to_resume(job)}") from failure
+    def _measure_knn(self) -> dict[str, float]:
+        """k-NN accuracies of teacher and student; empty without labels, or after a signal."""
+        if self.data.bank is None or self.data.test is None:
+            return {}
+        channels = self.data.train.channels
+        knn, text = measure_knn(self.state, channels, self.data.bank, self.data.test, self.signals.watch)
+        if knn:
+            self.say(f"step {self.step}: {text}")
+        return knn
 
+    # ---- checkpoints ----
 
-def batches_from_here(job: Job) -> Iterator[Batch]:
-    """The loader's batches from the job's step on."""
-    job.loader.start = divmod(job.step, job.loader.batches_per_epoch)
-    batches = iter(job.loader)
-    # Workers are forked here and keep the mask: a Ctrl-C for the whole group is this process's affair. And the loader's
-    # iterator draws from the global generator whenever one is made, which must leave no trace.
-    with signals_held(), torch.random.fork_rng(devices=[]):
-        first = next(batches, None)
-    if first is not None:
-        yield first
-        del first  # its memory is used again
-        yield from batches
+    def resume(self) -> bool:
+        """With `--resume` loads the newest whole checkpoint. Returns False if the run was already finished."""
+        if not self.config.resume:
+            return True
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            newest = checkpoint.load(self.run_dir.checkpoints) if self.context.first else None
+            loaded = broadcast_state(self.context, newest)
+        for warning in caught:
+            self.say(f"note: {warning.message}")
+        path = self.run_dir.path
+        if loaded is None:
+            if self.state.config != self.config:
+                raise UserError(
+                    f"no checkpoint of {path} is whole, and it began from {self.config.init_from}; start a new run "
+                    "with another --out"
+                )
+            self.run_dir.truncate_metrics(-1)
+            self.say(f"{path} has no whole checkpoint yet: starting over")
+            return True
+        self.step, saved = loaded
+        if saved["images"] != len(self.data.train):
+            raise UserError(
+                f"the run in {path} trains on {saved['images']} images, and {self.config.data} has "
+                f"{len(self.data.train)}; give the same images with --data, or start a new run with another --out"
+            )
+        self.state.load_state_dict(saved, str(path))
+        self.best_knn, self.saved_step = saved["best"], self.step
+        if self.step >= self.end:
+            self.say(f"the run in {path} is finished: {self.step} steps of {self.end}")
+            return False
+        self.run_dir.truncate_metrics(self.step - 1)
+        device = str(self.state.device)
+        self.progress = Progress(self.end, start=self.step, device=device, enabled=self.context.first)
+        self.say(f"continuing at step {self.step} of {self.end}")
+        return True
 
+    def save_checkpoint(self, measured: dict[str, float]) -> None:
+        """Saves a checkpoint, also as the best one if `measured` has the highest k-NN accuracy so far.
 
-def measured_knn(job: Job) -> dict[str, float]:
-    """The teacher's and the student's k-NN accuracies, where there are labels; said, too."""
-    if job.data.bank is None or job.data.test is None:
-        return {}
-    channels = job.data.train.channels
-    found, text = measure_knn(job.learner, channels, job.data.bank, job.data.test, job.stop.watch)
-    if found:
-        job.say(f"step {job.step}: {text}")
-    return found
+        Pending metrics are flushed first: no checkpoint contains a step whose loss has not been checked.
+        """
+        self.flush_metrics()
+        is_best = measured.get("knn", -1.0) > self.best_knn
+        self.best_knn = max(self.best_knn, measured.get("knn", -1.0))
+        saved = {
+            **self.state.state_dict(),
+            "config": to_dict(self.config),
+            "images": len(self.data.train),
+            "num_heads": getattr(self.state.teacher.backbone, "num_heads", None),
+            "best": self.best_knn,
+        }
+        self.saved_step, self.saved_at = self.step, time.monotonic()
+        if self.context.world > 1 or self.checkpointer.background:  # copies: the next step changes the weights
+            saved = full_state_dict(saved, keep=self.context.first)
+        if self.context.first:
+            self.checkpointer.save(self.run_dir.checkpoints, self.step, saved, self.config.keep_checkpoints, is_best)
 
+    def _save_is_due(self, measured: dict[str, float]) -> bool:
+        """At the end, at a new best, and every `save_every` epochs if that is affordable."""
+        if self.step == self.end or measured.get("knn", -1.0) > self.best_knn:
+            return True
+        affordable = bool(self._agreed[1]) if self.context.world > 1 else self._save_is_affordable()
+        return self._is_every(self.config.save_every) and affordable
 
-# ---- what is said before and after ----
+    def _save_is_affordable(self) -> bool:
+        return (time.monotonic() - self.saved_at) * SAVE_SHARE >= self.checkpointer.seconds
 
+    # ---- messages and the end ----
 
-def introduce(job: Job) -> None:
-    config, learner = job.config, job.learner
-    count = sum(p.numel() for p in learner.student.backbone.parameters())
-    head = sum(p.numel() for p in learner.student.head.parameters())
-    precision = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[learner.autocast]
-    processes = f", {job.ranks.world} processes (shard {config.shard})" if job.ranks.world > 1 else ""
-    job.say(
-        f"{config.arch}/{config.patch_size} ({count / 1e6:.2f} M weights, head {head / 1e6:.2f} M, "
-        f"K = {config.out_dim}), {len(job.data.train)} images of {config.data}, "
-        f"{job.loader.batches_per_epoch} steps an epoch, {config.epochs} epochs, "
-        f"{learner.device} {precision}{processes}, in {job.run.path}"
-    )
-    graph = why_not(learner) if learner.device.type == "cuda" and config.cuda_graph == "auto" else None
-    for note in (*job.schedules.notes(), job.data.why, graph and f"no CUDA graph: {graph}"):
-        if note:
-            job.say(f"note: {note}")
+    def say(self, text: str) -> None:
+        """Prints a message and appends it to log.txt, on rank 0."""
+        if self.context.first:
+            self.progress.message(text)
+            self.run_dir.log_text(text)
 
+    def _log_from_rank(self, text: str) -> None:
+        """Appends a message of another rank to log.txt."""
+        self.run_dir.log_text(f"process {self.context.rank}: {text}")
 
-def finish(job: Job) -> None:
-    """Exports the teacher's backbone and says what there is and what to do with it."""
-    from dino_fast.models.weights.read import export_backbone
+    def _how_to_resume(self) -> str:
+        return f"Continue with: dino-fast train --resume --out {self.run_dir.path}"
 
-    job.writer.wait()
-    path = job.run.path
-    backbone = whole_backbone(job.learner, job.learner.teacher, job.data.train.channels)
-    if not job.ranks.first:
-        return
-    export_backbone(
-        backbone,
-        job.run.export / "teacher.safetensors",
-        **({"arch": job.config.arch} if "/" in job.config.arch else {}),  # the shapes tell it of the others
-        mean=list(job.config.mean),
-        std=list(job.config.std),
-    )
-    best = f" (best k-NN {job.best:.1%} in checkpoints/best)" if job.best >= 0 else ""
-    look = "knn" if labelled(job.data.train) else "attention"  # what needs labels is no use without
-    job.say(
-        f"finished at step {job.step}{best}. Written to {path}:\n"
-        "  export/teacher.safetensors   the trained backbone\n"
-        "  checkpoints/                 to continue from, or to evaluate\n"
-        "  metrics.jsonl, events.out.*  every step's numbers, for you and for TensorBoard\n"
-        "  config.yaml                  the settings, to repeat it\n"
-        f"Try next: dino-fast eval {look} --checkpoint {path} --data {job.config.data}"
-    )
+    def _introduce(self) -> None:
+        """Prints what is about to be trained."""
+        config, state = self.config, self.state
+        count = sum(p.numel() for p in state.student.backbone.parameters())
+        head = sum(p.numel() for p in state.student.head.parameters())
+        processes = f", {self.context.world} processes (fsdp {config.fsdp})" if self.context.world > 1 else ""
+        self.say(
+            f"{config.arch}/{config.patch_size} ({count / 1e6:.2f} M weights, head {head / 1e6:.2f} M, "
+            f"K = {config.out_dim}), {len(self.data.train)} images of {config.data}, "
+            f"{self.loader.batches_per_epoch} steps an epoch, {config.epochs} epochs, "
+            f"{state.device} {self.precision}{processes}, in {self.run_dir.path}"
+        )
+        wants_graph = state.device.type == "cuda" and config.cuda_graph == "auto"
+        reason = unsupported_reason(state) if wants_graph else None
+        for note in (*self.schedules.notes(), self.data.why, reason and f"no CUDA graph: {reason}"):
+            if note:
+                self.say(f"note: {note}")
+
+    def finish(self) -> None:
+        """Exports the teacher's backbone and prints what was written and what to try next."""
+        from dino_fast.models.weights.read import export_backbone
+
+        self.checkpointer.wait()
+        path = self.run_dir.path
+        backbone = whole_backbone(self.state, self.state.teacher, self.data.train.channels)
+        if not self.context.first:
+            return
+        export_backbone(
+            backbone,
+            self.run_dir.export / "teacher.safetensors",
+            **({"arch": self.config.arch} if "/" in self.config.arch else {}),  # others are recognized by their shapes
+            mean=list(self.config.mean),
+            std=list(self.config.std),
+        )
+        best = f" (best k-NN {self.best_knn:.1%} in checkpoints/best)" if self.best_knn >= 0 else ""
+        look = "knn" if is_labeled(self.data.train) else "attention"  # k-NN needs labels
+        self.say(
+            f"finished at step {self.step}{best}. Written to {path}:\n"
+            "  export/teacher.safetensors   the trained backbone\n"
+            "  checkpoints/                 to continue from, or to evaluate\n"
+            "  metrics.jsonl, events.out.*  every step's numbers, for you and for TensorBoard\n"
+            "  config.yaml                  the settings, to repeat it\n"
+            f"Try next: dino-fast eval {look} --checkpoint {path} --data {self.config.data}"
+        )

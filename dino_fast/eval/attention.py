@@ -118,7 +118,7 @@ def evaluate(
     many), `left_out` (messages of unreadable images), `out`, `heads`, `mp4` (its path, or what to install).
     """
     path = Path(data).expanduser()
-    mass_mask(torch.ones(1), mass)  # refuses a bad share before any time is spent
+    mass_mask(torch.ones(1, dtype=torch.float32, device="cpu"), mass)  # refuses a bad share before any time is spent
     is_file = path.is_file() and path.suffix.lower() in VIDEOS
     paths = [] if is_file else list_images(path)
     if not fps > 0:

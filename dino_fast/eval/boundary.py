@@ -31,7 +31,7 @@ def dilate(mask: Tensor, radius: int) -> Tensor:
     """
     height, width = mask.shape
     line = width + 2 * radius
-    reach = torch.arange(-radius, radius + 1, device=mask.device)
+    reach = torch.arange(-radius, radius + 1, dtype=torch.int64, device=mask.device)
     disk = ((reach[:, None] ** 2 + reach**2) <= radius * radius).nonzero()  # [n, 2], from 0
     canvas = torch.zeros((height + 2 * radius) * line, dtype=torch.bool, device=mask.device)
     points = mask.nonzero()

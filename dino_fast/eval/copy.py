@@ -1,7 +1,9 @@
 """Copy detection: each query is a distorted copy of an image of the database, which should be ranked first.
 
-A feature is the class token beside the patch tokens' generalised mean (power 4, of tokens raised to at least 1e-6),
-scaled to length 1, whitened by the principal components of a set of images, and scaled to length 1 again.
+As the original's eval_copy_detection.py: a feature is the class token beside the generalized mean of the patch tokens
+(power 4, of tokens raised to at least 1e-6), whitened by the principal components of a set of images and scaled to
+length 1. Whitening subtracts the set's mean, but its components are those of the covariance about zero, both of the
+features as they are, not scaled to length 1. Average precision counts the first 20 of a ranking.
 """
 
 from __future__ import annotations
@@ -22,12 +24,13 @@ from dino_fast.eval.retrieval import Question, mean_precision, scores
 from dino_fast.progress import watched
 
 _POWER, _LEAST = 4, 1e-6
-_FLOOR = 1e-5  # of the largest variance; smaller ones are raised to it, or noise would be blown up
+_FLOOR = 1e-5  # of the largest variance; smaller ones are raised to it, as in the original
+_RANKED = 20  # of each ranking
 
 
 @dataclass
 class Whitening:
-    """x -> (x - mean) @ matrix: uncorrelated, each component of variance 1."""
+    """x -> (x - mean) @ matrix, scaled to length 1."""
 
     mean: Tensor  # [dim]
     matrix: Tensor  # [dim, components]
@@ -38,22 +41,27 @@ class Whitening:
 
 
 def whitening(features: Tensor) -> Whitening:
-    """Principal components of `[N, dim]`, each divided by the square root of its variance (computed in float64)."""
+    """Learns the whitening of features `[N, dim]` (not scaled to length 1), in float64.
+
+    The matrix holds the principal components of the second moments x^T x / N, which are not centered, each divided by
+    the square root of its eigenvalue: the original's PCA with exponent 0.5. Raises UserError for fewer than 2 images,
+    or where all of them have one feature.
+    """
     if len(features) < 2:
         raise UserError(f"whitening was to be learned from {len(features)} image; give at least 2, better thousands")
     x = features.double()
     mean = x.mean(dim=0)
-    variance, vectors = torch.linalg.eigh((x - mean).T @ (x - mean) / len(x))  # rising
-    if not variance[-1] > 0:
+    if not (x - mean).abs().amax() > 0:
         raise UserError("whitening cannot be learned: all images given for it have the same feature")
-    variance = variance.clamp(min=variance[-1] * _FLOOR).flip(0)
-    return Whitening(mean.to(features), (vectors.flip(1) * variance.rsqrt()).to(features))
+    moment, vectors = torch.linalg.eigh(x.T @ x / len(x))  # rising
+    moment = moment.clamp(min=moment[-1] * _FLOOR).flip(0)
+    return Whitening(mean.to(features), (vectors.flip(1) * moment.rsqrt()).to(features))
 
 
 def copy_feature(tokens: Tensor) -> Tensor:
-    """Normalised tokens `[B, 1 + N, dim]` -> `[B, 2 * dim]` of length 1: class token, mean of the patches."""
+    """Normalized tokens `[B, 1 + N, dim]` -> float32 `[B, 2 * dim]`: class token, generalized mean of the patches."""
     pooled = tokens[:, 1:].float().clamp(min=_LEAST).pow(_POWER).mean(dim=1).pow(1 / _POWER)
-    return F.normalize(torch.cat((tokens[:, 0].float(), pooled), dim=1), dim=1)
+    return torch.cat((tokens[:, 0].float(), pooled), dim=1)
 
 
 @torch.no_grad()
@@ -110,9 +118,11 @@ def evaluate(
 ) -> dict[str, Any]:
     """Mean average precision of the copies `test` among the originals `data` and the `distractors`.
 
-    Whitening is learned from the images of `whiten`, by default the originals and distractors. `image_size` defaults to
-    320 in whole patches. Returns `map`, `first` (share of queries whose original is ranked first), `database`,
-    `queries`, `left_out` (queries without original), `whitened_on` (images, 0 without) and the settings.
+    A copy scores by the places of its originals among the first 20 of its ranking. Whitening is learned from the images
+    of `whiten`, by default the originals and distractors. `image_size` defaults to 320 in whole patches.
+
+    Returns `map`, `first` (share of queries whose original is ranked first), `database`, `queries`, `left_out` (queries
+    without original), `whitened_on` (images, 0 without) and the settings.
     """
     originals, copies = list_images(data), list_images(test)
     rows = match([_name(path, test) for path in copies], [_name(path, data) for path in originals], pattern)
@@ -131,7 +141,10 @@ def evaluate(
     if use_whitening:
         white = whitening(learned)
         database, queries = white(database), white(queries)
-    value, unanswered = mean_precision(scores(queries, database, [Question(row, [], []) for row in rows]))
+    else:
+        database, queries = F.normalize(database, dim=1), F.normalize(queries, dim=1)
+    questions = [Question(row, [], []) for row in rows]
+    value, unanswered = mean_precision(scores(queries, database, questions, ranked=_RANKED))
     best = (queries @ database.T).argmax(dim=1).tolist()
     return {
         "map": value,

@@ -124,7 +124,8 @@ def _together(rows: list[tuple[Tensor, int, int] | None]) -> tuple[Tensor, Tenso
     if not kept:
         return None
     images, labels, index = zip(*kept, strict=True)
-    return torch.stack(images), torch.tensor(labels), torch.tensor(index)
+    numbers = [torch.tensor(x, dtype=torch.int64, device="cpu") for x in (labels, index)]
+    return torch.stack(images), numbers[0], numbers[1]
 
 
 def mixed(images: Tensor, targets: Tensor, recipe: Recipe, epoch: int, batch: int) -> tuple[Tensor, Tensor]:
@@ -170,7 +171,7 @@ def fit(
     recipe.check()
     assert source.labels is not None
     device = next(backbone.parameters()).device
-    half = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     model = Classifier(backbone, classes, recipe.seed).to(device).train().requires_grad_(True)
     for i, block in enumerate(backbone.blocks):
         block.drop_path.rate = recipe.drop_path * i / max(1, len(backbone.blocks) - 1)  # type: ignore[union-attr]

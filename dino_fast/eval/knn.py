@@ -185,9 +185,9 @@ def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         value, index = x.topk(k, dim=1)
         return value, index
     chosen = x[:, : blocks * _BLOCK].view(m, _BLOCK, blocks).amax(dim=1).topk(k, dim=1, sorted=False).indices  # [m, k]
-    steps = torch.arange(0, blocks * _BLOCK, blocks, device=x.device)
+    steps = torch.arange(0, blocks * _BLOCK, blocks, dtype=torch.int64, device=x.device)
     index = (chosen[:, :, None] + steps).flatten(1)  # [m, k * _BLOCK]
-    rest = torch.arange(blocks * _BLOCK, n, device=x.device).expand(m, -1)
+    rest = torch.arange(blocks * _BLOCK, n, dtype=torch.int64, device=x.device).expand(m, -1)
     index = torch.cat((index, rest), dim=1)
     value, order = x.gather(1, index).topk(k, dim=1)
     return value, index.gather(1, order)
@@ -199,5 +199,5 @@ def _ranks(similarity: Tensor, voters: Tensor, labels: Tensor, temperature: floa
     weight = ((similarity - similarity[:, :1]) / temperature).exp()
     votes = weight.new_zeros(len(labels), classes).scatter_add_(1, voters, weight)
     own = votes.gather(1, labels[:, None])
-    lower = torch.arange(classes, device=votes.device) < labels[:, None]
+    lower = torch.arange(classes, dtype=torch.int64, device=votes.device) < labels[:, None]
     return ((votes > own) | ((votes == own) & lower)).sum(dim=1)

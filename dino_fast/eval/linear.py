@@ -67,20 +67,25 @@ def fit(
         raise UserError(f"epochs is {epochs} and the batch size {batch_size}; both must be at least 1")
     features, labels = features_of(0)
     dim, device, count = features.shape[1], features.device, len(rates)
-    start = torch.randn(dim, 1, classes, generator=torch.Generator().manual_seed(seed)) * 0.01
+    start = 0.01 * torch.randn(
+        dim, 1, classes, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu"
+    )
     heads = Heads(
         start.expand(-1, count, -1).reshape(dim, count * classes).to(device),
-        torch.zeros(count * classes, device=device),
+        torch.zeros(count * classes, dtype=torch.float32, device=device),
         tuple(rates),
         classes,
     )
     velocity, bias_velocity = torch.zeros_like(heads.weight), torch.zeros_like(heads.bias)
-    step = torch.tensor(rates, device=device).repeat_interleave(classes) * (batch_size / 256)  # [L * classes]
+    step = torch.tensor(rates, dtype=torch.float32, device=device).repeat_interleave(classes) * (
+        batch_size / 256
+    )  # [L * classes]
     for epoch in watched(range(epochs), epochs, "epochs"):
         if epoch:
             features, labels = features_of(epoch)
         rate = step * (0.5 * (1 + math.cos(math.pi * epoch / epochs)))
-        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(mix(seed, _ORDER, epoch)))
+        generator = torch.Generator().manual_seed(mix(seed, _ORDER, epoch))
+        order = torch.randperm(len(features), generator=generator, dtype=torch.int64, device="cpu")
         for index in order.to(device).split(batch_size):
             x = features[index]  # [B, dim]
             error = heads.logits(x).softmax(dim=2)
@@ -96,7 +101,7 @@ def fit(
 @torch.no_grad()
 def accuracy(heads: Heads, features: Tensor, labels: Tensor) -> list[tuple[float, float]]:
     """For each learning rate the shares of images whose class is first, and among the first five."""
-    hits = torch.zeros(2, len(heads.rates), dtype=torch.int64)
+    hits = torch.zeros(2, len(heads.rates), dtype=torch.int64, device="cpu")
     for x, label in zip(features.split(_ROWS), labels.split(_ROWS), strict=True):
         logits = heads.logits(x)  # [B, L, classes]
         own = logits.gather(2, label.view(-1, 1, 1).expand(-1, logits.shape[1], 1))

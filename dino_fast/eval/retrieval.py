@@ -40,11 +40,15 @@ class Question:
     box: tuple[float, float, float, float] | None = None  # left, top, right, bottom: the part of the query that counts
 
 
-def average_precision(similarity: Tensor, relevant: Tensor, ignored: Tensor | None = None) -> Tensor:
-    """`[Q, N]` similarities, bool `[Q, N]` what is right and what to pass over -> float64 `[Q]`, NaN where nothing is.
+def average_precision(
+    similarity: Tensor, relevant: Tensor, ignored: Tensor | None = None, ranked: int | None = None
+) -> Tensor:
+    """Average precision of rankings by similarity `[Q, N]`: float64 `[Q]`, NaN where no image is relevant.
 
-    The area under precision over recall by the trapezoid rule, as in the published evaluation: the i-th right image at
-    rank r (both from 0, without those passed over) adds (i / r + (i + 1) / (r + 1)) / 2, with i / r = 1 at r = 0.
+    `relevant` and `ignored` are bool `[Q, N]`; ignored images are taken out of the ranking. It is the area under
+    precision over recall by the trapezoid rule, as in the published evaluation: the i-th relevant image at rank r (both
+    from 0) adds (i / r + (i + 1) / (r + 1)) / 2, with i / r = 1 at r = 0, divided by the number of relevant images.
+    With `ranked`, relevant images after that many places add nothing.
     """
     order = similarity.argsort(dim=1, descending=True, stable=True)
     right = relevant.gather(1, order)
@@ -54,7 +58,8 @@ def average_precision(similarity: Tensor, relevant: Tensor, ignored: Tensor | No
     found = (right.cumsum(dim=1) - 1).double()
     before = torch.where(rank > 0, found / rank.clamp(min=1), 1.0)
     after = (found + 1) / (rank + 1)
-    return torch.where(right, (before + after) / 2, 0.0).sum(dim=1) / right.sum(dim=1)
+    scored = right if ranked is None else right & (rank < ranked)
+    return torch.where(scored, (before + after) / 2, 0.0).sum(dim=1) / right.sum(dim=1)
 
 
 @torch.no_grad()
@@ -67,7 +72,7 @@ def multi_scale_feature(frozen: Frozen, image: Tensor, longest: int, scales: tup
     shrink = min(1.0, longest / max(image.shape[1:]))
     height, width = (max(1, round(side * shrink)) for side in image.shape[1:])
     pixels = frozen.normalise(resize(image, height, width)[None])
-    total = torch.zeros(frozen.backbone.embed_dim)
+    total = torch.zeros(frozen.backbone.embed_dim, dtype=torch.float32, device="cpu")
     for scale in scales:
         size = [max(1, round(side * scale / patch)) * patch for side in (height, width)]
         small = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
@@ -78,17 +83,23 @@ def multi_scale_feature(frozen: Frozen, image: Tensor, longest: int, scales: tup
     return feature
 
 
-def scores(queries: Tensor, database: Tensor, questions: list[Question], hard: bool = False) -> Tensor:
-    """Average precision of each query `[Q]` (features `[Q, dim]`, `[N, dim]`), Medium or Hard; NaN: nothing to find."""
+def scores(
+    queries: Tensor, database: Tensor, questions: list[Question], hard: bool = False, ranked: int | None = None
+) -> Tensor:
+    """Average precision of each query `[Q]` (features `[Q, dim]`, `[N, dim]`), Medium or Hard; NaN: nothing to find.
+
+    `ranked` limits the ranking, see `average_precision`.
+    """
     parts = []
     for start in range(0, len(questions), _ROWS):
         asked = questions[start : start + _ROWS]
-        relevant = torch.zeros(len(asked), len(database), dtype=torch.bool)
+        relevant = torch.zeros(len(asked), len(database), dtype=torch.bool, device="cpu")
         ignored = torch.zeros_like(relevant)
         for row, question in enumerate(asked):
             relevant[row, question.hard if hard else question.easy + question.hard] = True
             ignored[row, question.junk + (question.easy if hard else [])] = True
-        parts.append(average_precision(queries[start : start + _ROWS] @ database.T, relevant & ~ignored, ignored))
+        similarity = queries[start : start + _ROWS] @ database.T
+        parts.append(average_precision(similarity, relevant & ~ignored, ignored, ranked))
     return torch.cat(parts)
 
 

@@ -1,7 +1,8 @@
-"""How well the attention's masks find the object: Jaccard index of the 60 %-mass mask of each head with the true mask.
+"""How well the attention's masks find objects: Jaccard index of the 60 %-mass mask of each head with the true masks.
 
-Jaccard = |mask and truth| / |mask or truth| over the pixels that are not void. The published figure takes the best head
-of each image; the best single head over all images is given beside it.
+Jaccard = |mask and truth| / |mask or truth| over the pixels that are not void. The published figure (Figure 4 of the
+paper, its code in facebookresearch/dino#54) takes the best head for each object, the mean over an image's objects, and
+the mean over images. The best single head is given beside it.
 """
 
 from __future__ import annotations
@@ -79,23 +80,26 @@ def jaccard(masks: Tensor, truth: Tensor, valid: Tensor | None = None) -> Tensor
     return torch.where(either > 0, both / either.clamp(min=1), 1.0)
 
 
-def patch_jaccard(kept: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
+def patch_jaccard(masks: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
     """`jaccard` of masks of patches, bool `[..., h, w]`, each pixel being in its patch's -> float64 `[...]`.
 
     Counts the pixels of each patch once, for all masks: no mask is made as large as the image.
     """
-    h, w = kept.shape[-2:]
+    h, w = masks.shape[-2:]
     true, all_pixels = (_per_patch(pixels, h, w) for pixels in (truth & valid, valid))  # [h, w]
-    both = (kept * true).sum(dim=(-2, -1))
-    either = (kept * all_pixels).sum(dim=(-2, -1)) + true.sum() - both
+    both = (masks * true).sum(dim=(-2, -1))
+    either = (masks * all_pixels).sum(dim=(-2, -1)) + true.sum() - both
     return torch.where(either > 0, both / either.clamp(min=1), 1.0)
 
 
 def _per_patch(pixels: Tensor, h: int, w: int) -> Tensor:
     """bool `[H, W]` -> float64 `[h, w]`: how many are set in each patch; pixel (y, x) is in (y h // H, x w // W)."""
-    columns = torch.zeros(len(pixels), w, dtype=torch.float64)
-    columns.index_add_(1, torch.arange(pixels.shape[1]) * w // pixels.shape[1], pixels.double())
-    return torch.zeros(h, w, dtype=torch.float64).index_add_(0, torch.arange(len(pixels)) * h // len(pixels), columns)
+    columns = torch.zeros(len(pixels), w, dtype=torch.float64, device="cpu")
+    columns.index_add_(
+        1, torch.arange(pixels.shape[1], dtype=torch.int64, device="cpu") * w // pixels.shape[1], pixels.double()
+    )
+    rows = torch.arange(len(pixels), dtype=torch.int64, device="cpu") * h // len(pixels)
+    return torch.zeros(h, w, dtype=torch.float64, device="cpu").index_add_(0, rows, columns)
 
 
 def evaluate(
@@ -110,36 +114,38 @@ def evaluate(
 ) -> dict[str, Any]:
     """Jaccard index of attention masks with the masks that belong to the images (see `pair_masks`).
 
-    Returns `jaccard` (mean over images of the best head), `heads` (mean of each head), `best_head` and
-    `best_head_jaccard`, `images`, `left_out` (images without mask, images whose mask has no object), and the settings.
+    Objects are the values of a mask but 0 and 255 (void): instances, or the classes of a VOC mask. Returns `jaccard`
+    (the best head for each object; mean over an image's objects, then over images), `heads` (the same for each head
+    alone), `best_head` and `best_head_jaccard`, `images`, `objects`, `left_out` (images without mask, images whose mask
+    has no object), and the settings.
     """
     pairs, bare = pair_masks(data, masks)
-    mass_mask(torch.ones(1), mass)
+    mass_mask(torch.ones(1, dtype=torch.float32, device="cpu"), mass)
     frozen = open_backbone(checkpoint, which, device)
-    scores: list[Tensor] = []
+    scores: list[Tensor] = []  # of each image, [objects, heads]
     empty = 0
     for picture, mask in watched(pairs, len(pairs), "images compared"):
         image, truth = read_image(picture, frozen.backbone.in_chans), torch.from_numpy(read_mask(mask))
         if image.shape[1:] != truth.shape:
             sizes = [f"{size[1]}x{size[0]}" for size in (truth.shape, image.shape[1:])]
             raise UserError(f"the mask {mask} is {sizes[0]} pixels, its image {picture} is {sizes[1]}; make them equal")
-        valid = truth != _VOID
-        if not ((truth > 0) & valid).any():
+        objects = [value for value in truth.unique().tolist() if value not in (0, _VOID)]
+        if not objects:
             empty += 1
             continue
         _, attention = attention_maps(frozen, image, image_size)
-        kept = mass_mask(attention.flatten(1), mass).view_as(attention)
-        scores.append(patch_jaccard(kept, truth > 0, valid))
+        inside = mass_mask(attention.flatten(1), mass).view_as(attention)
+        scores.append(torch.stack([patch_jaccard(inside, truth == value, truth != _VOID) for value in objects]))
     if not scores:
         raise UserError(f"no mask of the {len(pairs)} has an object in it; objects are the pixels above 0")
-    table = torch.stack(scores)  # [images, heads]
-    heads: Sequence[float] = table.mean(dim=0).tolist()
+    heads: Sequence[float] = torch.stack([score.mean(dim=0) for score in scores]).mean(dim=0).tolist()
     return {
-        "jaccard": table.amax(dim=1).mean().item(),
+        "jaccard": torch.stack([score.amax(dim=1).mean() for score in scores]).mean().item(),
         "heads": heads,
         "best_head": int(np.argmax(heads)),
         "best_head_jaccard": max(heads),
         "images": len(scores),
+        "objects": sum(map(len, scores)),
         "left_out": {"images without a mask": bare, "images whose mask has no object": empty},
         "mass": mass,
         "which": which,

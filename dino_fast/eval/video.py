@@ -103,8 +103,9 @@ def _parts(length: int, side: int) -> list[tuple[int, int]]:
 
 def _beyond(these: tuple[int, int], those: tuple[int, int], radius: int) -> Tensor:
     """`[of these, of those]`: 0 within the radius, else -inf."""
-    distance = (torch.arange(*these)[:, None] - torch.arange(*those)).abs()
-    return torch.zeros(distance.shape).masked_fill_(distance > radius, -math.inf)
+    here, there = (torch.arange(*ends, dtype=torch.int64, device="cpu") for ends in (these, those))
+    distance = (here[:, None] - there).abs()
+    return torch.zeros(distance.shape, dtype=torch.float32, device="cpu").masked_fill_(distance > radius, -math.inf)
 
 
 def labels_of(masks: Tensor, patch: int, height: int, width: int) -> Tensor:

@@ -67,7 +67,7 @@ class DINOv2(VisionTransformer):
             self.mask_token = nn.Parameter(torch.zeros(1, embed_dim), requires_grad=False)
         self.blocks = nn.ModuleList(
             ScaledBlock(embed_dim, num_heads, mlp_ratio, qkv_bias, rate, layer_scale, swiglu)
-            for rate in torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+            for rate in torch.linspace(0, drop_path_rate, depth, dtype=torch.float32, device="cpu").tolist()
         )
         self.blocks.apply(init_linear)
 
@@ -151,5 +151,5 @@ def antialiased_matrix(source: int, target: int) -> Tensor:
     """Float64 `[target, source]`: bicubic interpolation with antialiasing, as a matrix."""
     with torch.no_grad(), torch.inference_mode(False):
         # Columns are independent. (A channel for each row, of width 1, comes out wrong: torch mistakes the layout.)
-        eye = torch.eye(source, dtype=torch.float64)[None, None]
+        eye = torch.eye(source, dtype=torch.float64, device="cpu")[None, None]
         return F.interpolate(eye, size=(target, source), mode="bicubic", antialias=True)[0, 0]

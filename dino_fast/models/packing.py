@@ -58,7 +58,7 @@ def _pack(groups: tuple[tuple[int, int], ...], device: torch.device) -> Packing:
 
 def _has_kernels(device: torch.device) -> bool:
     try:
-        return choose("packed_attention", torch.empty(1, 3, 1, 64, device=device)) != "reference"
+        return choose("packed_attention", torch.empty(1, 3, 1, 64, dtype=torch.float32, device=device)) != "reference"
     except BackendError:  # asked for by name and unable: let the operation itself say so
         return True
 
@@ -147,7 +147,7 @@ def _rows(packing: Packing, kept: Kept) -> list[Tensor]:
     """The kept crops' rows in a buffer of `packing`, group by group."""
     rows, start = [], 0
     for (n, length), crops in zip(packing.groups, kept.crops, strict=True):
-        within = torch.arange(length, device=crops.device)
+        within = torch.arange(length, dtype=torch.int64, device=crops.device)
         rows.append((crops[:, None] * length + within).flatten() + start)
         start += n * length
     return rows

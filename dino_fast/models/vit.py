@@ -53,7 +53,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], embed_dim))
-        rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
+        rates = torch.linspace(0, drop_path_rate, depth, dtype=torch.float32, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, qkv_bias, rate) for rate in rates)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.call_block: Callable[..., Tensor] = _call  # or through `torch.utils.checkpoint`
@@ -311,7 +311,10 @@ class DropPath(nn.Module):
         """For each count n, which of 0 .. n - 1 are kept, ascending, int64 on the CPU."""
         if self.generator is None:
             self.generator = torch.Generator().manual_seed(self.seed)
-        chosen = [torch.randperm(n, generator=self.generator)[: kept_count(n, self.rate)] for n in counts]
+        chosen = [
+            torch.randperm(n, generator=self.generator, dtype=torch.int64, device="cpu")[: kept_count(n, self.rate)]
+            for n in counts
+        ]
         return [indices.sort().values for indices in chosen]
 
     def reseed(self, seed: int) -> None:
@@ -376,7 +379,9 @@ def bicubic_matrix(source: int, target: int) -> Tensor:
     """Float64 `[target, source]`: bicubic interpolation with the scale factor (target + 0.1) / source, as a matrix."""
     scale = (target + 0.1) / source
     with torch.no_grad(), torch.inference_mode(False):
-        eye = torch.eye(source, dtype=torch.float64).view(1, source, source, 1)  # one channel a source row
+        eye = torch.eye(source, dtype=torch.float64, device="cpu").view(
+            1, source, source, 1
+        )  # one channel a source row
         out = F.interpolate(eye, scale_factor=(scale, 1.0), mode="bicubic")  # [1, source, target, 1]
         return out.view(source, target).T.contiguous()
 

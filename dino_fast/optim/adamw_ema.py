@@ -50,7 +50,7 @@ def as_found_inf(hold: Tensor | None, found_inf: Tensor | None = None) -> Tensor
     """What the operations take: 0, positive after an overflow (the teacher moves on), infinite where all must stay."""
     if hold is None:
         return found_inf
-    none = torch.zeros((), device=hold.device) if found_inf is None else found_inf.reshape(())
+    none = torch.zeros((), dtype=torch.float32, device=hold.device) if found_inf is None else found_inf.reshape(())
     return none.masked_fill(hold.to(none.device), torch.inf)
 
 
@@ -118,7 +118,9 @@ class AdamWEMA(torch.optim.Optimizer):
             if tensors is not None:
                 _deal(groups, name, tensors)
         # AdamW's own keys, whatever this torch has, so that state dicts are interchangeable.
-        adamw = torch.optim.AdamW([torch.empty(0)], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        adamw = torch.optim.AdamW(
+            [torch.empty(0, dtype=torch.float32, device="cpu")], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
+        )
         super().__init__(groups, dict(adamw.defaults))
         self.refresh_copies()
 

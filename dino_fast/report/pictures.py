@@ -99,7 +99,7 @@ def _checkpoints(run: Path, device: str | None) -> Iterator[tuple[str, Frozen]]:
 
 def _untrained(config: Config | None, trained: Frozen) -> Frozen | None:
     """The run's first weights, drawn anew from its seed."""
-    from dino_fast.engine.train_state import build_model
+    from dino_fast.engine.build import build_model
 
     if config is None or config.init_from is not None or not isinstance(trained.backbone, VisionTransformer):
         return None
@@ -137,7 +137,7 @@ def _pick(source: Source, count: int, size: tuple[int, int], classes: list[str] 
 def _batches(frozen: Frozen, images: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     for start in range(0, len(images), _BATCH):
         batch = torch.stack(images[start : start + _BATCH])
-        yield frozen.normalise(batch), torch.full((len(batch),), -1)
+        yield frozen.normalise(batch), torch.full((len(batch),), -1, dtype=torch.int64, device="cpu")
 
 
 def _attention(compared: list[tuple[str, Frozen]], queries: Picked) -> str:

@@ -31,7 +31,7 @@ def test_every_command_is_taken(name):
     assert ablations.command(name) == RESULT["ablations"][name]["command"]
     kinds = {"previous-epoch", "previous-step", "copy"}
     kind = name.removesuffix("-long")
-    assert config.teacher == (kind if kind in kinds else "ema")
+    assert config.teacher_update == (kind if kind in kinds else "ema")
     assert config.epochs == (24 if name.endswith("-long") else 8)
     assert config.centering == (name not in ("no-centering", "neither"))
     assert (config.teacher_temp == config.student_temp) == (name in ("no-sharpening", "neither"))

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from dino_fast.benchmarks import bench_engine, engine_on_gpu
+from dino_fast.benchmarks import bench_engine, engine_on_gpu, harness
 from dino_fast.benchmarks.bench_engine import Measured, Size, rows_of
 from tests.original.script import Augmentation
 
@@ -42,6 +42,36 @@ def test_the_rows_of_a_gpu_at_a_tiny_size():
     assert {"dino-fast", "dino-fast, selective checkpoints", "strongest plain PyTorch"} <= rows.keys()
     for row in rows.values():
         assert row.ms and row.ratio and row.floor_share, row
+
+
+def test_what_fails_or_comes_too_late_costs_the_other_rows_nothing(monkeypatch):
+    def late(*args, **options):
+        raise AssertionError("called after the end")
+
+    monkeypatch.setattr(engine_on_gpu, "comparison", late)
+    (row,) = engine_on_gpu.rows(quick=True, device="cpu", end=0.0)
+    assert row.note == harness.NOT_REACHED and row.role == "ours"
+    (row,) = engine_on_gpu.rows(quick=True, device="cpu")
+    assert row.note == "failed: AssertionError: called after the end"
+
+
+def test_a_contender_that_does_not_compile_is_noted(monkeypatch):
+    class CompilationError(Exception):
+        pass
+
+    def broken(model, batch, device, compiled):
+        raise CompilationError("no such instruction\nmore")
+
+    monkeypatch.setattr(engine_on_gpu, "strongest_step", broken)
+    rows = {row.contender: row for row in engine_on_gpu.comparison(engine_on_gpu.TINY, 4, "cpu", 1, compiled=False)}
+    assert rows["strongest plain PyTorch"].note == "failed: CompilationError: no such instruction"
+    assert rows["dino-fast"].ms and rows["dino-fast, stochastic depth 0.1"].ms
+
+
+def test_cold_compilations_come_last():
+    names = [name for name, _ in engine_on_gpu.plan(False, "cuda")]
+    assert [name.endswith("compiled") for name in names] == sorted(name.endswith("compiled") for name in names)
+    assert sum(name.endswith("compiled") for name in names) == 3
 
 
 def test_the_baselines_do_the_same_steps():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import subprocess
+import sys
 import types
 
 import torch
@@ -62,14 +65,52 @@ def test_a_function_that_is_not_there_is_a_row_that_says_so(monkeypatch, tmp_pat
 
 
 def test_rows_of_a_part_are_those_of_its_functions(monkeypatch):
-    def broken():
+    def broken(end):
+        yield Row("crops", "s", "float32", "dino-fast", ms=2.0)
         raise ValueError("nothing to time")
 
-    module = types.SimpleNamespace(gpu_rows=lambda: [Row("crops", "s", "float32", "dino-fast", ms=1.0)], broken=broken)
+    one = [Row("crops", "s", "float32", "dino-fast", ms=1.0)]
+    module = types.SimpleNamespace(gpu_rows=lambda end: one, broken=broken)
     monkeypatch.setattr(gpu.importlib, "import_module", lambda name, package: module)
-    assert [row.ms for row in gpu._rows_of("bench_x", "gpu_rows", dry=False)] == [1.0]
-    (row,) = gpu._rows_of("bench_x", "broken", dry=False)
-    assert row.note == "failed: ValueError: nothing to time" and row.role == "ours"
+    assert [row.ms for row in gpu._rows_of("bench_x", "gpu_rows", dry=False, end=0.0)] == [1.0]
+    before, row = gpu._rows_of("bench_x", "broken", dry=False, end=0.0)
+    assert before.ms == 2.0 and row.note == "failed: ValueError: nothing to time" and row.role == "ours"
+
+
+def test_what_is_measured_is_written_before_the_next_is(monkeypatch, tmp_path):
+    """A part that is ended, or that ends the process, leaves the rows that it had."""
+    seen = []
+
+    def rows(end):
+        for i in range(3):
+            if i:
+                found = result(tmp_path)
+                seen.append(([row["ms"] for row in found["rows"]], found["complete"]))
+            yield Row("crops", "s", "float32", "dino-fast", ms=float(i))
+
+    monkeypatch.setattr(gpu, "_rows_of", lambda module, name, dry, end: rows(end))
+    assert gpu.main(["--part", "crops", "--dry-run", "--out", str(tmp_path)]) == 0
+    assert seen == [([0.0], False), ([0.0, 1.0], False)]
+    found = result(tmp_path)
+    assert found["complete"] and len(found["rows"]) == 3 and len([*tmp_path.iterdir()]) == 1
+
+
+def test_every_test_that_needs_a_gpu_is_marked():
+    """`--part tests` runs what has the mark: a test that is skipped for want of a GPU and lacks it would never run."""
+    root = gpu.ROOT / "tests"
+    need = {
+        str(file.relative_to(gpu.ROOT))
+        for file in root.rglob("test_*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.skipif"
+        if any(word in ast.unparse(node) for word in ("cuda_missing", "is_available", "missing is not None"))
+    }
+    assert {"tests/ops/test_multi_crop_cuda.py", "tests/data/test_on_gpu.py"} <= need
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", "-m", "gpu"]
+    text = subprocess.run([*command, *sorted(need)], cwd=gpu.ROOT, capture_output=True, text=True).stdout
+    marked = [line for line in text.split() if "::" in line]
+    assert {line.split("::")[0] for line in marked} == need
+    assert any("nvjpeg_differs" in line for line in marked)
 
 
 def test_what_the_time_does_not_reach_is_named_and_what_cannot_be_set_up_costs_the_others_nothing():

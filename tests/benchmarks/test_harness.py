@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from dino_fast.benchmarks import command, report, tables
+from dino_fast.benchmarks import command, harness, report, tables
 from dino_fast.benchmarks.harness import Comparison, Contender, compare, peak_cpu, peer, relative_error
 from dino_fast.errors import UserError
 
@@ -79,3 +79,10 @@ def test_unknown_operation_names_the_nearest(monkeypatch):
     command.add_arguments(parser)
     with pytest.raises(UserError, match=r"'stepp'.*'step'"):
         command.run(parser.parse_args(["stepp"]))
+
+
+def test_a_gpu_sleeps_for_as_long_as_the_host_queues():
+    """A call that takes the host 2 ms to launch is timed behind a sleep of more than that."""
+    cycles = 2e6  # a millisecond at 2 GHz
+    assert harness.queue_cycles(0.0) == cycles and harness.queue_cycles(2.0) >= 4 * cycles
+    assert harness.queue_cycles(1e6) == 200 * cycles

@@ -11,17 +11,18 @@ import torch
 import yaml
 
 from dino_fast.benchmarks import bench_step, command, step_parts
+from dino_fast.engine.build import build_train_state
 from dino_fast.engine.config import Config, to_dict
 from dino_fast.engine.schedules import Schedules
-from dino_fast.engine.train_state import build_learner
 from dino_fast.engine.train_step import train_step
 from dino_fast.errors import UserError
-from tests.engine.test_step import _batch, _config
+from tests.engine.test_train_step import _batch, _config
 
 CPU = torch.device("cpu")
 TINY = Config(
     channels=3, global_size=16, local_size=8, local_crops=2, arch="vit_tiny", patch_size=4, embed_dim=32, depth=2,
-    heads=2, drop_path_rate=0.0, out_dim=256, head_hidden_dim=64, head_bottleneck_dim=32, batch_size=8, device="cpu",
+    num_heads=2, drop_path_rate=0.0, out_dim=256, head_hidden_dim=64, head_bottleneck_dim=32, batch_size=8,
+    device="cpu",
 )  # fmt: skip
 
 
@@ -41,12 +42,12 @@ def test_parts_add_up_to_the_step():
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_stopwatch_gives_each_part_its_time(accumulate, monkeypatch):
     config = _config(accumulate=accumulate)
-    run = build_learner(config, 3, CPU, "fp32")
+    run = build_train_state(config, 3, CPU, "fp32")
     marks = []
     watch = step_parts.Stopwatch(CPU)
-    run.mark = lambda part: (marks.append(part), watch(part))
+    run.on_phase = lambda part: (marks.append(part), watch(part))
     watch("data")
-    train_step(run, _batch(0, config), Schedules(config, 5).at(6), 1)
+    train_step(run, _batch(0, config), Schedules(config, 5).values_at(6), 1)
     watch.end()
     assert marks == ["teacher", "student", "loss", "backward"] * accumulate + ["optimizer"]
     assert all(ms > 0 for ms in watch.laps[0].values())
@@ -64,7 +65,7 @@ def test_the_stopwatch_gives_each_part_its_time(accumulate, monkeypatch):
 CONFIGS = [
     TINY,
     *(replace(TINY, **given) for given in (
-        {"local_crops": 0}, {"drop_path_rate": 0.1}, {"checkpoint_activations": "full"}, {"last_layer": "logits"},
+        {"local_crops": 0}, {"drop_path_rate": 0.1}, {"checkpoint_activations": "full"}, {"loss_impl": "logits"},
         {"compile": True}, {"precision": "fp32"}, {"precision": "fp32", "tf32": True}, {"augment_on": "cpu"},
         {"augment_on": "gpu", "decode_on": "gpu"},
     )),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from dino_fast.data import ArraySource, ImageError, Source, open_source, train_l
 from dino_fast.data import decode as decode_module
 from dino_fast.data import gpu_crops as on_gpu
 from dino_fast.data.decode import Jpeg
-from dino_fast.engine.build import choose_cropping
+from dino_fast.engine.build import resolve_crop_device
 from dino_fast.engine.config import build_config
 from dino_fast.engine.trainer import train
 from dino_fast.errors import UserError
@@ -98,7 +100,7 @@ def test_a_failure_comes_after_the_batch_before_it() -> None:
         seen = []
         with pytest.raises(UserError, match="is the disk still there"):
             for batch in train_loader(
-                source, CROPS, batch_size=6, seed=0, max_bad=1.0, gpu=gpu, on_bad=lambda line: None
+                source, CROPS, batch_size=6, seed=0, max_corrupt=1.0, gpu=gpu, on_bad=lambda line: None
             ):
                 seen.append(batch.batch)
         assert seen == [0, 1]
@@ -130,11 +132,11 @@ def test_a_file_that_nobody_can_decode_is_named(mixed: Source, monkeypatch: pyte
 
 def test_where_crops_are_made() -> None:
     for augment_on in ("auto", "cpu"):
-        assert choose_cropping(augment_on, "cpu", CPU) is None
+        assert resolve_crop_device(augment_on, "cpu", CPU) is None
         with pytest.raises(UserError, match="--decode-on gpu"):
-            choose_cropping(augment_on, "gpu", CPU)
+            resolve_crop_device(augment_on, "gpu", CPU)
     with pytest.raises(UserError, match="--augment-on gpu: the run trains on cpu; use --augment-on cpu or auto"):
-        choose_cropping("gpu", "cpu", CPU)
+        resolve_crop_device("gpu", "cpu", CPU)
 
 
 def test_a_run_without_a_gpu_stops_before_anything_is_written(mixed: Source, tmp_path: Path) -> None:
@@ -147,19 +149,75 @@ def test_a_run_without_a_gpu_stops_before_anything_is_written(mixed: Source, tmp
 def test_a_gpu_whose_kernels_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
     monkeypatch.setattr("dino_fast.engine.build.cuda_missing", lambda: "this build has no CUDA kernels")
-    assert choose_cropping("auto", "cpu", gpu) is None
+    assert resolve_crop_device("auto", "cpu", gpu) is None
     with pytest.raises(UserError, match="--augment-on gpu: this build has no CUDA kernels"):
-        choose_cropping("gpu", "cpu", gpu)
+        resolve_crop_device("gpu", "cpu", gpu)
     monkeypatch.setattr("dino_fast.engine.build.cuda_missing", lambda: None)
-    assert choose_cropping("auto", "cpu", gpu) == choose_cropping("gpu", "cpu", gpu) == gpu
-    assert choose_cropping("cpu", "cpu", gpu) is None
+    assert resolve_crop_device("auto", "cpu", gpu) == resolve_crop_device("gpu", "cpu", gpu) == gpu
+    assert resolve_crop_device("cpu", "cpu", gpu) is None
     with pytest.raises(UserError, match="--decode-on gpu: the crops are made on the CPU"):
-        choose_cropping("cpu", "gpu", gpu)
+        resolve_crop_device("cpu", "gpu", gpu)
     monkeypatch.setattr("dino_fast.engine.build.nvjpeg_missing", lambda device: "no nvjpeg")
     with pytest.raises(UserError, match=r"--decode-on gpu: torchvision cannot \(no nvjpeg\)"):
-        choose_cropping("auto", "gpu", gpu)
+        resolve_crop_device("auto", "gpu", gpu)
 
 
+class FakeStream:
+    """A stream that notes its order with others; `current` is the one that work is queued on."""
+
+    current: FakeStream
+
+    def __init__(self, name: str) -> None:
+        self.name, self.waits, self.before = name, [], []
+
+    def __enter__(self) -> None:
+        self.before.append(FakeStream.current)
+        FakeStream.current = self
+
+    def __exit__(self, *error: object) -> None:
+        FakeStream.current = self.before.pop()
+
+    def record_event(self) -> SimpleNamespace:
+        return SimpleNamespace(stream=self, query=lambda: False)
+
+    def wait_event(self, event: SimpleNamespace) -> None:
+        self.waits.append(event.stream)
+
+
+def test_nvjpeg_writes_and_reads_in_order_with_the_crops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision's decoder waits for no stream: its images must lie in memory that no other work is queued on, and its
+    files must stay until they are read."""
+    crops, side = FakeStream("crops"), FakeStream("decode")
+    FakeStream.current = crops
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream.current)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
+    monkeypatch.setattr(on_gpu, "_reading", deque())
+    on_gpu._decode_stream.cache_clear()
+    allocated_on, used_on = [], []
+
+    def decode_jpeg(files: list, mode: object, device: torch.device) -> list:
+        allocated_on.append(FakeStream.current)
+        return [SimpleNamespace(record_stream=used_on.append) for _ in files]
+
+    monkeypatch.setattr("torchvision.io.decode_jpeg", decode_jpeg)
+    files = [torch.zeros(4, dtype=torch.uint8)]
+    try:
+        for _ in range(2):
+            assert len(on_gpu._decoded(files, 3, torch.device("cuda:0"))) == 1
+    finally:
+        on_gpu._decode_stream.cache_clear()
+    assert allocated_on == [side, side] and used_on == [crops, crops] and FakeStream.current is crops
+    assert crops.waits == [side, side]
+    assert [kept[0] is files[0] for _, kept in on_gpu._reading] == [True, True]
+    for event, _ in on_gpu._reading:
+        event.query = lambda: True
+    FakeStream.current = crops
+    on_gpu._decoded(files, 3, torch.device("cuda:0"))
+    assert len(on_gpu._reading) == 1  # the files that have been read are let go
+
+
+@pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("workers", [0, 2])
 def test_crops_of_a_gpu_are_the_same(mixed: Source, workers: int) -> None:
@@ -169,6 +227,7 @@ def test_crops_of_a_gpu_are_the_same(mixed: Source, workers: int) -> None:
         assert torch.equal(here.local_crops, there.local_crops.cpu()) and torch.equal(here.index, there.index)
 
 
+@pytest.mark.gpu
 @needs_gpu
 def test_nvjpeg_differs_by_rounding_only(mixed: Source) -> None:
     gpu = torch.device("cuda")

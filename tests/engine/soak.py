@@ -54,7 +54,8 @@ from dino_fast.engine.run_dir import read_metrics
 
 STEPS = 40
 SETTINGS: dict[str, Any] = {
-    "arch": "vit_tiny", "embed_dim": 32, "depth": 2, "heads": 2, "patch_size": 4, "global_size": 16, "local_size": 8,
+    "arch": "vit_tiny", "embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4, "global_size": 16,
+    "local_size": 8,
     "local_crops": 2, "out_dim": 64, "head_hidden_dim": 32, "head_bottleneck_dim": 16, "drop_path_rate": 0.2,
     "batch_size": 8, "epochs": 8, "warmup_epochs": 2, "lr": 0.02, "knn_every": 4, "device": "cpu", "save_every": 0.2,
     "workers": 0, "init": "xavier",
@@ -163,7 +164,7 @@ def start(images: Path, out: Path, world: int, draw: random.Random, sabotage: An
     """The processes of `dino-fast train --resume`; `sabotage()` is called in the first one before it begins."""
     settings = out.with_suffix(".yaml")
     settings.write_text(json.dumps({**SETTINGS, "data": str(images), "save_in_background": draw.random() < 0.5}))
-    words = ["train", "--config", str(settings), "--out", str(out), "--resume", "--shard", "full"]
+    words = ["train", "--config", str(settings), "--out", str(out), "--resume", "--fsdp", "full"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from dino_fast.engine.config import (
-    PRESETS,
+    ALIASES,
+    GROUPS,
+    MOST_USED,
     Config,
     add_arguments,
     build_config,
@@ -17,6 +19,7 @@ from dino_fast.engine.config import (
     load_config,
     to_dict,
 )
+from dino_fast.engine.presets import PRESETS
 from dino_fast.errors import UserError
 
 
@@ -90,7 +93,13 @@ def test_published_recipes() -> None:
     small, boost, base = (
         build_config({"data": "x"}, preset=f"vit_{n}") for n in ("small_100ep", "small_boost", "base")
     )
-    assert (small.lr, small.warmup_epochs, small.min_lr, small.momentum, small.clip_grad) == (5e-4, 10, 1e-6, 0.996, 3)
+    assert (small.lr, small.warmup_epochs, small.min_lr, small.momentum_teacher, small.clip_grad) == (
+        5e-4,
+        10,
+        1e-6,
+        0.996,
+        3,
+    )
     assert (small.weight_decay, small.weight_decay_end, small.freeze_last_layer, small.epochs) == (0.04, 0.4, 1, 100)
     assert (boost.epochs, boost.teacher_temp, boost.warmup_teacher_temp_epochs) == (300, 0.07, 30)
     assert not boost.norm_last_layer
@@ -98,7 +107,12 @@ def test_published_recipes() -> None:
     assert (base.epochs, base.batch_size, base.lr, base.min_lr, base.clip_grad) == (400, 32 * 32, 0.00075, 2e-6, 0.3)
     assert (base.warmup_teacher_temp, base.teacher_temp, base.warmup_teacher_temp_epochs) == (0.04, 0.07, 50)
     assert (base.global_scale, base.local_scale, base.local_crops) == ((0.25, 1.0), (0.05, 0.25), 10)
-    assert (base.freeze_last_layer, base.warmup_epochs, base.momentum, base.drop_path_rate) == (3, 10, 0.996, 0.1)
+    assert (base.freeze_last_layer, base.warmup_epochs, base.momentum_teacher, base.drop_path_rate) == (
+        3,
+        10,
+        0.996,
+        0.1,
+    )
     assert (small.batch_size, boost.batch_size, boost.local_crops) == (8 * 64, 16 * 64, 8)
 
 
@@ -142,15 +156,15 @@ def test_a_missing_file_and_an_unknown_preset() -> None:
         ({"local_size": 8}, "--local-size is 8.*give 16"),
         ({"epochs": 0}, "--epochs is 0; it must be 1 or more"),
         ({"teacher_temp": 0.0}, "--teacher-temp is 0.0; it must be above 0"),
-        ({"momentum": 1.5}, "--momentum is 1.5; it must be between 0 and 1"),
+        ({"momentum_teacher": 1.5}, "--momentum-teacher is 1.5; it must be between 0 and 1"),
         ({"lr": float("nan")}, "--lr is nan"),
         ({"weight_decay": -1}, "--weight-decay"),
-        ({"accumulate": 3}, "--accumulate 3 does not divide --batch-size 64"),
+        ({"grad_accum_steps": 3}, "--grad-accum-steps 3 does not divide --batch-size 64"),
         ({"global_scale": (1.0, 0.4)}, "--global-scale is 1.0 0.4"),
         ({"local_scale": (0.0, 0.4)}, "--local-scale"),
         ({"precision": "fp8"}, "--precision is 'fp8'.*Accepted: auto, fp32"),
         ({"device": "gpu"}, "--device is 'gpu'.*Accepted: auto, cpu, cuda"),
-        ({"embed_dim": 65, "heads": 2}, "--embed-dim 65 is not a multiple of --heads 2"),
+        ({"embed_dim": 65, "num_heads": 2}, "--embed-dim 65 is not a multiple of --num-heads 2"),
         ({"drop_path_rate": 1.0}, "--drop-path-rate"),
         ({"channels": 4}, "--channels is 4; it must be 1 or 3"),
     ],
@@ -180,10 +194,67 @@ def test_resuming_with_other_settings_is_named() -> None:
 
 def test_help_does_not_import_torch() -> None:
     code = (
-        "import sys\nfrom dino_fast import cli\n"
+        "import sys\nfrom dino_fast.cli import main as cli\n"
         "try:\n    cli.main(['train', '--help'])\nexcept SystemExit:\n    pass\n"
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--batch-size" in done.stdout
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_other_names_of_settings_are_accepted(alias: str, tmp_path: Path) -> None:
+    import yaml
+
+    name = ALIASES[alias]
+    assert alias not in Config.__dataclass_fields__ and name in Config.__dataclass_fields__
+    values = {
+        "momentum": 0.9, "heads": 2, "accumulate": 2, "shard": "full", "last_layer": "parts", "keep": 5, "max_bad": 0.2,
+        "teacher": "copy", "grey_p": 0.3, "data_path": "photos", "output_dir": "x", "num_workers": 3,
+        "use_bn_in_head": True, "local_crops_number": 4, "global_crops_scale": [0.3, 1.0], "saveckp_freq": 20,
+        "local_crops_scale": [0.05, 0.3],
+    }  # fmt: skip
+    value = values[alias]
+    present = {"last_layer": "chunked", "saveckp_freq": 20.0}.get(
+        alias, tuple(value) if isinstance(value, list) else value
+    )
+    base = {"data": "x"} if name != "data" else {}
+    expected = build_config({**base, name: present})
+    assert getattr(expected, name) == present != getattr(Config(), name)
+    assert build_config({**base, alias: value}) == expected
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**base, alias: value}))
+    assert load_config(tmp_path / "config.yaml") == build_config({**base, alias: value}, preset=None) or name == "data"
+    words = [] if value is True else [str(x) for x in (value if isinstance(value, list) else [value])]
+    data = ["--data", "x"] if name != "data" else []
+    for flag in (f"--{alias}", "--" + alias.replace("_", "-")):
+        assert _parse(*data, flag, *words) == expected
+
+
+def test_two_names_of_one_setting_are_refused() -> None:
+    with pytest.raises(UserError, match=r"--momentum.* is given twice: it is another name of 'momentum_teacher'"):
+        build_config({"momentum_teacher": 0.9, "momentum": 0.9})
+
+
+def test_a_mistyped_option_is_answered_with_the_present_name() -> None:
+    with pytest.raises(UserError, match="did you mean 'momentum_teacher'"):
+        build_config({"momentum_teachr": 0.9})
+
+
+def test_help_shows_the_most_used_first_and_help_all_the_rest(capsys: pytest.CaptureFixture[str]) -> None:
+    def help_of(word: str) -> str:
+        with pytest.raises(SystemExit):
+            _parse(word)
+        return capsys.readouterr().out
+
+    short, whole = help_of("--help"), help_of("--help-all")
+    flags = {name: "--" + name.replace("_", "-") for name in Config.__dataclass_fields__}
+    body = whole.partition("most used:")[2]
+    for name, flag in flags.items():
+        assert (f"  {flag}" in short.partition("most used:")[2]) == (name in MOST_USED), name
+        assert body.count(f"\n  {flag} ") + body.count(f"\n  {flag},") + body.count(f"\n  {flag}\n") == 1, name
+    assert len(MOST_USED) + 1 == 12  # with --preset
+    titles = ["most used", *GROUPS.values()]
+    places = [whole.index(f"\n{title}:\n") for title in titles]
+    assert places == sorted(places)
+    assert "--momentum " not in whole and "saveckp" not in whole and "_crops" not in whole.replace("global_crops", "")

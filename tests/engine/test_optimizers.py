@@ -10,15 +10,15 @@ import torch
 
 from dino_fast.engine.optimizers import LARSEMA, SGDEMA, build_optimizer
 from dino_fast.engine.schedules import Schedules
-from dino_fast.engine.train_step import learner_state, restore_learner, train_step
+from dino_fast.engine.train_step import train_step
 from tests import original
-from tests.engine.test_step import PER_EPOCH, _assert_near, _batch, _config, _learner, _original, _run
+from tests.engine.test_train_step import PER_EPOCH, _assert_near, _batch, _config, _original, _run, _train_state
 
 
 @pytest.mark.parametrize("name,lr", [("sgd", 0.1), ("lars", 3.0)])
 def test_losses_equal_the_published_algorithms(name: str, lr: float) -> None:
     config = _config(optimizer=name, lr=lr * 32, weight_decay=1e-3, weight_decay_end=1e-2, clip_grad=0.05)
-    ours = _learner(config)
+    ours = _train_state(config)
     theirs = _original(ours, config)
     schedule = original.cosine_scheduler
     theirs.weight_decay = schedule(1e-3, 1e-2, config.epochs, PER_EPOCH)
@@ -28,7 +28,7 @@ def test_losses_equal_the_published_algorithms(name: str, lr: float) -> None:
     losses = []
     for step in range(20):
         batch = _batch(step, config)
-        losses.append(train_step(ours, batch, Schedules(config, PER_EPOCH).at(step), step)["loss"])
+        losses.append(train_step(ours, batch, Schedules(config, PER_EPOCH).values_at(step), step)["loss"])
         expected = theirs.step([*batch.global_crops, *batch.local_crops], step, step // PER_EPOCH)
         assert losses[-1] == pytest.approx(expected, rel=1e-5), step
     _assert_near(ours.teacher.state_dict(), theirs.teacher.state_dict())
@@ -90,11 +90,11 @@ def test_scaled_gradients_are_unscaled_and_clipped(name: str) -> None:
 @pytest.mark.parametrize("name", ["sgd", "lars"])
 def test_a_restored_run_goes_on_exactly(name: str) -> None:
     config = _config(optimizer=name, drop_path_rate=0.2)
-    whole = _learner(config)
+    whole = _train_state(config)
     _run(whole, range(3))
-    state = copy.deepcopy(learner_state(whole))
+    state = copy.deepcopy(whole.state_dict())
     assert not any("teacher_params" in group for group in state["optimizer"]["param_groups"])
     rest = _run(whole, range(3, 6))
-    again = _learner(_config(optimizer=name, drop_path_rate=0.2, seed=0))
-    restore_learner(again, state, "here")
+    again = _train_state(_config(optimizer=name, drop_path_rate=0.2, seed=0))
+    again.load_state_dict(state, "here")
     assert _run(again, range(3, 6)) == rest

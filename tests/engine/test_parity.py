@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from dino_fast.benchmarks import original
+from dino_fast.engine.build import build_train_state
 from dino_fast.engine.config import Config
 from dino_fast.engine.schedules import Schedules
-from dino_fast.engine.train_step import build_learner, train_step
+from dino_fast.engine.train_step import train_step
 
 EPOCHS, STEPS_PER_EPOCH, BATCH, LOCAL = 5, 4, 8, 3
 
@@ -27,9 +28,9 @@ def config(**changes) -> Config:
     # Every schedule moves within the 20 steps, clipping bites, and the freeze ends: see the second test.
     settings = dict(
         data="none", global_size=32, local_size=16, local_crops=LOCAL, arch="vit_tiny", patch_size=4, embed_dim=64,
-        depth=2, heads=2, drop_path_rate=0.0, out_dim=512, head_hidden_dim=128, head_bottleneck_dim=32,
+        depth=2, num_heads=2, drop_path_rate=0.0, out_dim=512, head_hidden_dim=128, head_bottleneck_dim=32,
         warmup_teacher_temp=0.04, teacher_temp=0.07, warmup_teacher_temp_epochs=3, batch_size=BATCH, epochs=EPOCHS,
-        lr=0.032, warmup_epochs=1.0, weight_decay=0.04, weight_decay_end=4.0, momentum=0.9, clip_grad=0.05,
+        lr=0.032, warmup_epochs=1.0, weight_decay=0.04, weight_decay_end=4.0, momentum_teacher=0.9, clip_grad=0.05,
         freeze_last_layer=1.0, seed=3,
     )  # fmt: skip
     return Config(**(settings | changes))
@@ -37,7 +38,7 @@ def config(**changes) -> Config:
 
 def published(settings: Config, weights: dict[str, Tensor]) -> original.Trainer:
     def network() -> original.MultiCropWrapper:
-        backbone = original.ViT(32, settings.patch_size, 3, settings.embed_dim, settings.depth, settings.heads)
+        backbone = original.ViT(32, settings.patch_size, 3, settings.embed_dim, settings.depth, settings.num_heads)
         head = original.DINOHead(
             settings.embed_dim,
             settings.out_dim,
@@ -58,7 +59,7 @@ def published(settings: Config, weights: dict[str, Tensor]) -> original.Trainer:
         weight_decay=original.cosine_scheduler(
             settings.weight_decay, settings.weight_decay_end, EPOCHS, STEPS_PER_EPOCH
         ),
-        momentum=original.cosine_scheduler(settings.momentum, 1.0, EPOCHS, STEPS_PER_EPOCH),
+        momentum=original.cosine_scheduler(settings.momentum_teacher, 1.0, EPOCHS, STEPS_PER_EPOCH),
         clip_grad=settings.clip_grad,
         freeze_last_layer=1,
     )
@@ -67,7 +68,7 @@ def published(settings: Config, weights: dict[str, Tensor]) -> original.Trainer:
 @pytest.mark.parametrize("norm_last_layer", [True, False])
 def test_twenty_steps_equal_the_published_algorithm(norm_last_layer):
     settings = config(norm_last_layer=norm_last_layer)
-    run = build_learner(settings, 3, torch.device("cpu"), "fp32")
+    run = build_train_state(settings, 3, torch.device("cpu"), "fp32")
     yardstick = published(settings, run.student.state_dict())
     schedules = Schedules(settings, STEPS_PER_EPOCH)
     generator = torch.Generator().manual_seed(0)
@@ -75,7 +76,7 @@ def test_twenty_steps_equal_the_published_algorithm(norm_last_layer):
     for step in range(EPOCHS * STEPS_PER_EPOCH):
         large = torch.randn(2, BATCH, 3, 32, 32, generator=generator)
         small = torch.randn(LOCAL, BATCH, 3, 16, 16, generator=generator)
-        ours.append(train_step(run, Batch(large, small), schedules.at(step), step)["loss"])
+        ours.append(train_step(run, Batch(large, small), schedules.values_at(step), step)["loss"])
         theirs.append(yardstick.step([*large, *small], step, step // STEPS_PER_EPOCH))
 
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
@@ -95,7 +96,7 @@ def test_twenty_steps_equal_the_published_algorithm(norm_last_layer):
         {"clip_grad": 0.0},
         {"freeze_last_layer": 0.0},
         {"weight_decay_end": 0.04},
-        {"momentum": 0.99},
+        {"momentum_teacher": 0.99},
         {"teacher_temp": 0.05},
         {"warmup_epochs": 0.0},
     ],
@@ -110,6 +111,9 @@ def test_parity_notices_every_part(change):
         batches.append(Batch(large, torch.randn(LOCAL, BATCH, 3, 16, 16, generator=generator)))
     losses = []
     for settings in (config(), config(**change)):
-        run, schedules = build_learner(settings, 3, torch.device("cpu"), "fp32"), Schedules(settings, STEPS_PER_EPOCH)
-        losses.append([train_step(run, batch, schedules.at(i), i)["loss"] for i, batch in enumerate(batches)])
+        run, schedules = (
+            build_train_state(settings, 3, torch.device("cpu"), "fp32"),
+            Schedules(settings, STEPS_PER_EPOCH),
+        )
+        losses.append([train_step(run, batch, schedules.values_at(i), i)["loss"] for i, batch in enumerate(batches)])
     assert max(abs(a / b - 1) for a, b in zip(*losses, strict=True)) > 1e-4

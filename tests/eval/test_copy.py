@@ -21,33 +21,50 @@ def test_the_feature_is_the_class_token_and_the_pooled_patches():
     rows = []
     for image in tokens.numpy():
         patches = np.maximum(image[1:], 1e-6) ** 4
-        row = np.concatenate((image[0], (patches.sum(axis=0) / 6) ** 0.25))
-        rows.append(row / np.sqrt((row**2).sum()))
+        rows.append(np.concatenate((image[0], (patches.sum(axis=0) / 6) ** 0.25)))
     assert np.allclose(copy.copy_feature(tokens).numpy(), rows, atol=1e-6)
 
 
-def test_whitened_features_are_uncorrelated_with_variance_one():
-    torch.manual_seed(0)
-    x = (torch.randn(500, 6) @ torch.randn(6, 6) + torch.randn(6)).double()
-    white = copy.whitening(x)
-    y = ((x - white.mean) @ white.matrix).numpy()
-    assert np.allclose(y.T @ y / 500, np.eye(6), atol=1e-9) and np.allclose(y.mean(axis=0), 0, atol=1e-12)
-    assert torch.allclose(white(x).norm(dim=1), torch.ones(500).double())
-    # The same up to rotation and sign as the inverse square root of the covariance: similarities agree.
-    d, v = np.linalg.eigh(np.cov(x.numpy().T, bias=True))
-    z = (x.numpy() - x.numpy().mean(axis=0)) @ v @ np.diag(d**-0.5) @ v.T
-    assert np.allclose(y @ y.T, z @ z.T, atol=1e-8)
+class PCA:
+    """The original's (utils.PCA), which eval_copy_detection.py gives the covariance about zero of features as they
+    are; their mean is subtracted before it is applied."""
+
+    def __init__(self, features):
+        self.mean = features.mean(axis=0)
+        d, v = np.linalg.eigh(features.T @ features / len(features))
+        d = np.maximum(d, d.max() * 1e-5)
+        self.dvt = np.diag(d**-0.5) @ v.T
+
+    def __call__(self, x):
+        x = (x - self.mean) @ self.dvt.T
+        return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
-def test_fewer_images_than_dimensions_stay_finite():
+@pytest.mark.parametrize("images", [500, 4])  # also fewer than there are dimensions
+def test_whitening_is_the_originals(images):
     torch.manual_seed(0)
+    basis, mean = torch.randn(9, 9).double(), 3 * torch.randn(9).double()
+    x, queries = (torch.randn(n, 9).double() @ basis + mean for n in (images, 20))
+    white, theirs = copy.whitening(x), PCA(x.numpy())
+    ours, expected = (f(queries) @ f(x).T for f in (white, lambda y: torch.from_numpy(theirs(y.numpy()))))
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-9)
+    assert torch.allclose(white(x).norm(dim=1), torch.ones(images).double())
+
+
+def test_whitening_needs_different_images():
     x = torch.randn(4, 9)
-    white = copy.whitening(x)(x)
-    assert white.isfinite().all()
-    assert torch.allclose((white @ white.T).fill_diagonal_(0).abs().sum(dim=1), torch.ones(4), atol=1e-3)  # a simplex
     for few, message in ((x[:1], "from 1 image"), (x[:1].expand(3, -1), "the same feature")):
         with pytest.raises(UserError, match=message):
             copy.whitening(few)
+
+
+def test_originals_after_the_first_twenty_places_do_not_count():
+    database = torch.eye(30)
+    query = torch.arange(30, 0, -1.0)[None]  # ranks the database in its order
+    expected = {(0, 1): 1, (0, 20): 1 / 2, (19, 25): (0 / 19 + 1 / 20) / 2 / 2, (21, 29): 0}
+    for places, value in expected.items():
+        question = copy.Question(list(places), [], [])
+        assert copy.scores(query, database, [question], ranked=20).item() == pytest.approx(value), places
 
 
 def test_copies_are_matched_by_name():

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
+from torchvision.transforms import Compose, RandomHorizontalFlip, RandomResizedCrop
 
 from dino_fast.cli import main as cli
 from dino_fast.data import eval_batches, open_source
@@ -17,7 +18,7 @@ from dino_fast.data.loader import mix
 from dino_fast.errors import UserError
 from dino_fast.eval import linear
 from dino_fast.eval.common.backbone import tokens_feature
-from dino_fast.eval.common.crops import random_batches
+from dino_fast.eval.common.crops import random_batches, random_crop
 
 
 def by_torch(x, y, classes, rate, epochs, batch_size, seed):
@@ -98,6 +99,16 @@ def test_the_command(tmp_path, checkpoint, capsys):
     assert cli.main(words) == 0  # now from the kept features
     output = capsys.readouterr().out
     assert "linear top-1 100.00 %" in output and "1 of train" in output
+
+
+def test_random_crops_are_torchvisions():
+    pixels = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8)
+    transform = Compose([RandomResizedCrop(32), RandomHorizontalFlip()])
+    for seed in range(60):
+        torch.manual_seed(seed)
+        expected = np.asarray(transform(Image.fromarray(pixels)))
+        got = random_crop(torch.from_numpy(pixels).permute(2, 0, 1), (32, 32), seed)
+        assert np.array_equal(got.permute(1, 2, 0).numpy(), expected), seed
 
 
 def test_random_crops_are_functions_of_seed_epoch_and_index(tmp_path):

@@ -16,24 +16,24 @@ from dino_fast.eval.common.backbone import open_backbone
 from dino_fast.eval.common.frames import fit_to_patches, read_image
 
 
-def counted(mask, truth):
-    """Jaccard with plain loops; void pixels (255) are passed over."""
+def counted(mask, truth, value):
+    """Jaccard with the object `value` with plain loops; void pixels (255) are passed over."""
     both = either = 0
     for y in range(truth.shape[0]):
         for x in range(truth.shape[1]):
             if truth[y, x] != 255:
-                both += bool(mask[y, x]) and truth[y, x] > 0
-                either += bool(mask[y, x]) or truth[y, x] > 0
+                both += bool(mask[y, x]) and truth[y, x] == value
+                either += bool(mask[y, x]) or truth[y, x] == value
     return both / either
 
 
 def by_hand(checkpoint, image_path, truth, size, mass=0.6):
-    """The Jaccard index of each head: sort, add up, look up the patch of each pixel."""
+    """The Jaccard index of each object with each head: sort, add up, look up the patch of each pixel."""
     frozen = open_backbone(checkpoint, device="cpu")
     seen = fit_to_patches(read_image(image_path), size, 8)
     rows = frozen.backbone.get_last_selfattention(frozen.normalise(seen[None]))[0, :, 0, 1:].double().numpy()
     h, w = seen.shape[1] // 8, seen.shape[2] // 8
-    scores = []
+    scores = []  # [heads, objects]
     for row in rows:
         kept, held = np.zeros(h * w, dtype=bool), 0.0
         for i in np.argsort(-row):
@@ -44,8 +44,8 @@ def by_hand(checkpoint, image_path, truth, size, mass=0.6):
         height, width = truth.shape
         grid = kept.reshape(h, w)
         mask = [[grid[y * h // height, x * w // width] for x in range(width)] for y in range(height)]
-        scores.append(counted(np.array(mask), truth))
-    return scores
+        scores.append([counted(np.array(mask), truth, value) for value in np.unique(truth) if value not in (0, 255)])
+    return np.array(scores).T
 
 
 def pairs(root, masks):
@@ -65,19 +65,21 @@ def pairs(root, masks):
 def test_the_command_equals_counting_by_hand(tmp_path, checkpoint, capsys):
     truth = {name: np.zeros((40, 50), dtype=np.uint8) for name in ("grey", "palette", "nothing")}
     truth["grey"][5:30, 10:45] = 1
-    truth["palette"][12:33, 3:20], truth["palette"][:4] = 14, 255
+    truth["palette"][12:33, 3:20], truth["palette"][:4], truth["palette"][20:36, 24:48] = 14, 255, 3
     data = pairs(tmp_path, truth)
     words = ["eval", "segment", "--checkpoint", str(checkpoint), "--data", str(data), "--image-size", "64"]
     assert cli.main([*words, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    table = np.array([by_hand(checkpoint, data / "images" / f"{n}.png", truth[n], 64) for n in ("grey", "palette")])
-    assert printed["jaccard"] == pytest.approx(table.max(axis=1).mean(), abs=1e-12)
-    assert printed["heads"] == pytest.approx(table.mean(axis=0), abs=1e-12)
+    tables = [by_hand(checkpoint, data / "images" / f"{n}.png", truth[n], 64) for n in ("grey", "palette")]
+    assert [len(table) for table in tables] == [1, 2] and printed["objects"] == 3
+    # As facebookresearch/dino#54: for each object the best head, then the mean over an image's objects.
+    assert printed["jaccard"] == pytest.approx(np.mean([table.max(axis=1).mean() for table in tables]), abs=1e-12)
+    assert printed["heads"] == pytest.approx(np.mean([table.mean(axis=0) for table in tables], axis=0), abs=1e-12)
     assert printed["best_head_jaccard"] == max(printed["heads"]) == printed["heads"][printed["best_head"]]
     assert printed["images"] == 2 and printed["left_out"]["images whose mask has no object"] == 1
     assert cli.main(words) == 0
     output = capsys.readouterr().out
-    assert "2 images)" in output and "1 of images whose mask has no object" in output
+    assert "3 objects in 2 images)" in output and "1 of images whose mask has no object" in output
 
 
 def spread(masks, height, width):
@@ -171,4 +173,4 @@ def test_davis(davis, checkpoint):
     _, maps = segment.attention_maps(frozen, read_image(image), 64)
     masks = spread(segment.mass_mask(maps.flatten(1)).view_as(maps), *truth.shape)
     got = segment.jaccard(masks, torch.from_numpy(truth > 0))
-    assert got.tolist() == pytest.approx(by_hand(checkpoint, image, truth, 64), abs=1e-12)
+    assert got.tolist() == pytest.approx(by_hand(checkpoint, image, truth, 64)[0], abs=1e-12)

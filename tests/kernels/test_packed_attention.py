@@ -72,6 +72,17 @@ def test_no_spills_and_within_the_chips_limits_in_the_table():
             check_limits(f"{name}, Triton {version}", int(name.rsplit("sm_", 1)[1]), use)
 
 
+def test_shared_memory_of_whole_sequences_is_what_the_choice_of_tiles_counts_with():
+    """Chips of compute capability 8.6, 8.9 and 12.0 have 99 KiB: what needs more is not taken there."""
+    from dino_fast.kernels import packed_attention as kernels
+
+    for uses in json.loads(TABLE.read_text()).values():
+        for name, use in uses.items():
+            d = int(re.search(r"d=(\d+)", name)[1])
+            limit = kernels.WHOLE_SHARED_MEMORY[d] if ", whole " in name else 99 << 10
+            assert use["shared"] <= limit, name
+
+
 def test_compiles_are_those_of_the_table():
     recorded = json.loads(TABLE.read_text()).get(triton.__version__)
     if recorded is not None:

@@ -11,7 +11,7 @@ from dino_fast.ops import multi_crop
 
 from .test_multi_crop import CASES, OFF, SMALL, pictures
 
-pytestmark = pytest.mark.skipif(cuda_missing() is not None, reason=str(cuda_missing()))
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(cuda_missing() is not None, reason=str(cuda_missing()))]
 EXTENTS = ((61, 83), (120, 40), (28, 28), (375, 500), (1, 1), (20, 3000))
 
 

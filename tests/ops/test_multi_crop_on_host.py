@@ -6,7 +6,6 @@ arithmetic to the same steps, test_multi_crop_cuda_build.py shows."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import shutil
 import subprocess
@@ -89,7 +88,6 @@ def library(tmp_path_factory) -> ctypes.CDLL:
 def kernels(library, monkeypatch) -> HostKernels:
     host = HostKernels(library)
     monkeypatch.setattr(multi_crop_cuda, "_kernels", lambda: host)
-    monkeypatch.setattr(multi_crop_cuda, "_on_device", lambda tensor: contextlib.nullcontext())
     monkeypatch.setattr(multi_crop_cuda, "_stream", lambda tensor: 0)
     monkeypatch.setitem(multi_crop._RUN, "reference", multi_crop_cuda.multi_crop)  # runs in the reference's place
     return host

@@ -3,7 +3,6 @@ reference. What this cannot show (launch geometry, memory ordering between block
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import shutil
 import subprocess
@@ -85,7 +84,6 @@ def kernels(library, monkeypatch) -> HostKernels:
     library.take_bytes_moved()
     monkeypatch.setattr(multi_tensor_cuda, "_plans", type(multi_tensor_cuda._plans)())
     monkeypatch.setattr(multi_tensor_cuda, "_kernels", lambda: host)
-    monkeypatch.setattr(multi_tensor_cuda, "_on_device", lambda tensor: contextlib.nullcontext())
     monkeypatch.setattr(multi_tensor_cuda, "_stream", lambda tensor: 0)
     monkeypatch.setattr(multi_tensor_cuda, "_capturing", lambda tensor: host.capturing)
     return host

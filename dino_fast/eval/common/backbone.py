@@ -56,7 +56,7 @@ def pick_device(device: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         picked = torch.device(device)
-        torch.empty(0, device=picked)
+        torch.empty(0, dtype=torch.float32, device=picked)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"the device '{device}' cannot be used ({reason}); try --device cpu") from error

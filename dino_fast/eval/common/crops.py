@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator, Sequence
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
@@ -22,13 +23,18 @@ _CROP = 4  # what the draw is for (0 to 2 are the loader's)
 
 
 def random_crop(image: Tensor, size: tuple[int, int], seed: int) -> Tensor:
-    """uint8 `[C, H, W]` -> uint8 `[C, h, w]`, bilinear; flipped half of the time."""
+    """Random resized crop of uint8 `[C, H, W]` -> uint8 `[C, h, w]`, flipped half of the time.
+
+    The crop is cut out first and then resized (bilinear with antialiasing), as `torchvision.transforms
+    .RandomResizedCrop` does in the original's eval_linear.py: no pixel outside of the crop has an influence.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         top, left, height, width = RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3])
-        flip = bool(torch.rand(()) < 0.5)
-    box = (left, top, left + width, top + height)
-    crop = from_pillow([plane.resize((size[1], size[0]), 2, box=box) for plane in to_pillow(image)])  # 2 is bilinear
+        flip = bool(torch.rand((), dtype=torch.float32, device="cpu") < 0.5)
+    inside = image[:, top : top + height, left : left + width]
+    bilinear = Image.Resampling.BILINEAR
+    crop = from_pillow([plane.resize((size[1], size[0]), bilinear) for plane in to_pillow(inside)])
     return crop.flip(-1) if flip else crop
 
 
@@ -61,7 +67,13 @@ def random_batches(
             continue
         labels.append(label)
         if len(images) == batch_size:
-            yield torch.stack(images).float().div_(255).sub_(offset).div_(scale), torch.tensor(labels)
+            yield (
+                torch.stack(images).float().div_(255).sub_(offset).div_(scale),
+                torch.tensor(labels, dtype=torch.int64, device="cpu"),
+            )
             images, labels = [], []
     if images:
-        yield torch.stack(images).float().div_(255).sub_(offset).div_(scale), torch.tensor(labels)
+        yield (
+            torch.stack(images).float().div_(255).sub_(offset).div_(scale),
+            torch.tensor(labels, dtype=torch.int64, device="cpu"),
+        )

@@ -23,6 +23,7 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
+from dino_fast import gpu
 from dino_fast.backends import Backend, choose, cuda_missing, native_missing, register
 
 MAY_GO_DOWN_FIRST = int(PIL.__version__.split(".")[0]) >= 13  # see above
@@ -121,7 +122,7 @@ def _check(images, boxes, switches, order, factors, radius, mean, std, dtype) ->
             raise ValueError(f"multi_crop: {name} is on {given.device}; the CPU reads the parameters, keep them there")
     if int(order.min()) < -1 or int(order.max()) > 3:
         raise ValueError("multi_crop: order has entries other than -1, 0, 1, 2, 3")
-    extent = torch.tensor([image.shape[1:] for image in images])[:, None]  # [n, 1, 2]
+    extent = torch.tensor([image.shape[1:] for image in images], dtype=torch.int64, device="cpu")[:, None]  # [n, 1, 2]
     corner, size = boxes[..., :2], boxes[..., 2:]
     if not bool(((corner >= 0) & (size > 0) & (corner + size <= extent)).all()):
         raise ValueError("multi_crop: a box is empty or reaches outside its image")
@@ -134,7 +135,7 @@ def planar(image: Tensor) -> Tensor:
         return image.contiguous()
     from dino_fast import _C
 
-    planes = torch.empty((3, height, width), dtype=torch.uint8)
+    planes = torch.empty((3, height, width), dtype=torch.uint8, device="cpu")
     _C.multi_crop_planes(image.data_ptr(), planes.data_ptr(), height * width)
     return planes
 
@@ -274,7 +275,9 @@ _JITTER: tuple[Callable[[list[Image.Image], float], list[Image.Image]], ...] = (
 
 def _cuda_rejects(*images: Tensor) -> str | None:
     other = next((image.device for image in images if not image.is_cuda), None)
-    return None if other is None else f"the CUDA kernels take images on a GPU; one is on {other}"
+    return (
+        gpu.too_old(images[0].device) if other is None else f"the CUDA kernels take images on a GPU; one is on {other}"
+    )
 
 
 def _native_rejects(*images: Tensor) -> str | None:
@@ -290,4 +293,5 @@ register(
     Backend("native", native_missing, _native_rejects),
     Backend("cuda", cuda_missing, _cuda_rejects),
     Backend("reference"),
+    example=lambda device: (torch.empty((3, 256, 256), dtype=torch.uint8, device=device),),
 )

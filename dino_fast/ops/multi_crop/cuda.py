@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dino_fast.gpu import on_device
 from dino_fast.ops.multi_crop import tasks
 
 
@@ -18,10 +19,10 @@ def multi_crop(*arguments: Any) -> None:
     """
     given = tasks(*arguments)
     crops = arguments[-2]
-    with _on_device(crops):
+    with on_device(crops.device):
         table = _kernels().cuda_multi_crop_table(*given.arguments)
         memory = torch.empty(table.memory_bytes, dtype=torch.uint8, device=crops.device)
-        pinned = torch.empty(table.table_bytes, dtype=torch.uint8, pin_memory=crops.is_cuda)
+        pinned = torch.empty(table.table_bytes, dtype=torch.uint8, device="cpu", pin_memory=crops.is_cuda)
         table.write(pinned.data_ptr())
         memory[: len(pinned)].copy_(pinned, non_blocking=True)
         _kernels().cuda_multi_crop(table, memory.data_ptr(), _stream(crops))
@@ -34,10 +35,6 @@ def _kernels() -> Any:
     from dino_fast import _C
 
     return _C
-
-
-def _on_device(tensor: Tensor) -> Any:
-    return torch.cuda.device(tensor.device)
 
 
 def _stream(tensor: Tensor) -> int:

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dino_fast import gpu
 from dino_fast.backends import Backend, choose, cuda_missing, native_missing, register
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -320,7 +321,7 @@ def _native_grad_norms(grads: Sequence[Tensor]) -> Tensor:
     from dino_fast import _C
 
     n = len(grads)
-    norms = torch.empty(n)
+    norms = torch.empty(n, dtype=torch.float32, device="cpu")
     ((g,), _) = flat_memory((grads,), mutated=(False,))
     table = array("q", [x.numel() for x in g] + _addresses(g, n) + [_CODES[x.dtype] for x in g])
     _C.multi_tensor_grad_norms(n, table, norms.data_ptr(), torch.get_num_threads())
@@ -402,7 +403,7 @@ def _cuda_rejects(*tensors: Tensor) -> str | None:
             return f"the CUDA kernels run on CUDA tensors; one is on {t.device}"
         if t.dtype not in FLOATS:
             return f"the CUDA kernels take float32, bfloat16 and float16; one tensor is {t.dtype}"
-    return None
+    return gpu.too_old(tensors[0].device) if tensors else None
 
 
 def _cuda(operation: str) -> Callable[..., Any]:
@@ -435,4 +436,5 @@ register(
     Backend("cuda", cuda_missing, _cuda_rejects),
     Backend("native", native_missing, _native_rejects),
     Backend("reference"),
+    example=lambda device: (torch.empty(384, dtype=torch.float32, device=device),),
 )

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dino_fast.gpu import on_device
 from dino_fast.ops.multi_tensor import flat_memory
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -86,7 +87,7 @@ def ema_update(
     """The operation `ema_update` on CUDA tensors."""
     (t, s, c), written = flat_memory((teacher, student, copies), mutated=(True, False, True))
     kinds = [KINDS[x.dtype] | KINDS[y.dtype] << 16 for x, y in zip(s, t, strict=True)]
-    with _on_device(t[0]):
+    with on_device(t[0].device):
         stream = _stream(t[0])
         plan = _plan(t[0], (s, (), (), t, (), c, ()), kinds, stream)
         plan.write_hyper((0.0, 0.0, 0.0, momentum), stream)
@@ -101,7 +102,7 @@ def grad_norms(grads: Sequence[Tensor]) -> Tensor:
     ((g,), _) = flat_memory((grads,), mutated=(False,))
     norms = torch.zeros(len(g), dtype=torch.float32, device=g[0].device)
     if not _hyper_only:
-        with _on_device(g[0]):
+        with on_device(g[0].device):
             stream = _stream(g[0])
             # The plan is that of the shapes: gradients often move, shapes do not.
             plan = _plan(g[0], ((),) * 7, [0] * len(g), stream, g)
@@ -119,7 +120,7 @@ def adamw_ema(
     """The operation `adamw_ema` on CUDA tensors."""
     lists = (params, grads, exp_avgs, exp_avg_sqs, teachers, param_copies, teacher_copies)
     (p, g, m1, m2, t, pc, tc), written = flat_memory(lists, mutated=(True, False, True, True, True, True, True))
-    with _on_device(p[0]):
+    with on_device(p[0].device):
         stream = _stream(p[0])
         plan = _plan(p[0], (p, m1, m2, t, pc, tc, steps), [0] * len(p), stream)
         plan.write_hyper(
@@ -196,10 +197,6 @@ def _kernels() -> Any:
     from dino_fast import _C
 
     return _C
-
-
-def _on_device(tensor: Tensor) -> Any:
-    return torch.cuda.device(tensor.device)
 
 
 def _stream(tensor: Tensor) -> int:

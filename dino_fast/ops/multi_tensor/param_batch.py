@@ -152,7 +152,7 @@ def _norms(grads: list[Tensor]) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def _index(rows: tuple[int, ...], device: torch.device) -> Tensor:
     """Made once: the host would wait for the copy to a GPU at every step."""
-    return torch.tensor(rows, device=device)
+    return torch.tensor(rows, dtype=torch.int64, device=device)
 
 
 # ---- shards ----

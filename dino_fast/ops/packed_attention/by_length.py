@@ -55,8 +55,8 @@ def by_length(cu_seqlens: Tensor) -> Iterator[Group]:
     for L, begins in starts.items():
         rows = None
         if begins[-1] - begins[0] != (len(begins) - 1) * L:
-            first = torch.tensor(begins, device=cu_seqlens.device)
-            rows = (first[:, None] + torch.arange(L, device=cu_seqlens.device)).flatten()
+            first = torch.tensor(begins, dtype=torch.int64, device=cu_seqlens.device)
+            rows = (first[:, None] + torch.arange(L, dtype=torch.int64, device=cu_seqlens.device)).flatten()
         yield Group(len(begins), L, begins[0], rows)
 
 

@@ -16,28 +16,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dino_fast import gpu
+
 HALF = (torch.bfloat16, torch.float16)
 WIDEST = 256  # elements of a head that PyTorch's flash attention takes
 
 
-def varlen_rejects(qkv: Tensor) -> str | None:
+def varlen_unsupported_reason(qkv: Tensor) -> str | None:
+    return xformers_unsupported_reason(qkv) or gpu.too_old(qkv.device)
+
+
+def xformers_unsupported_reason(qkv: Tensor) -> str | None:
     if qkv.device.type != "cuda":
         return f"it runs on CUDA, qkv is on {qkv.device}"
     if qkv.dtype not in HALF:
         return f"it takes bfloat16 and float16, not {qkv.dtype}"
     if qkv.shape[-1] > WIDEST or qkv.shape[-1] % 8:
         return f"it takes heads of a multiple of 8 elements, at most {WIDEST}, not {qkv.shape[-1]}"
-    return None
+    return _no_bfloat16(qkv)
 
 
-def sdpa_rejects(qkv: Tensor) -> str | None:
+def _no_bfloat16(qkv: Tensor) -> str | None:
+    return gpu.too_old(qkv.device) if qkv.dtype == torch.bfloat16 else None
+
+
+def sdpa_unsupported_reason(qkv: Tensor) -> str | None:
     if qkv.device.type != "cuda":
         return f"it calls PyTorch's attention for CPUs or for CUDA, qkv is on {qkv.device}"
     if qkv.dtype not in (*HALF, torch.float32):
         return f"on a GPU it takes float32, bfloat16 and float16, not {qkv.dtype}"
     if qkv.shape[-1] > WIDEST or qkv.shape[-1] % 8:
         return f"on a GPU it takes heads of a multiple of 8 elements, at most {WIDEST}, not {qkv.shape[-1]}"
-    return None
+    return _no_bfloat16(qkv)
+
+
+def _flash(q: Tensor) -> bool:
+    """Whether PyTorch's flash attention takes these; its memory-efficient attention takes all others here."""
+    return q.dtype in HALF and gpu.too_old(q.device) is None
 
 
 def _parts(qkv: Tensor) -> list[Tensor]:
@@ -108,7 +123,7 @@ def xformers_backward(
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    if q.dtype in HALF:
+    if _flash(q):
         out, logsumexp, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
     else:
         out, logsumexp, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)
@@ -117,7 +132,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 def sdpa_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor) -> tuple[Tensor, ...]:
     L = q.shape[2]
-    if q.dtype in HALF:
+    if _flash(q):
         seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
         nothing = torch.empty(0, dtype=torch.uint64, device=q.device)
         return torch.ops.aten._scaled_dot_product_flash_attention_backward(
