@@ -27,7 +27,7 @@ from .harness import Comparison, Row
 SECONDS = 8.0  # of rounds for each comparison
 LENGTHS = (17, 37, 65, 128, 197, 257, 785, 1370)  # tokens of a sequence
 # Operations over those of the floor, which stores the logits: 8 for a student's row and 4 for a teacher's, as the bars
-# count them. The kernels for 16 bits execute 8 and 8 (6 of iBOT's), which is not to their credit here.
+# count them. The kernels for 16 bits execute 8 and 10 (8 of iBOT's), which is not to their credit here.
 EXECUTED = {"linear_dino_loss": (8 * 10 + 4 * 2) / (6 * 10 + 2 * 2), "linear_ibot_loss": (8 + 4) / (6 + 2)}
 TOKENS = 44_160  # of a batch of one length: those of 64 images' 2 x 197 + 8 x 37
 

@@ -30,12 +30,12 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation. `missing()` says what this machine or build lacks for it, `rejects(*tensors)` what is wrong
-    with these inputs; both return None when there is nothing to say."""
+    """One implementation. `unavailable_reason()` says what this machine or build lacks for it,
+    `unsupported_reason(*tensors)` why it does not take these inputs; both return None where it can run."""
 
     name: str
-    missing: Callable[[], str | None] = lambda: None
-    rejects: Callable[..., str | None] = lambda *tensors: None
+    unavailable_reason: Callable[[], str | None] = lambda: None
+    unsupported_reason: Callable[..., str | None] = lambda *tensors: None
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def choose(operation: str, *tensors: Tensor | int, backend: str = "auto") -> str
     if wanted is not None:
         for candidate in candidates:
             if candidate.name == wanted:
-                reason = candidate.missing() or candidate.rejects(*tensors)
+                reason = candidate.unavailable_reason() or candidate.unsupported_reason(*tensors)
                 if reason is None:
                     return wanted
                 raise BackendError(f"{operation}: backend '{wanted}' was asked for but cannot run: {reason}")
@@ -83,7 +83,7 @@ def choose(operation: str, *tensors: Tensor | int, backend: str = "auto") -> str
         candidates = tuple(sorted(candidates, key=lambda candidate: candidate.name != first))
     reasons = []
     for candidate in candidates:
-        reason = candidate.missing() or candidate.rejects(*tensors)
+        reason = candidate.unavailable_reason() or candidate.unsupported_reason(*tensors)
         if reason is None:
             return candidate.name
         reasons.append(f"{candidate.name}: {reason}")

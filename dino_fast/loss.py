@@ -23,8 +23,8 @@ def dino_loss(
     teacher: Tensor,
     center: Tensor,
     *,
-    student_temp: float,
-    teacher_temp: float,
+    student_temp: float | Tensor,
+    teacher_temp: float | Tensor,
     inplace: bool = False,
     backend: str = "auto",
 ) -> Tensor:
@@ -35,7 +35,8 @@ def dino_loss(
             float64.
         teacher: logits [2, B, K] of the global crops, in the same order. Not differentiated.
         center: [K], subtracted from the teacher's logits.
-        student_temp, teacher_temp: what logits are divided by before the softmax.
+        student_temp, teacher_temp: what logits are divided by before the softmax. Compiled code is compiled anew for
+            each number; a tensor on the host, of no dimensions, may change from call to call.
         inplace: the gradient may be written over the student's logits, which saves their size in memory and time; see
             `dino_fast.ops.dino_loss.dino_loss`.
         backend: "auto" or a name that `dino-fast info` lists.
@@ -58,8 +59,8 @@ def linear_dino_loss(
     teacher_weight: Tensor,
     center: Tensor,
     *,
-    student_temp: float,
-    teacher_temp: float,
+    student_temp: float | Tensor,
+    teacher_temp: float | Tensor,
     student_gain: Tensor | None = None,
     teacher_gain: Tensor | None = None,
     pair_weights: Tensor | None = None,
@@ -73,7 +74,8 @@ def linear_dino_loss(
         student_weight: [K, D], that layer's matrix, of any of these dtypes.
         teacher, teacher_weight: [T, B, D] and [K, D] of the teacher, in the same order. Not differentiated.
         center: [K], subtracted from the teacher's logits.
-        student_temp, teacher_temp: what logits are divided by before the softmax.
+        student_temp, teacher_temp: what logits are divided by before the softmax. Compiled code is compiled anew for
+            each number; a tensor on the host, of no dimensions, may change from call to call.
         student_gain, teacher_gain: [K], where the layer is weight-normed: row k of the matrix is then
             gain[k] * weight[k] / |weight[k]|. With the original's head, `last_layer.weight_g[:, 0]` and
             `last_layer.weight_v`.
@@ -123,8 +125,8 @@ def linear_ibot_loss(
     center: Tensor,
     row_weights: Tensor,
     *,
-    student_temp: float,
-    teacher_temp: float,
+    student_temp: float | Tensor,
+    teacher_temp: float | Tensor,
     student_gain: Tensor | None = None,
     teacher_gain: Tensor | None = None,
     backend: str = "auto",
@@ -205,6 +207,8 @@ class DINOLoss(nn.Module):
         self.teacher_temp_schedule = teacher_temp_schedule(
             warmup_teacher_temp, teacher_temp, warmup_teacher_temp_epochs, nepochs
         )
+        # Compiled code takes the epoch's temperature from a tensor: as a number it would be compiled anew for each.
+        self._teacher_temps = torch.tensor(self.teacher_temp_schedule, dtype=torch.float64, device="cpu")
         self.teacher_entropy: Tensor | None = None
         self.kl: Tensor | None = None
 
@@ -218,8 +222,10 @@ class DINOLoss(nn.Module):
         """
         student = self._by_crop("student_output", student_output, self.ncrops)
         teacher = self._by_crop("teacher_output", teacher_output, operation.TEACHER_CROPS)
+        compiling = torch.compiler.is_compiling()
+        temp = self._teacher_temps[self._entry(epoch)] if compiling else self.teacher_temp(epoch)
         result = operation.dino_loss(
-            student, teacher, self.center[0], student_temp=self.student_temp, teacher_temp=self.teacher_temp(epoch)
+            student, teacher, self.center[0], student_temp=self.student_temp, teacher_temp=temp
         )
         self.teacher_entropy = result.teacher_entropy.detach()
         self.kl = result.loss.detach() - self.teacher_entropy
@@ -228,7 +234,10 @@ class DINOLoss(nn.Module):
 
     def teacher_temp(self, epoch: int) -> float:
         """The teacher's temperature in an epoch."""
-        return self.teacher_temp_schedule[min(max(int(epoch), 0), len(self.teacher_temp_schedule) - 1)]
+        return self.teacher_temp_schedule[self._entry(epoch)]
+
+    def _entry(self, epoch: int) -> int:
+        return min(max(int(epoch), 0), len(self.teacher_temp_schedule) - 1)
 
     @torch.no_grad()
     def update_center(
@@ -267,14 +276,20 @@ class DINOLoss(nn.Module):
 
 
 def teacher_temp_schedule(warmup_temp: float, temp: float, warmup_epochs: int, epochs: int) -> list[float]:
-    """One temperature an epoch: linear from `warmup_temp` to `temp` over `warmup_epochs` values, then `temp`."""
+    """One temperature an epoch, as `teacher_temp_at`. A warm-up longer than the run is shortened, with a warning."""
     if warmup_epochs > epochs:
         warnings.warn(
             f"the teacher temperature's warm-up of {warmup_epochs} epochs is longer than the run; "
             f"it is shortened to {epochs}",
             stacklevel=3,
         )
-        warmup_epochs = epochs
-    steps = max(warmup_epochs - 1, 1)
-    warmup = [warmup_temp + (temp - warmup_temp) * epoch / steps for epoch in range(warmup_epochs)]
-    return (warmup + [temp] * (epochs - warmup_epochs)) or [temp]
+    return [teacher_temp_at(epoch, warmup_temp, temp, warmup_epochs, epochs) for epoch in range(epochs)] or [temp]
+
+
+def teacher_temp_at(epoch: int, warmup_temp: float, temp: float, warmup_epochs: int, epochs: int) -> float:
+    """Constant within an epoch; linear over the warm-up's epochs, of which the last has the final value; then `temp`.
+    The warm-up is at most as long as the run of `epochs`."""
+    warmup_epochs = min(warmup_epochs, epochs)
+    if epoch >= warmup_epochs:
+        return temp
+    return warmup_temp + (temp - warmup_temp) * epoch / max(warmup_epochs - 1, 1)

@@ -15,6 +15,12 @@ T = TypeVar("T")
 _measured: dict[Hashable, Any] = {}  # what was found, for this process
 
 
+def rounded(rows: int) -> int:
+    """A number of rows for the key of `pick`: the next power of 2, so that a number that changes with each batch is not
+    measured anew each time."""
+    return triton.next_power_of_2(rows)
+
+
 def pick(key: Hashable, candidates: Sequence[T], device: torch.device, launch: Callable[[T], object]) -> T:
     """One of the candidates. Under DINO_FAST_AUTOTUNE=1 `launch` is timed with each of them on a GPU, once for each
     key; `launch` must be repeatable. While a CUDA graph is captured nothing can be timed: the first is taken, unless

@@ -274,7 +274,7 @@ def resident(device: torch.device) -> int:
     return 2 * chip(device).multiprocessors
 
 
-def rejects(student: Tensor) -> str | None:
+def unsupported_reason(student: Tensor) -> str | None:
     """Why this kernel does not take logits [V, B, K], or None."""
     V, B, K = student.shape
     if chip(student.device).capability < (9, 0) and student.dtype == torch.float32:

@@ -15,4 +15,5 @@ def launch_kernel(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options
     Raises ValueError for tensors on several devices.
     """
     with on_device(one_device(x for x in arguments if isinstance(x, Tensor))):
-        kernel[grid](*arguments, **options)
+        # Said, because Triton 3.10 changes the default.
+        kernel[grid](*arguments, enable_fp_fusion=True, **options)

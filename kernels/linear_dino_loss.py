@@ -34,7 +34,7 @@ from torch import Tensor
 
 from dino_fast.gpu import chip
 from dino_fast.kernels import linear_dino_loss_half as half
-from dino_fast.kernels.autotune import pick
+from dino_fast.kernels.autotune import pick, rounded
 from dino_fast.kernels.launch import launch_kernel
 
 COLUMNS = 32  # prototypes of a program of `_columns`
@@ -481,7 +481,8 @@ def bytes_moved(tile: Tile, V: int, T: int, B: int, K: int, D: int, element_size
 def _tile(kernel: str, table: dict, student: Tensor, layers: tuple[Layer, Layer], T: int, launch: Callable) -> Tile:
     weights = torch.promote_types(layers[0].weight.dtype, layers[1].weight.dtype)
     candidates = tiles(table, student.dtype, weights, student.shape[2])
-    key = (kernel, student.device, student.dtype, weights, student.shape, T, len(layers[0].weight))
+    V, B, D = student.shape
+    key = (kernel, student.device, student.dtype, weights, V, rounded(B), D, T, len(layers[0].weight))
     return pick(key, candidates, student.device, launch)
 
 

@@ -8,9 +8,10 @@ With the names of that file, and all rows of a network one below the other, [N, 
 so no tile needs both networks' logits and none is padded to whole images. Where a student row has one target row
 (`ALIGNED`, iBOT) both are at hand, and f e^y - h e^y' is taken before the product, which saves one for the teacher.
 
-The pair products come from the reads: d(u, v) = (z(v) . E(u) - m(v)) / tau. E is a mean under weights that are rounded
-to 16 bits and divided by the sum of the rounded ones, so a common error of the weights cancels; what remains is below
-the error that 16-bit logits have. (float32 has no such slack: there d is summed from the logits, in the other file.)
+The pair products come from the reads: d(u, v) = (z(v) . E(u) - m(v)) / tau. The teacher's E is a mean under weights in
+two parts of 16 bits, e = p + rest, a product each: rounded once to bfloat16 they cost the loss some 1e-5 of itself. The
+student's weights are rounded once, and divided by the sum of the rounded ones, so that a common error cancels: their
+reads end in a gradient of 16 bits. (float32 has no such slack: there d is summed from the logits, in the other file.)
 
 A program of `_attend` keeps ROWS rows and what they read on chip and walks over one slice of K; slices meet in the
 other file's `_merge`. A program of `_weigh` keeps BLOCK_K prototypes and their gradient and walks over all rows. The
@@ -30,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dino_fast.gpu import chip
-from dino_fast.kernels.autotune import pick
+from dino_fast.kernels.autotune import pick, rounded
 from dino_fast.kernels.launch import launch_kernel
 
 CHUNK = tl.constexpr(32)  # rows of the projection
@@ -52,6 +53,12 @@ def _store(base, value, row, row_mask, D, WIDTH: tl.constexpr, WHOLE: tl.constex
     d = tl.arange(0, WIDTH)
     mask = row_mask[:, None] if WHOLE else row_mask[:, None] & (d < D)[None, :]
     tl.store(base + row[:, None] * D + d[None, :], value.to(base.dtype.element_ty), mask)
+
+
+@triton.jit
+def _round(x, like):
+    """float32 x in the type of the other factor of a product."""
+    return x.to(like.dtype)
 
 
 @triton.jit
@@ -84,16 +91,25 @@ def _walk(
         if READ:
             if VALUES_SCALED:
                 a = tl.load(value_scale + k, mask, 0.0)
-                p = (e * (a * LIFT)[None, :]).to(w.dtype)
-                # What the weight is after rounding; what is 0 then (a prototype of gain 0) keeps its weight.
-                back = tl.where(a != 0.0, 1.0 / (a * LIFT), 0.0)
-                rounded = rounded * old + tl.sum(tl.where(p != 0.0, p.to(tl.float32) * back[None, :], e), 1)
+                wide = e * (a * LIFT)[None, :]
             else:
-                p = (e * LIFT).to(w.dtype)
-                rounded = rounded * old + tl.sum(p.to(tl.float32), 1) / LIFT
+                wide = e * LIFT
+            p = _round(wide, w)
             if TEACHER:
+                rest = _round(wide - p.to(tl.float32), w)
                 w = _tile(values, k, end, D, values_k, WIDTH, WHOLE)
-            read = tl.dot(p, w, read * old[:, None], input_precision="tf32x3")
+                read = tl.dot(p, w, read * old[:, None], input_precision="tf32x3")
+                read = tl.dot(rest, w, read, input_precision="tf32x3")
+            else:
+                if VALUES_SCALED:
+                    # What the weight is after rounding; what is 0 then (a prototype of gain 0) keeps its weight.
+                    back = tl.where(a != 0.0, 1.0 / (a * LIFT), 0.0)
+                    rounded = rounded * old + tl.sum(tl.where(p != 0.0, p.to(tl.float32) * back[None, :], e), 1)
+                else:
+                    rounded = rounded * old + tl.sum(p.to(tl.float32), 1) / LIFT
+                read = tl.dot(p, w, read * old[:, None], input_precision="tf32x3")
+    if TEACHER:
+        return m, l, read / LIFT
     return m, l, read * (l / (rounded * LIFT))[:, None]
 
 
@@ -378,11 +394,11 @@ def weight_gradient(
 
 def flops(tile: Tile, weigh: Tile, V: int, T: int, B: int, K: int) -> dict[str, int]:
     """Floating-point operations of the products with reads, padding included, for a tile of each kernel and K a
-    multiple of their prototypes. Without padding 4 (V + T) each, or 4 V + 2 T aligned, times B K D."""
-    _, blocks, _, _ = split(tile, V, T, B, K, 1)
+    multiple of their prototypes. Without padding 4 V + 6 T, and 4 (V + T) or 4 V + 2 T aligned, times B K D."""
+    teacher_blocks, blocks, _, _ = split(tile, V, T, B, K, 1)
     student, teacher = (triton.cdiv(n * B, weigh.rows) * weigh.rows for n in (V, T))
     products = 4 * student + (2 if V == T == 1 else 4) * teacher
-    return {"attend": 4 * blocks * tile.rows * K * WIDTH, "weigh": products * K * WIDTH}
+    return {"attend": (4 * blocks + 2 * teacher_blocks) * tile.rows * K * WIDTH, "weigh": products * K * WIDTH}
 
 
 def bytes_moved(
@@ -402,7 +418,8 @@ def bytes_moved(
 
 
 def _tile_of(kernel: str, table: dict, student: Tensor, sizes: tuple, launch: Callable) -> Tile:
-    key = ("half", kernel, student.device, student.dtype, student.shape, *sizes)
+    V, B, D = student.shape
+    key = ("half", kernel, student.device, student.dtype, V, rounded(B), D, *sizes)
     return pick(key, table[chip(student.device).capability], student.device, launch)
 
 

@@ -14,9 +14,13 @@ def operations(monkeypatch):
     monkeypatch.setattr(backends, "OPERATIONS", {})
     monkeypatch.delenv("DINO_FAST_BACKEND", raising=False)
     nothing = lambda device: ()  # noqa: E731
-    no_int = Backend("native", rejects=lambda *t: "integers" if t and not t[0].is_floating_point() else None)
+    no_int = Backend("native", unsupported_reason=lambda *t: "integers" if t and not t[0].is_floating_point() else None)
     backends.register(
-        "cross", Backend("cuda", missing=lambda: "no CUDA device"), no_int, Backend("reference"), example=nothing
+        "cross",
+        Backend("cuda", unavailable_reason=lambda: "no CUDA device"),
+        no_int,
+        Backend("reference"),
+        example=nothing,
     )
     backends.register("plain", Backend("reference"), example=nothing)
 
@@ -58,6 +62,8 @@ def test_environment_names_backends_by_operation(monkeypatch):
 
 
 def test_no_backend_lists_every_reason():
-    backends.register("gpu_only", Backend("cuda", missing=lambda: "no CUDA device"), example=lambda device: ())
+    backends.register(
+        "gpu_only", Backend("cuda", unavailable_reason=lambda: "no CUDA device"), example=lambda device: ()
+    )
     with pytest.raises(BackendError, match="cuda: no CUDA device"):
         choose("gpu_only", torch.zeros(1))

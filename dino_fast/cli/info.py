@@ -78,7 +78,7 @@ def _explain(operation: str) -> dict[str, dict[str, Any]]:
         others = {}
         for backend in OPERATIONS[operation]:
             if backend.name != chosen:
-                reason = backend.missing() or backend.rejects(*inputs)
+                reason = backend.unavailable_reason() or backend.unsupported_reason(*inputs)
                 others[backend.name] = reason or error or f"'{chosen}' is faster, or was asked for"
         result[device] = {"chosen": chosen, "others": others}
         if operation in PREFERENCES:

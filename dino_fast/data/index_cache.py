@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from dino_fast.atomic import atomic_write
+
 KEEP_AFTER = 1.0  # seconds of building from which an index is kept; quicker ones are not worth a file
 _SETTLED = 2_000_000_000  # ns; a change within a file system's clock tick after the index was built would go unseen
 _FORMAT = 1
@@ -93,18 +95,13 @@ def holds(index: Index) -> bool:
 
 
 def save(file: Path, index: Index) -> None:
-    """Writes the index under a temporary name and renames it. Raises OSError."""
+    """Writes the index to a file that appears whole. Raises OSError."""
     from safetensors.torch import save_file
 
     arrays = {**index.arrays, "watched": np.frombuffer(index.watched, np.uint8), "stamps": index.stamps}
     tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"{file.name}.{os.getpid()}.part")
-    try:
+    with atomic_write(file) as temporary:
         save_file(tensors, temporary, {"facts": json.dumps(index.facts)})
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load(file: Path) -> Index | None:

@@ -15,19 +15,19 @@ import errno
 import json
 import math
 import os
-import uuid
 import zlib
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
 
+from dino_fast.atomic import atomic_write
 from dino_fast.engine.config import with_present_names
 from dino_fast.engine.distributed import SINGLE_PROCESS, DistContext
 from dino_fast.errors import UserError, unwritable
 
-# What makes a directory a run: any of these. A folder with other things in it may be used.
-_MARKS = ("config.yaml", "metrics.jsonl", "checkpoints")
+# A directory with any of these is a run. One that holds only other files may become one.
+MARKS = ("config.yaml", "metrics.jsonl", "checkpoints")
 
 # TensorBoard groups curves by what comes before the slash.
 _TAGS = {
@@ -58,6 +58,11 @@ def open_run(out: Path | None, config: dict[str, Any], resume: bool, context: Di
     return RunDir(path, writes=context.first)
 
 
+def run_marks(path: Path) -> list[str]:
+    """The files and folders in a directory that make it a run."""
+    return [name for name in MARKS if (path / name).exists()]
+
+
 def _make_run(out: Path | None, config: dict[str, Any], resume: bool) -> Path:
     if out is None:
         if resume:
@@ -67,7 +72,7 @@ def _make_run(out: Path | None, config: dict[str, Any], resume: bool) -> Path:
         path = Path(out)
         if path.exists() and not path.is_dir():
             raise UserError(f"--out {path} is a file; give a directory, new or empty")
-        marks = [name for name in _MARKS if (path / name).exists()]
+        marks = run_marks(path)
         if marks and not resume:
             raise UserError(
                 f"--out {path} already holds a run ({', '.join(marks)}). Continue it with --resume, "
@@ -143,7 +148,8 @@ class RunDir:
         path = self.path / "metrics.jsonl"
         if path.exists():
             rows = [row for row in read_metrics(path) if row["step"] <= step]
-            _replace(path, "".join(json.dumps(row) + "\n" for row in rows))
+            with atomic_write(path) as temporary:
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         self._close_board()
         self._purge = step + 1
 
@@ -179,7 +185,8 @@ class RunDir:
             names = [name for name in {**before, **plain} if before.get(name) != plain.get(name)]
             for name in names:
                 self.log_text(f"resumed with {name}: {plain.get(name)!r} (was {before.get(name)!r})")
-        _replace(path, yaml.safe_dump(plain, sort_keys=False, allow_unicode=True))
+        with atomic_write(path) as temporary:
+            temporary.write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
     def _plot(self, row: dict[str, Any]) -> None:
         if self._board is None:
@@ -264,19 +271,6 @@ def _fresh(parent: Path) -> Path:
 def _newest_run() -> str:
     runs = sorted(path for path in Path("runs").glob("*") if (path / "config.yaml").exists())
     return f" (the newest here is {runs[-1]})" if runs else ""
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file so that a reader, or a crash, meets the old or the new text and nothing between."""
-    temporary = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex[:8]}")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from dino_fast.engine.config import Config
+from dino_fast.loss import teacher_temp_at
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,10 @@ class Schedules:
         return 0.0 if kind == "copy" else 1.0  # previous-step: `train_step` copies the student before its update
 
     def teacher_temp(self, epoch: int) -> float:
-        """Constant within an epoch; linear over the warm-up's epochs, of which the last has the final value."""
+        """The published warm-up, constant within an epoch: see `teacher_temp_at`."""
         config = self.config
-        warmup = min(config.warmup_teacher_temp_epochs, config.epochs)
-        if epoch >= warmup:
-            return config.teacher_temp
-        share = epoch / (warmup - 1) if warmup > 1 else 0.0
-        return config.warmup_teacher_temp + (config.teacher_temp - config.warmup_teacher_temp) * share
+        warmup = config.warmup_teacher_temp, config.teacher_temp, config.warmup_teacher_temp_epochs
+        return teacher_temp_at(epoch, *warmup, config.epochs)
 
     def notes(self) -> list[str]:
         """Notes for a run that is shorter than its schedules ask for."""

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from dino_fast.engine.config import Config
-from dino_fast.engine.run_dir import read_metrics
+from dino_fast.engine.run_dir import MARKS, read_metrics, run_marks
 from dino_fast.errors import UserError
 from dino_fast.report.curves import Curve, Row, chart, points
 
-_MARKS = ("config.yaml", "metrics.jsonl", "checkpoints")
 # Nothing may be loaded from anywhere, whatever a class or a folder is called.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 _LINES = 40  # of log.txt
@@ -34,8 +33,8 @@ class Report:
         if not run.is_dir():
             what = "is a file" if run.exists() else "does not exist"
             raise UserError(f"{run} {what}; give the directory of a run{_near(run)}")
-        if not any((run / mark).exists() for mark in _MARKS):
-            raise UserError(f"{run} is not a run: it holds none of {', '.join(_MARKS)}. Give the --out of a training")
+        if not run_marks(run):
+            raise UserError(f"{run} is not a run: it holds none of {', '.join(MARKS)}. Give the --out of a training")
         self.run, self.data, self.images, self.device = run, data, images, device
         self._drawn: tuple[Any, dict[str, str]] = (None, {})
         self._environment = ""
@@ -184,7 +183,7 @@ def _settings(values: dict[str, Any]) -> str:
 
 
 def _near(run: Path) -> str:
-    beside = sorted(p.name for p in run.parent.glob("*") if any((p / mark).exists() for mark in _MARKS))
+    beside = sorted(p.name for p in run.parent.glob("*") if run_marks(p))
     return f" (in {run.parent} there are: {', '.join(beside[-5:])})" if beside else ""
 
 

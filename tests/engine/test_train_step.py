@@ -161,7 +161,7 @@ def test_no_host_read_in_a_step(given: dict[str, Any], monkeypatch: pytest.Monke
     # These look at numbers of CPU tensors alone, for which nothing waits.
     monkeypatch.setenv("DINO_FAST_BACKEND", "multi_tensor=reference")
     monkeypatch.setattr(
-        sys.modules["dino_fast.ops.dino_loss"], "_times", lambda gradient, upstream: gradient * upstream
+        sys.modules["dino_fast.ops.dino_loss"], "_scale_grad", lambda gradient, upstream: gradient * upstream
     )
     with HostReads() as reads:
         assert reads.count == 0 and torch.ones(()).item() and reads.count == 1

@@ -437,3 +437,9 @@ def test_a_trace_and_another_log_on_request(images: Path, tmp_path: Path, monkey
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="dino-fast\\[wandb\\]"):
         train(_config(images, tmp_path / "other", wandb="photos"))
+
+
+def test_a_bf16_run_says_so(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The bfloat16 copies replace autocast, whose absence once read as fp32 and hid the share of the peak."""
+    train(_config(images, tmp_path / "run", max_steps=1, knn_every=0, precision="bf16"))
+    assert ", cpu bf16, in" in capsys.readouterr().out

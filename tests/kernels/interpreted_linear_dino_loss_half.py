@@ -8,6 +8,8 @@ import math
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -93,6 +95,29 @@ def assert_as_good_as_float16(tensors, gains):
     for mine, eagers, truth in zip(run(linear_dino_loss, torch.float16, backend="triton"), theirs, exact, strict=True):
         limit = 2 * (eagers.double() - truth).abs().max() + 1e-6 * (1 + truth.abs().max())
         assert (mine.double() - truth).abs().max() <= limit
+
+
+@triton.jit
+def _rounded_to_bfloat16(x, like):
+    """To the nearest bfloat16, ties to even, as the chip rounds; in float32, in which the interpreter multiplies."""
+    bits = x.to(tl.uint32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+
+
+@pytest.mark.parametrize("gain", [True, False])
+def test_bfloat16_loss(gain, monkeypatch):
+    """The loss of weights rounded to bfloat16, its other factors exact, at most twice as far off as float32's."""
+    monkeypatch.setattr(half, "_round", _rounded_to_bfloat16)
+    worst = 0.0
+    for seed in range(6):
+        tensors, gains = problem(4, 2, 3, 300, 256, gain=gain, seed=seed)
+        tensors = [*(x.bfloat16().float() for x in tensors[:4]), *tensors[4:]]
+        ours = results(linear_dino_loss, tensors, gains, backend="triton")[0]
+        eager = results(linear_dino_loss_reference, tensors, gains)[0]
+        exact = results(linear_dino_loss_reference, tensors, gains, dtype=torch.float64)[0]
+        limit = 2 * (eager.double() - exact).abs() + 1e-6 * (1 + exact.abs())
+        worst = max(worst, float((ours.double() - exact).abs() / limit))
+    assert worst <= 1.0
 
 
 def test_a_prototype_of_gain_zero_reads_nothing_and_keeps_its_weight():

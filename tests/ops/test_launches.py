@@ -36,7 +36,11 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     seen: list[tuple[str, int]] = []
 
     def launcher(kernel, grid):
-        return lambda *arguments, **options: seen.append((kernel.fn.__name__, FakeDevice.current))
+        def launched(*arguments, enable_fp_fusion, **options):
+            assert enable_fp_fusion  # said, since Triton's default is not the same in all versions
+            seen.append((kernel.fn.__name__, FakeDevice.current))
+
+        return launched
 
     monkeypatch.setattr(jit, "__getitem__", launcher)
     return seen

@@ -146,8 +146,10 @@ def test_choice():
 
 def test_a_machine_without_the_unit_says_so(monkeypatch):
     reason = "this processor has no AMX"
-    backends = tuple(Backend(b.name, (lambda: reason) if b.name == "amx" else b.missing, b.rejects)
-                     for b in OPERATIONS["matmul"])  # fmt: skip
+    backends = tuple(
+        Backend(b.name, (lambda: reason) if b.name == "amx" else b.unavailable_reason, b.unsupported_reason)
+        for b in OPERATIONS["matmul"]
+    )
     monkeypatch.setitem(OPERATIONS, "matmul", backends)
     a, b, bias = torch.randn(4096, 192), torch.randn(192, 768), torch.randn(768)
     assert choose("matmul", a, b) == "reference"

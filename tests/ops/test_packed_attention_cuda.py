@@ -92,11 +92,12 @@ def test_xformers_is_called_with_one_packed_row(monkeypatch):
 def test_what_they_do_not_take_is_said():
     with FakeTensorMode():
         single = torch.empty(10, 3, 1, 32, device="cuda")
-        assert "float32" in peers.varlen_rejects(single)
+        assert "float32" in peers.varlen_unsupported_reason(single)
         odd = torch.empty(10, 3, 1, 36, device="cuda", dtype=torch.float16)
-        assert "multiple of 8" in peers.varlen_rejects(odd) and "multiple of 8" in peers.sdpa_rejects(odd)
-        assert "float64" in peers.sdpa_rejects(single.double())
-    assert "runs on CUDA" in peers.varlen_rejects(torch.empty(0))
+        assert "multiple of 8" in peers.varlen_unsupported_reason(odd)
+        assert "multiple of 8" in peers.sdpa_unsupported_reason(odd)
+        assert "float64" in peers.sdpa_unsupported_reason(single.double())
+    assert "runs on CUDA" in peers.varlen_unsupported_reason(torch.empty(0))
 
 
 def test_the_longest_sequence_decides_on_a_gpu(monkeypatch):
@@ -157,7 +158,7 @@ def test_is_as_good_as_eager_on_a_gpu(dtype, backend):
 
 def _cannot(backend, qkv, longest):
     (found,) = (b for b in OPERATIONS["packed_attention"] if b.name == backend)
-    return found.missing() or found.rejects(qkv, longest)
+    return found.unavailable_reason() or found.unsupported_reason(qkv, longest)
 
 
 @pytest.mark.gpu

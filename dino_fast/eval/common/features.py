@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dino_fast.atomic import atomic_write
 from dino_fast.data import ArraySource, ImageError, Source, Subset, eval_batches
 from dino_fast.data.formats.folder import FileSource
 from dino_fast.errors import UserError
@@ -120,10 +121,8 @@ def _read(path: Path) -> tuple[Tensor, Tensor]:
 def _write(path: Path, features: Tensor, labels: Tensor) -> None:
     from safetensors.torch import save_file
 
-    temporary = path.with_suffix(".part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"features": features, "labels": labels}, temporary)
-        temporary.replace(path)
+        with atomic_write(path) as temporary:
+            save_file({"features": features, "labels": labels}, temporary)
     except OSError as error:
         raise UserError(f"cannot keep features in {path.parent}: {error.strerror or error}") from error

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dino_fast.atomic import atomic_write
 from dino_fast.augment import IMAGENET_MEAN, IMAGENET_STD
 from dino_fast.errors import UserError, nearest, unwritable
 from dino_fast.models import DINOv2, VisionTransformer
@@ -307,15 +308,11 @@ def _folder(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def _file(path: Path, write: Callable[[Path], Any]) -> None:
-    temporary = path.absolute().with_name(f".{uuid.uuid4().hex[:8]}.{path.name}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        temporary.replace(path)
+        with atomic_write(path) as temporary:
+            write(temporary)
     except OSError as error:
         raise unwritable(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_tensors(path: Path, state: dict[str, Tensor]) -> None:

@@ -7,11 +7,8 @@ scalars (the original's schedules leave some in its optimizer) and `argparse.Nam
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import pickle
-import uuid
 import warnings
 from pathlib import Path
 from typing import Any, cast
@@ -19,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from dino_fast.atomic import atomic_write
 from dino_fast.errors import UserError, nearest, unwritable
 from dino_fast.models import ARCHITECTURES, DINOv2, VisionTransformer, build_backbone, dinov2
 from dino_fast.models.weights.hub import download, folder_of_another_library, is_hub_name
@@ -156,22 +154,17 @@ def export_backbone(backbone: nn.Module, path: str | Path, **facts: Any) -> Path
     if isinstance(backbone, VisionTransformer):
         sizes = {"patch_size": backbone.patch_size, "num_heads": backbone.num_heads}
         facts = {**sizes, "img_size": list(backbone.img_size), **facts}
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".pth":
-            torch.save(state, temporary)
-        else:
-            temporary.touch()  # with the permissions of any new file; the library alone would make it the owner's only
-            mode = temporary.stat().st_mode
-            save_file(state, temporary, metadata={"dino_fast": json.dumps(facts)})
-            temporary.chmod(mode)
-        os.replace(temporary, path)
+        with atomic_write(path) as temporary:
+            if path.suffix == ".pth":
+                torch.save(state, temporary)
+            else:
+                temporary.touch()  # with the permissions of any new file; the library would make it the owner's only
+                mode = temporary.stat().st_mode
+                save_file(state, temporary, metadata={"dino_fast": json.dumps(facts)})
+                temporary.chmod(mode)
     except (OSError, RuntimeError, SafetensorError) as error:  # what the two writers raise on a full disk
         raise unwritable(path, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
     return path
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from dino_fast.backends import Backend, Preference, choose, native_missing, register
+from dino_fast.ops import autograd
 
 WORTH = 60  # M N / (M + N), the multiply-adds that a number takes part in: at 50 slower than torch, at 64 level
 SMALLEST = 3 << 24  # multiply-adds
@@ -63,7 +64,7 @@ class Norm(NamedTuple):
         return torch.native_layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
     def backward(self, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients by x, weight and bias."""
+        """The gradients w.r.t. x, weight and bias."""
         function = torch.ops.aten.native_layer_norm_backward
         return function(grad, x, x.shape[-1:], mean, rstd, self.weight, self.bias, [True] * 3)
 
@@ -95,16 +96,9 @@ def is_plain(x: Tensor, weight: Tensor, *dtypes: torch.dtype) -> bool:
         x.device.type == "cpu"
         and x.dtype == weight.dtype
         and x.dtype in dtypes
-        and type(x) in _PLAIN
-        and type(weight) in _PLAIN
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
+        and autograd.is_plain(x, weight)
         and not torch.is_autocast_enabled("cpu")
     )
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class _Linear(torch.autograd.Function):
@@ -114,13 +108,13 @@ class _Linear(torch.autograd.Function):
         return matmul(x, weight.t(), bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @autograd.once_differentiable("dino_fast.ops.linear.matmul.linear", "torch.nn.functional.linear")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()
-        by_x = None if weight is None else matmul(grad, weight)
-        by_weight = None if x is None else matmul(grad.t(), x)
-        return by_x, by_weight, grad.sum(0) if ctx.needs_input_grad[2] else None
+        grad_x = None if weight is None else matmul(grad, weight)
+        grad_weight = None if x is None else matmul(grad.t(), x)
+        return grad_x, grad_weight, grad.sum(0) if ctx.needs_input_grad[2] else None
 
 
 class _NormLinear(torch.autograd.Function):
@@ -134,7 +128,7 @@ class _NormLinear(torch.autograd.Function):
         return matmul(norm(x), weight.t(), bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @autograd.once_differentiable("dino_fast.ops.linear.matmul.linear", "torch.nn.functional.linear")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *of_norm = ctx.saved_tensors
         norm = Norm(of_norm[0], of_norm[1], ctx.eps)
@@ -145,8 +139,8 @@ class _NormLinear(torch.autograd.Function):
             grad.sum(0) if ctx.needs_input_grad[2] else None,
         )
         del rows
-        by_x, *by_norm = norm.backward(matmul(grad, weight), x, mean, rstd)
-        return by_x, *gradients, *by_norm, None
+        grad_x, *grad_norm = norm.backward(matmul(grad, weight), x, mean, rstd)
+        return grad_x, *gradients, *grad_norm, None
 
 
 # --- backends ---------------------------------------------------------------------------------------------------------
@@ -206,6 +200,6 @@ register(
 def _amx(a: Tensor, b: Tensor, bias: Tensor | None, add: bool, out: Tensor) -> None:
     from dino_fast import _C
 
-    of_a, of_b = ((t.data_ptr(), *t.shape, *t.stride()) for t in (a, b))
-    of_bias = 0 if bias is None else bias.data_ptr()
-    _C.matmul(of_a, of_b, of_bias, add, out.data_ptr(), out.stride(0), torch.get_num_threads())
+    a_layout, b_layout = ((t.data_ptr(), *t.shape, *t.stride()) for t in (a, b))
+    bias_address = 0 if bias is None else bias.data_ptr()
+    _C.matmul(a_layout, b_layout, bias_address, add, out.data_ptr(), out.stride(0), torch.get_num_threads())

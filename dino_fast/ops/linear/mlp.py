@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dino_fast.ops import autograd
 from dino_fast.ops.linear.matmul import Norm, is_plain, matmul
 
 ROWS = 4096  # 12 MB of h at a width of 192; with 512 the products are 7 % slower
@@ -66,38 +67,38 @@ class _Mlp(torch.autograd.Function):
         return _forward(x, weight1, bias1, weight2, bias2, norm)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @autograd.once_differentiable("dino_fast.ops.linear.mlp.mlp", "the layers of torch.nn.functional")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight1, bias1, weight2, gain, shift = ctx.saved_tensors
         norm = None if gain is None else Norm(gain, shift, ctx.eps)
         wants_x, *wants = ctx.needs_input_grad[:7]
         grad = grad.contiguous()
-        by_x = torch.empty_like(x) if wants_x or norm else None
-        by_weight1, by_weight2 = torch.empty_like(weight1), torch.empty_like(weight2)
-        by_bias1 = x.new_zeros(len(weight1))
-        by_norm = [] if gain is None else [torch.zeros_like(gain), torch.zeros_like(shift)]
+        grad_x = torch.empty_like(x) if wants_x or norm else None
+        grad_weight1, grad_weight2 = torch.empty_like(weight1), torch.empty_like(weight2)
+        grad_bias1 = x.new_zeros(len(weight1))
+        grad_norm = [] if gain is None else [torch.zeros_like(gain), torch.zeros_like(shift)]
         rows = min(ROWS, len(x))
-        of_a, of_da, of_h = (x.new_empty(rows, len(weight1)) for _ in range(3))
+        a_buffer, da_buffer, h_buffer = (x.new_empty(rows, len(weight1)) for _ in range(3))
         for first in range(0, len(x), ROWS):
             part, upstream = (t[first : first + ROWS] for t in (x, grad))
-            a, da, inner = (t[: len(part)] for t in (of_a, of_da, of_h))
+            a, da, inner = (t[: len(part)] for t in (a_buffer, da_buffer, h_buffer))
             given, *moments = (part,) if norm is None else norm.forward(part)
             matmul(given, weight1.t(), bias1, out=inner)
             if wants[2]:
                 torch.ops.aten.gelu.out(inner, out=a)
-                matmul(upstream.t(), a, out=by_weight2, add=first > 0)
+                matmul(upstream.t(), a, out=grad_weight2, add=first > 0)
             matmul(upstream, weight2, out=da)
             torch.ops.aten.gelu_backward.grad_input(da, inner, grad_input=a)
-            by_bias1 += a.sum(0)
+            grad_bias1 += a.sum(0)
             if wants[0]:
-                matmul(a.t(), given, out=by_weight1, add=first > 0)
-            if by_x is None:
+                matmul(a.t(), given, out=grad_weight1, add=first > 0)
+            if grad_x is None:
                 continue
             if norm is None:
-                matmul(a, weight1, out=by_x[first : first + ROWS])
+                matmul(a, weight1, out=grad_x[first : first + ROWS])
                 continue
-            by_x[first : first + ROWS], *more = norm.backward(matmul(a, weight1), part, *moments)
-            for total, value in zip(by_norm, more, strict=True):
+            grad_x[first : first + ROWS], *more = norm.backward(matmul(a, weight1), part, *moments)
+            for total, value in zip(grad_norm, more, strict=True):
                 total += value
-        gradients = (by_weight1, by_bias1, by_weight2, grad.sum(0), *(by_norm or (None, None)))
-        return by_x, *(value if wanted else None for value, wanted in zip(gradients, wants, strict=True)), None
+        gradients = (grad_weight1, grad_bias1, grad_weight2, grad.sum(0), *(grad_norm or (None, None)))
+        return grad_x, *(value if wanted else None for value, wanted in zip(gradients, wants, strict=True)), None

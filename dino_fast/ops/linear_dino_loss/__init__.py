@@ -30,7 +30,6 @@ dv_k = g_k / |v_k| (dW_k - dg_k v_k / |v_k|).
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
@@ -38,9 +37,11 @@ from torch import Tensor
 
 from dino_fast import gpu
 from dino_fast.backends import Backend, choose, native_missing, register, triton_missing
+from dino_fast.ops import autograd
+from dino_fast.ops.linear_dino_loss import native, triton
 
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DTYPES = (*KERNEL_DTYPES, torch.float64)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+REFERENCE = "dino_fast.ops.linear_dino_loss.linear_dino_loss_reference"
 
 
 class LinearDinoLoss(NamedTuple):
@@ -59,8 +60,8 @@ def linear_dino_loss(
     pair_weights: Tensor,
     row_weights: Tensor,
     *,
-    student_temp: float,
-    teacher_temp: float,
+    student_temp: float | Tensor,
+    teacher_temp: float | Tensor,
     student_gain: Tensor | None = None,
     teacher_gain: Tensor | None = None,
     backend: str = "auto",
@@ -74,29 +75,28 @@ def linear_dino_loss(
         center: [K], taken from the teacher's logits. Not differentiated.
         pair_weights: [T, V], how much a pair counts; row_weights: [B]. The loss is the sum with these weights, so
             whoever wants a mean divides them. Not differentiated.
-        student_temp, teacher_temp: positive temperatures.
+        student_temp, teacher_temp: positive temperatures. Compiled code is compiled anew for each number; give a tensor
+            on the host, of no dimensions, for one that changes from call to call.
         backend: "auto" or a name that `dino-fast info` lists.
 
-    Differentiable by `student`, `student_weight` and `student_gain`, once. Rows that are not finite give a loss and
-    gradients that are not finite.
+    Differentiable w.r.t. `student`, `student_weight` and `student_gain`, once and in reverse mode.
+    Rows that are not finite give a loss and gradients that are not finite.
 
     Raises:
         ValueError: shapes, dtypes, devices or temperatures that do not fit, said in the message.
         BackendError: an explicitly chosen backend cannot run these inputs.
     """
-    tensors = (student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center)
-    problem = what_is_wrong(*tensors, pair_weights, row_weights, student_temp, teacher_temp)
-    if problem is not None:
-        raise ValueError(f"linear_dino_loss: {problem}")
-    fixed = [None if x is None else x.detach() for x in (*tensors[3:], pair_weights, row_weights)]
+    others = (teacher, teacher_weight, teacher_gain, center, pair_weights, row_weights)
+    fixed = (x if x is None or not x.requires_grad else x.detach() for x in others)
     differentiable = student.requires_grad and torch.is_grad_enabled()
-    loss, teacher_mean, _, _ = torch.ops.dino_fast.linear_dino_loss(
-        *tensors[:3], *fixed, student_temp, teacher_temp, differentiable, backend
+    *temps, changing = autograd.split_temps(student_temp, teacher_temp)
+    outputs = torch.ops.dino_fast.linear_dino_loss(
+        student, student_weight, student_gain, *fixed, *temps, differentiable, backend, changing
     )
-    return LinearDinoLoss(loss, teacher_mean)
+    return LinearDinoLoss(*outputs[:2])
 
 
-def what_is_wrong(
+def validate_inputs(
     student: Tensor,
     student_weight: Tensor,
     student_gain: Tensor | None,
@@ -106,19 +106,22 @@ def what_is_wrong(
     center: Tensor,
     pair_weights: Tensor,
     row_weights: Tensor,
-    student_temp: float,
-    teacher_temp: float,
-) -> str | None:
-    """Why these inputs cannot be used, for the person who gave them, or None."""
+    student_temp: float = 1.0,
+    teacher_temp: float = 1.0,
+) -> None:
+    """Raises ValueError for inputs that do not fit, with what was given and what is accepted."""
     if student.dim() != 3 or teacher.dim() != 3 or student_weight.dim() != 2:
-        return (
-            f"student and teacher are [crops, images, D] and the weights [K, D]; got student {list(student.shape)}, "
-            f"teacher {list(teacher.shape)}, student weight {list(student_weight.shape)}"
+        raise ValueError(
+            "linear_dino_loss: student and teacher are [crops, images, D] and the weights [K, D]; got student "
+            f"{list(student.shape)}, teacher {list(teacher.shape)}, student weight {list(student_weight.shape)}"
         )
     V, B, D = student.shape
     T, K = teacher.shape[0], student_weight.shape[0]
     if 0 in (V, B, D, T, K):
-        return f"there is nothing to average over; got student {[V, B, D]}, teacher {list(teacher.shape)}, K = {K}"
+        raise ValueError(
+            f"linear_dino_loss: there is nothing to average over; got student {[V, B, D]}, teacher "
+            f"{list(teacher.shape)}, K = {K}"
+        )
     expected = {
         "student": (student, (V, B, D)),
         "student weight": (student_weight, (K, D)),
@@ -134,17 +137,22 @@ def what_is_wrong(
         if tensor is None:
             continue
         if tensor.shape != shape:
-            return f"the {name} must be {list(shape)}, as student [V, B, D] = {[V, B, D]} and K = {K} say; " + (
-                f"got {list(tensor.shape)}"
+            raise ValueError(
+                f"linear_dino_loss: the {name} must be {list(shape)}, as student [V, B, D] = {[V, B, D]} and K = {K} "
+                f"say; got {list(tensor.shape)}"
             )
         if tensor.dtype not in DTYPES:
             known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-            return f"the {name}'s dtype is {tensor.dtype}; accepted are {known}"
+            raise ValueError(f"linear_dino_loss: the {name}'s dtype is {tensor.dtype}; accepted are {known}")
         if tensor.device != student.device:
-            return f"the {name} is on {tensor.device} but the student on {student.device}; move one of them"
+            raise ValueError(
+                f"linear_dino_loss: the {name} is on {tensor.device} but the student on {student.device}; "
+                "move one of them"
+            )
     if not (student_temp > 0 and teacher_temp > 0):
-        return f"temperatures must be positive; got student {student_temp}, teacher {teacher_temp}"
-    return None
+        raise ValueError(
+            f"linear_dino_loss: temperatures must be positive; got student {student_temp}, teacher {teacher_temp}"
+        )
 
 
 def linear_dino_loss_reference(
@@ -194,10 +202,12 @@ def flops(V: int, T: int, B: int, K: int, D: int, *, student: bool = True, weigh
 # --- the operator ---------------------------------------------------------------------------------------------------
 # `student_gradient` is for an upstream gradient of 1, in the result's dtype, and empty where none is wanted.
 # `row_statistics` [2, T + V, B]: each row's largest (teacher: centred) logit and sum of exponentials, teacher first.
+# `kept_center`: a copy for the backward, which may come after the centre's update in place. (Copied here, not when the
+# context is set up: there torch.compile drops the copy.) `changing_temps`: float64 [2] on the host, which takes the
+# place of the two numbers.
 
 
-@torch.library.custom_op("dino_fast::linear_dino_loss", mutates_args=())
-def _operator(
+def _forward(
     student: Tensor,
     student_weight: Tensor,
     student_gain: Tensor | None,
@@ -211,9 +221,12 @@ def _operator(
     teacher_temp: float,
     differentiable: bool,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    chosen = choose("linear_dino_loss", student, student_weight, teacher, teacher_weight, backend=backend)
+    changing_temps: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    student_temp, teacher_temp = autograd.read_temps(student_temp, teacher_temp, changing_temps)
     tensors = (student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center)
+    validate_inputs(*tensors, pair_weights, row_weights, student_temp, teacher_temp)
+    chosen = choose("linear_dino_loss", student, student_weight, teacher, teacher_weight, backend=backend)
     with torch.autocast(student.device.type, enabled=False):
         statistics, pairs, difference, teacher_mean = FORWARD[chosen](
             *tensors, pair_weights, student_temp, teacher_temp, differentiable
@@ -223,12 +236,15 @@ def _operator(
         if differentiable:
             scale = (row_weights.double() / student_temp)[None, :, None]
             gradient = (difference * scale).to(statistics.dtype)
-    return loss, teacher_mean, gradient, statistics
+    return loss, teacher_mean, gradient, statistics, center.clone()
 
 
-@_operator.register_fake
-def _(student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center, pair_weights, row_weights,
-      student_temp, teacher_temp, differentiable, backend="auto"):  # fmt: skip
+def _fake_forward(student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center, pair_weights,
+                  row_weights, student_temp, teacher_temp, differentiable, backend="auto",
+                  changing_temps=None):  # fmt: skip
+    tensors = (student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center)
+    temps = (student_temp, teacher_temp) if changing_temps is None else ()
+    validate_inputs(*tensors, pair_weights, row_weights, *temps)
     result = result_dtype(student)
     (V, B, D), T, K = student.shape, teacher.shape[0], student_weight.shape[0]
     return (
@@ -236,6 +252,7 @@ def _(student, student_weight, student_gain, teacher, teacher_weight, teacher_ga
         student.new_empty((K,), dtype=result),
         student.new_empty((V, B, D) if differentiable else (0,), dtype=result),
         student.new_empty((2, T + V, B), dtype=result),
+        torch.empty_like(center),
     )
 
 
@@ -248,8 +265,7 @@ def _loss_of_rows(pair_weights: Tensor, row_weights: Tensor, statistics: Tensor,
     return ((log_sums - products) * rows).sum().to(statistics.dtype)
 
 
-@torch.library.custom_op("dino_fast::linear_dino_loss_weight_gradient", mutates_args=())
-def _weight_gradient_operator(
+def _weight_gradient(
     student: Tensor,
     student_weight: Tensor,
     student_gain: Tensor | None,
@@ -264,10 +280,14 @@ def _weight_gradient_operator(
     student_temp: float,
     teacher_temp: float,
     backend: str = "auto",
+    changing_temps: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients by the student's weight and gain (empty without one), times `upstream`."""
-    chosen = choose("linear_dino_loss", student, student_weight, teacher, teacher_weight, backend=backend)
+    """The gradients w.r.t. the student's weight and gain (empty without one), times `upstream`."""
+    student_temp, teacher_temp = autograd.read_temps(student_temp, teacher_temp, changing_temps)
     tensors = (student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center)
+    validate_inputs(*tensors, pair_weights, row_weights, student_temp, teacher_temp)
+    _validate_backward(student, teacher, row_statistics, upstream)
+    chosen = choose("linear_dino_loss", student, student_weight, teacher, teacher_weight, backend=backend)
     with torch.autocast(student.device.type, enabled=False):
         # What multiplies e^(logit - maximum) of a student's row, and that of each teacher's beside it.
         T, dtype = teacher.shape[0], row_statistics.dtype
@@ -278,10 +298,30 @@ def _weight_gradient_operator(
         return WEIGHT_GRADIENT[chosen](*tensors, row_statistics, factors, pair_factors, student_temp, teacher_temp)
 
 
-@_weight_gradient_operator.register_fake
-def _(student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center, pair_weights, row_weights,
-      row_statistics, upstream, student_temp, teacher_temp, backend="auto"):  # fmt: skip
+def _fake_weight_gradient(student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center,
+                          pair_weights, row_weights, row_statistics, upstream, student_temp, teacher_temp,
+                          backend="auto", changing_temps=None):  # fmt: skip
+    tensors = (student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center)
+    validate_inputs(*tensors, pair_weights, row_weights)
+    _validate_backward(student, teacher, row_statistics, upstream)
     return _empty_weight_gradients(student_weight, student_gain)
+
+
+def _validate_backward(student: Tensor, teacher: Tensor, row_statistics: Tensor, upstream: Tensor) -> None:
+    shape, dtype = (2, len(teacher) + len(student), student.shape[1]), result_dtype(student)
+    if row_statistics.shape != shape or row_statistics.dtype != dtype:
+        raise ValueError(
+            f"linear_dino_loss: the row statistics are {dtype} {list(shape)}, as the forward returns them; "
+            f"got {row_statistics.dtype} {list(row_statistics.shape)}"
+        )
+    if upstream.numel() != 1 or not upstream.is_floating_point():
+        raise ValueError(
+            f"linear_dino_loss: the upstream gradient is one floating-point number; got {upstream.dtype} "
+            f"{list(upstream.shape)}"
+        )
+    for name, tensor in (("row statistics are", row_statistics), ("upstream gradient is", upstream)):
+        if tensor.device != student.device:
+            raise ValueError(f"linear_dino_loss: the {name} on {tensor.device} but the student on {student.device}")
 
 
 def _empty_weight_gradients(weight: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -289,68 +329,48 @@ def _empty_weight_gradients(weight: Tensor, gain: Tensor | None) -> tuple[Tensor
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    *tensors, student_temp, teacher_temp, differentiable, backend = inputs
-    _, teacher_mean, student_gradient, row_statistics = output
-    ctx.mark_non_differentiable(teacher_mean, student_gradient, row_statistics)
+    *tensors, student_temp, teacher_temp, differentiable, backend, changing_temps = inputs
+    *_, student_gradient, row_statistics, kept_center = output
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.differentiable = differentiable
-    ctx.temps_and_backend = student_temp, teacher_temp, backend
-    tensors[6] = tensors[6].clone()  # the centre is updated in place before the backward
-    ctx.save_for_backward(*tensors, student_gradient, row_statistics)
+    ctx.numbers = student_temp, teacher_temp, backend
+    tensors[6] = kept_center
+    kept = [None if x is None else autograd.savable(x) for x in tensors]
+    ctx.save_for_backward(*kept, student_gradient, row_statistics, changing_temps)
 
 
+@autograd.once_differentiable("linear_dino_loss", REFERENCE)
 def _backward(ctx, upstream, *unused):
-    gradients: list[Tensor | None] = [None] * 13
+    gradients: list[Tensor | None] = [None] * 14
     if upstream is None:
         return tuple(gradients)
-    *tensors, student_gradient, row_statistics = ctx.saved_tensors
+    *tensors, student_gradient, row_statistics, changing_temps = ctx.saved_tensors
     if ctx.needs_input_grad[0]:
         if not ctx.differentiable:
             raise RuntimeError("dino_fast::linear_dino_loss was called with differentiable=False; it kept no gradient")
         gradients[0] = (student_gradient * upstream).to(tensors[0].dtype)
     if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-        by_weight, by_gain = torch.ops.dino_fast.linear_dino_loss_weight_gradient(
-            *tensors, row_statistics, upstream, *ctx.temps_and_backend
+        grad_weight, grad_gain = torch.ops.dino_fast.linear_dino_loss_weight_gradient(
+            *tensors, row_statistics, upstream, *ctx.numbers, changing_temps
         )
-        gradients[1] = by_weight if ctx.needs_input_grad[1] else None
-        gradients[2] = by_gain if ctx.needs_input_grad[2] else None
+        gradients[1] = grad_weight if ctx.needs_input_grad[1] else None
+        gradients[2] = grad_gain if ctx.needs_input_grad[2] else None
     return tuple(gradients)
 
 
-_operator.register_autograd(_backward, setup_context=_setup_context)
+autograd.define_operator(
+    "linear_dino_loss", _forward, _fake_forward, alternative=REFERENCE, backward=_backward, setup_context=_setup_context
+)
+autograd.define_operator(
+    "linear_dino_loss_weight_gradient", _weight_gradient, _fake_weight_gradient, alternative=REFERENCE
+)
 
 
 # --- backends, fastest first ----------------------------------------------------------------------------------------
 # Forward: (row statistics [2, T + V, B], products d [T, V, B], differences w E(v) - sum_u A(u, v) E(u) [V, B, D] or
 # None, teacher mean); without pair weights the reads E [T + V, B, D] themselves instead of the differences. Weight
 # gradient: (dW, dg), from a factor for each student row [V, B], and one for each teacher row beside it [T, V, B].
-
-
-def _native_rejects(*tensors: Tensor) -> str | None:
-    for tensor in tensors:
-        if tensor.device.type != "cpu":
-            return f"it runs on the CPU, the inputs are on {tensor.device}"
-        if tensor.dtype not in KERNEL_DTYPES:
-            return f"it takes float32, bfloat16 and float16, not {tensor.dtype}"
-    return None
-
-
-def _triton_rejects(*tensors: Tensor) -> str | None:
-    student, _, teacher, _ = tensors
-    for tensor in tensors:
-        if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            return f"it runs on CUDA (on the CPU under TRITON_INTERPRET=1), the inputs are on {tensor.device}"
-        if tensor.dtype not in KERNEL_DTYPES:
-            return f"it takes float32, bfloat16 and float16, not {tensor.dtype}"
-        if sum((size - 1) * abs(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) >= 2**31:
-            return "it counts elements in 32 bits, and one of the inputs spans 2^31 or more"
-    if max(len(student), len(teacher)) > 16:
-        return f"it takes at most 16 crops of an image, not {max(len(student), len(teacher))}"
-    rows, D = torch.promote_types(student.dtype, teacher.dtype), student.shape[-1]
-    widest = 256 if rows == torch.float32 else 512
-    if widest < D:
-        return f"it takes {str(rows).removeprefix('torch.')} rows of at most {widest} elements, not {D}"
-    return gpu.too_old(student.device)
 
 
 def _example(device: torch.device) -> tuple[Tensor, ...]:
@@ -363,8 +383,8 @@ def _example(device: torch.device) -> tuple[Tensor, ...]:
 
 register(
     "linear_dino_loss",
-    Backend("triton", missing=triton_missing, rejects=_triton_rejects),
-    Backend("native", missing=native_missing, rejects=_native_rejects),
+    Backend("triton", unavailable_reason=triton_missing, unsupported_reason=triton.unsupported_reason),
+    Backend("native", unavailable_reason=native_missing, unsupported_reason=native.unsupported_reason),
     Backend("reference"),
     example=_example,
 )
@@ -401,74 +421,24 @@ def _reference_weight_gradient(student, student_weight, student_gain, teacher, t
     predictions = ((s - maxima[T:]) / student_temp).exp() * factors[..., None]
     targets = torch.einsum("uvb,ubk->vbk", pair_factors, ((t - maxima[:T]) / teacher_temp).exp())
     gradient = torch.einsum("vbk,vbd->kd", predictions - targets, student.to(dtype))
-    by_gain = project_weight_gradient(gradient, student_weight, student_gain)
-    return gradient.to(student_weight.dtype), by_gain
+    grad_gain = project_weight_gradient(gradient, student_weight, student_gain)
+    return gradient.to(student_weight.dtype), grad_gain
 
 
 def project_weight_gradient(gradient: Tensor, weight: Tensor, gain: Tensor | None) -> Tensor:
-    """The gradient by the effective weight becomes that by `weight`, in place; returns the gain's, or nothing in it."""
+    """Turns the gradient w.r.t. the effective weight into that w.r.t. `weight`, in place; returns the gain's."""
     if gain is None:
         return weight.new_empty((0,))
     v = weight.to(gradient.dtype)
     length = torch.linalg.vector_norm(v, dim=1)
-    by_gain = (gradient * v).sum(1) / length
-    gradient.addcmul_(v, (by_gain / length)[:, None], value=-1).mul_((gain.to(gradient.dtype) / length)[:, None])
-    return by_gain.to(gain.dtype)
+    grad_gain = (gradient * v).sum(1) / length
+    gradient.addcmul_(v, (grad_gain / length)[:, None], value=-1).mul_((gain.to(gradient.dtype) / length)[:, None])
+    return grad_gain.to(gain.dtype)
 
 
-def _native_forward(*arguments):
-    from dino_fast.ops.linear_dino_loss.native import forward
-
-    return forward(*arguments)
-
-
-def _native_weight_gradient(*arguments):
-    from dino_fast.ops.linear_dino_loss.native import weight_gradient
-
-    return weight_gradient(*arguments)
-
-
-def _triton_forward(student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center, pair_weights,
-                    student_temp, teacher_temp, differentiable):  # fmt: skip
-    from dino_fast.kernels import linear_dino_loss as kernels
-
-    T = len(teacher)
-    rows = _rows_of_one_dtype(student, teacher)
-    student_layer = kernels.Layer(student_weight, student_gain)
-    teacher_layer = kernels.Layer(teacher_weight, teacher_gain, teacher.to(torch.float32).mean(dim=(0, 1)))
-    statistics, pairs, read = kernels.attend(
-        rows[0], student_layer, rows[1], teacher_layer, center.to(torch.float32).contiguous(), student_temp,
-        teacher_temp, wanted=differentiable,
-    )  # fmt: skip
-    if not differentiable or pair_weights is None:
-        return statistics, pairs, read, teacher_layer.logits
-    A, wide = pair_weights.double(), read.double()
-    difference = A.sum(0)[:, None, None] * wide[T:] - torch.einsum("uv,ubd->vbd", A, wide[:T])
-    return statistics, pairs, difference, teacher_layer.logits
-
-
-def _triton_weight_gradient(student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center,
-                            row_statistics, factors, pair_factors, student_temp, teacher_temp):  # fmt: skip
-    from dino_fast.kernels import linear_dino_loss as kernels
-
-    rows = _rows_of_one_dtype(student, teacher)
-    layers = (kernels.Layer(student_weight, student_gain), kernels.Layer(teacher_weight, teacher_gain))
-    gradient, by_gain = kernels.weight_gradient(
-        rows[0], layers[0], rows[1], layers[1], center.to(torch.float32).contiguous(), row_statistics, factors,
-        pair_factors, student_temp, teacher_temp,
-    )  # fmt: skip
-    return gradient, student_weight.new_empty(0) if student_gain is None else by_gain.to(student_gain.dtype)
-
-
-def _rows_of_one_dtype(student: Tensor, teacher: Tensor) -> list[Tensor]:
-    """The same, contiguous, both of the wider dtype."""
-    dtype = torch.promote_types(student.dtype, teacher.dtype)
-    return [x.detach().to(dtype).contiguous() for x in (student, teacher)]
-
-
-FORWARD = {"triton": _triton_forward, "native": _native_forward, "reference": _reference_forward}
+FORWARD = {"triton": triton.forward, "native": native.forward, "reference": _reference_forward}
 WEIGHT_GRADIENT = {
-    "triton": _triton_weight_gradient,
-    "native": _native_weight_gradient,
+    "triton": triton.weight_gradient,
+    "native": native.weight_gradient,
     "reference": _reference_weight_gradient,
 }

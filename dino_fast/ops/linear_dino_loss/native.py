@@ -24,6 +24,17 @@ from dino_fast.ops.linear.matmul import matmul
 BUFFER = 9 << 17
 ROWS = 1024
 PIECE = 128  # columns of a product of few rows
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def unsupported_reason(*tensors: Tensor) -> str | None:
+    """Why this backend cannot take these tensors, or None."""
+    for tensor in tensors:
+        if tensor.device.type != "cpu":
+            return f"it runs on the CPU, the inputs are on {tensor.device}"
+        if tensor.dtype not in DTYPES:
+            return f"it takes float32, bfloat16 and float16, not {tensor.dtype}"
+    return None
 
 
 def forward(student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center, pair_weights,
@@ -64,13 +75,13 @@ def forward(student, student_weight, student_gain, teacher, teacher_weight, teac
 
 def weight_gradient(student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center,
                     row_statistics, factors, pair_factors, student_temp, teacher_temp):  # fmt: skip
-    """The gradients by weight and gain: see the operator."""
+    """The gradients w.r.t. weight and gain: see the operator."""
     K, D = student_weight.shape
     tiles = _Tiles(student, teacher, center, student_temp, teacher_temp, K)
     layers = tiles.layers((teacher_weight, teacher_gain), (student_weight, student_gain))
     gradient = torch.empty((K, D), dtype=student_weight.dtype)
     buffer = None if gradient.dtype == torch.float32 else torch.empty(tiles.columns, D)
-    by_gain = torch.empty(0 if student_gain is None else K)
+    grad_gain = torch.empty(0 if student_gain is None else K)
     chunks = []
     for images in tiles.chunks:
         chunk = _Chunk(images, *_stacked(teacher[:, images], student[:, images]))
@@ -84,10 +95,10 @@ def weight_gradient(student, student_weight, student_gain, teacher, teacher_weig
             tiles.native.linear_dino_loss_weigh(description, *map(_address, of_rows), torch.get_num_threads())
             weights = tile[chunk.split :].t()
             matmul(weights, values, out=out, add=i > 0)
-        layers[1].project(first, out, by_gain)
+        layers[1].project(first, out, grad_gain)
         if buffer is not None:
             gradient[columns] = out
-    return gradient, by_gain.to(student_weight.dtype if student_gain is None else student_gain.dtype)
+    return gradient, grad_gain.to(student_weight.dtype if student_gain is None else student_gain.dtype)
 
 
 def _product_in_pieces(weights: Tensor, rows: Tensor) -> Tensor:
@@ -215,13 +226,13 @@ class _Layer:
             self.native.linear_dino_loss_normalize(*addresses, *rows.shape, torch.get_num_threads())
         return rows
 
-    def project(self, first: int, gradient: Tensor, by_gain: Tensor) -> None:
-        """The gradient by the effective tile becomes that by the weight, and `by_gain` gets the gain's."""
+    def project(self, first: int, gradient: Tensor, grad_gain: Tensor) -> None:
+        """The gradient w.r.t. the effective tile becomes that w.r.t. the weight, and `grad_gain` gets the gain's."""
         if self.gain is None or self.buffer is None:
             return
         raw = self._raw(first, self.buffer.memory[: len(gradient)])
         self.buffer.holds = None
-        gains = (self.gain[first:].data_ptr(), by_gain[first:].data_ptr())
+        gains = (self.gain[first:].data_ptr(), grad_gain[first:].data_ptr())
         arguments = (gradient.data_ptr(), raw.data_ptr(), *gains, *raw.shape)
         self.native.linear_dino_loss_project(*arguments, torch.get_num_threads())
 

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dino_fast.backends import choose
+from dino_fast.ops import autograd
 from dino_fast.ops import linear_dino_loss as whole
 
 # Float32 logits of the teacher that are made at a time for the entropy.
@@ -65,6 +66,7 @@ def linear_dino_loss_ranks(
     pairs = torch.ones(T, V, device=student.device).fill_diagonal_(0.0)
     fixed = (teacher, teacher_weight, teacher_gain, center, pairs / pairs.sum())
     temps = float(student_temp), float(teacher_temp)
+    autograd.refuse_transforms("linear_dino_loss_ranks", whole.REFERENCE, student, student_weight, student_gain)
     loss, entropy = _Loss.apply(student, student_weight, student_gain, *fixed, *temps, group, backend)
     return ShardedLoss(loss, entropy)
 
@@ -108,29 +110,32 @@ class _Loss(torch.autograd.Function):
             gradient = A.sum(0)[:, None, None] * E[T:] - torch.einsum("uv,ubd->vbd", A, E[:T])
             gradient = own_images((gradient / (student_temp * images)).to(statistics.dtype), B, group)
         ctx.mark_non_differentiable(entropy)
+        ctx.anchors = [autograd.anchor(x) for x in (student, student_weight, student_gain) if x is not None]
         ctx.temps, ctx.backend = (student_temp, teacher_temp), backend
         others = (*others[:2], others[2].clone())  # the centre is updated in place before the backward
-        ctx.save_for_backward(rows, *layers, targets, *others, pair_weights, row_weights, merged, gradient)
+        kept = (rows, *layers, targets, *others, pair_weights, row_weights, merged, gradient)
+        ctx.save_for_backward(*(None if x is None else autograd.savable(x) for x in kept))
         ctx.dtype = student.dtype
         return loss, entropy
 
     @staticmethod
+    @autograd.once_differentiable("linear_dino_loss_ranks", whole.REFERENCE)
     def backward(ctx, upstream, _):  # type: ignore[override]
         *tensors, gradient = ctx.saved_tensors
-        by_rows = (gradient * upstream).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        by_weight = by_gain = None
+        grad_rows = (gradient * upstream).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        grad_weight = grad_gain = None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
             weight, gain = tensors[1], tensors[2]
             if len(weight):
-                by_weight, by_gain = torch.ops.dino_fast.linear_dino_loss_weight_gradient(
+                grad_weight, grad_gain = torch.ops.dino_fast.linear_dino_loss_weight_gradient(
                     *tensors, upstream, *ctx.temps, ctx.backend
                 )
             else:
-                by_weight, by_gain = torch.empty_like(weight), None if gain is None else torch.empty_like(gain)
+                grad_weight, grad_gain = torch.empty_like(weight), None if gain is None else torch.empty_like(gain)
         return (
-            by_rows,
-            by_weight if ctx.needs_input_grad[1] else None,
-            by_gain if ctx.needs_input_grad[2] else None,
+            grad_rows,
+            grad_weight if ctx.needs_input_grad[1] else None,
+            grad_gain if ctx.needs_input_grad[2] else None,
             *[None] * 9,
         )
 

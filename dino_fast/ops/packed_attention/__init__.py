@@ -29,11 +29,13 @@ from torch import Tensor
 
 from dino_fast import gpu
 from dino_fast.backends import Backend, Preference, choose, native_missing, register, triton_missing
+from dino_fast.ops import autograd
 from dino_fast.ops.packed_attention import by_length as grouped
 from dino_fast.ops.packed_attention import native as packed_attention_cpu
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DTYPES = (*KERNEL_DTYPES, torch.float64)
+REFERENCE = "dino_fast.ops.packed_attention.packed_attention_reference"
 
 
 def packed_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, backend: str = "auto") -> Tensor:
@@ -50,45 +52,49 @@ def packed_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, backen
 
     The values of `cu_seqlens` are checked on a CPU only: on an accelerator looking at them would wait for it, and ends
     that do not fit `qkv` or a `max_seqlen` that is too small give wrong results. What is not finite spreads within its
-    own sequence. One differentiation, by `qkv`.
+    own sequence. One derivative, w.r.t. `qkv`, in reverse mode; others are refused.
 
     Raises:
         ValueError: shapes, dtypes, devices or ends that do not fit, said in the message.
         BackendError: an explicitly chosen backend cannot run these inputs.
     """
-    problem = what_is_wrong(qkv, cu_seqlens, max_seqlen)
-    if problem is not None:
-        raise ValueError(f"packed_attention: {problem}")
     device = qkv.device.type
-    if qkv.dtype == torch.float32 and torch.is_autocast_enabled(device):
+    if qkv.dtype == torch.float32 and device != "meta" and torch.is_autocast_enabled(device):
         qkv = qkv.to(torch.get_autocast_dtype(device))
-    if type(qkv) in _PLAIN and not torch.compiler.is_compiling():
+    if autograd.is_plain(qkv, cu_seqlens):
         # The dispatcher's way to the same functions takes 0.2 ms, a third of what a batch of short crops does.
-        return _Eager.apply(qkv, cu_seqlens, max_seqlen, backend)
+        return _Direct.apply(qkv, cu_seqlens, max_seqlen, backend)
     return torch.ops.dino_fast.packed_attention_forward(qkv, cu_seqlens, max_seqlen, backend)[0]
 
 
-def what_is_wrong(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> str | None:
-    """Why these inputs cannot be used, as far as shapes, dtypes and devices tell, or None."""
+def validate_inputs(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
+    """Raises ValueError for shapes, dtypes and devices that do not fit, with what was given and what is accepted."""
     if qkv.ndim != 4 or qkv.shape[1] != 3:
-        return (
-            f"qkv is [tokens, 3, heads, width of a head]; got {list(qkv.shape)}. "
+        raise ValueError(
+            f"packed_attention: qkv is [tokens, 3, heads, width of a head]; got {list(qkv.shape)}. "
             "A projection's output [tokens, 3 * H * d] becomes that with .view(tokens, 3, H, d)"
         )
     if 0 in qkv.shape[2:]:
-        return f"there must be at least one head, of width at least one; got qkv {list(qkv.shape)}"
+        raise ValueError(
+            f"packed_attention: there must be at least one head, of width at least one; got qkv {list(qkv.shape)}"
+        )
     if qkv.dtype not in DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        return f"qkv's dtype is {qkv.dtype}; accepted are {known}"
+        raise ValueError(f"packed_attention: qkv's dtype is {qkv.dtype}; accepted are {known}")
     if cu_seqlens.ndim != 1 or cu_seqlens.shape[0] < 1:
-        return f"cu_seqlens is [n + 1] for n sequences, beginning with 0; got {list(cu_seqlens.shape)}"
+        raise ValueError(
+            f"packed_attention: cu_seqlens is [n + 1] for n sequences, beginning with 0; got {list(cu_seqlens.shape)}"
+        )
     if cu_seqlens.dtype != torch.int32:
-        return f"cu_seqlens is int32; got {cu_seqlens.dtype}. Convert it with .to(torch.int32)"
+        raise ValueError(
+            f"packed_attention: cu_seqlens is int32; got {cu_seqlens.dtype}. Convert it with .to(torch.int32)"
+        )
     if cu_seqlens.device != qkv.device:
-        return f"cu_seqlens is on {cu_seqlens.device} but qkv on {qkv.device}; move one of them"
+        raise ValueError(
+            f"packed_attention: cu_seqlens is on {cu_seqlens.device} but qkv on {qkv.device}; move one of them"
+        )
     if max_seqlen < 0:
-        return f"max_seqlen is the longest sequence's number of tokens; got {max_seqlen}"
-    return None
+        raise ValueError(f"packed_attention: max_seqlen is the longest sequence's number of tokens; got {max_seqlen}")
 
 
 def packed_attention_reference(qkv: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -108,21 +114,19 @@ def packed_attention_reference(qkv: Tensor, cu_seqlens: Tensor) -> Tensor:
 # of the sum of e^(q . k / sqrt(d)) and 0.
 
 
-def _run(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str) -> tuple[Tensor, Tensor]:
+def _forward(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str) -> tuple[Tensor, Tensor]:
+    validate_inputs(qkv, cu_seqlens, max_seqlen)
     chosen = choose("packed_attention", qkv, max_seqlen, backend=backend)
     _check_ends(qkv, cu_seqlens, max_seqlen)
     return FORWARD[chosen](qkv, cu_seqlens, max_seqlen)
 
 
-_operator = torch.library.custom_op("dino_fast::packed_attention_forward", _run, mutates_args=())
-
-
-@_operator.register_fake
-def _(qkv, cu_seqlens, max_seqlen, backend):
+def _fake_forward(qkv, cu_seqlens, max_seqlen, backend):
+    validate_inputs(qkv, cu_seqlens, max_seqlen)
     return grouped.empty_outputs(qkv)
 
 
-def _run_backward(
+def _gradient(
     grad: Tensor,
     qkv: Tensor,
     cu_seqlens: Tensor,
@@ -131,17 +135,38 @@ def _run_backward(
     max_seqlen: int,
     backend: str,
 ) -> Tensor:
-    """The gradient by qkv, [tokens, 3, H, d], from the output's and what the forward of the same backend kept."""
+    """The gradient w.r.t. qkv, [tokens, 3, H, d], from the output's and what the forward of the same backend kept."""
+    _validate_backward(grad, qkv, cu_seqlens, out, statistics, max_seqlen)
+    return _run_backward(grad, qkv, cu_seqlens, out, statistics, max_seqlen, backend)
+
+
+def _fake_gradient(grad, qkv, cu_seqlens, out, statistics, max_seqlen, backend):
+    _validate_backward(grad, qkv, cu_seqlens, out, statistics, max_seqlen)
+    return qkv.new_empty(qkv.shape)
+
+
+def _validate_backward(grad, qkv, cu_seqlens, out, statistics, max_seqlen) -> None:
+    validate_inputs(qkv, cu_seqlens, max_seqlen)
+    tokens, _, H, d = qkv.shape
+    expected = {
+        "output's gradient": (grad, (tokens, H, d), None),
+        "output": (out, (tokens, H, d), qkv.dtype),
+        "statistics": (statistics, (2, H, tokens), grouped.wide(qkv)),
+    }
+    for name, (tensor, shape, dtype) in expected.items():
+        if tensor.shape != shape or tensor.dtype != (dtype or tensor.dtype):
+            raise ValueError(
+                f"packed_attention: the {name} must be {dtype or 'a float'} {list(shape)}, as qkv {list(qkv.shape)} "
+                f"says; got {tensor.dtype} {list(tensor.shape)}"
+            )
+        if tensor.device != qkv.device:
+            raise ValueError(f"packed_attention: the {name} is on {tensor.device} but qkv on {qkv.device}")
+
+
+def _run_backward(grad, qkv, cu_seqlens, out, statistics, max_seqlen, backend) -> Tensor:
+    _check_ends(qkv, cu_seqlens, max_seqlen)  # again: numpy may have changed them since, which autograd does not see
     chosen = choose("packed_attention", qkv, max_seqlen, backend=backend)
     return BACKWARD[chosen](grad, qkv, cu_seqlens, out, statistics, max_seqlen)
-
-
-_backward_operator = torch.library.custom_op("dino_fast::packed_attention_backward", _run_backward, mutates_args=())
-
-
-@_backward_operator.register_fake
-def _(grad, qkv, cu_seqlens, out, statistics, max_seqlen, backend):
-    return qkv.new_empty(qkv.shape)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -149,10 +174,15 @@ def _setup_context(ctx, inputs, output) -> None:
     out, statistics = output
     ctx.mark_non_differentiable(statistics)
     ctx.set_materialize_grads(False)
+    _keep_for_backward(ctx, qkv, cu_seqlens, out, statistics, max_seqlen, backend)
+
+
+def _keep_for_backward(ctx, qkv, cu_seqlens, out, statistics, max_seqlen, backend) -> None:
     ctx.max_seqlen, ctx.backend = max_seqlen, backend
-    ctx.save_for_backward(qkv, cu_seqlens, out, statistics)
+    ctx.save_for_backward(qkv, autograd.savable(cu_seqlens), out, statistics)
 
 
+@autograd.once_differentiable("packed_attention", REFERENCE)
 def _backward(ctx, grad, unused):
     if grad is None:
         return None, None, None, None
@@ -161,27 +191,26 @@ def _backward(ctx, grad, unused):
     return gradient, None, None, None
 
 
-_operator.register_autograd(_backward, setup_context=_setup_context)
+autograd.define_operator(
+    "packed_attention_forward", _forward, _fake_forward, alternative=REFERENCE, backward=_backward,
+    setup_context=_setup_context,
+)  # fmt: skip
+autograd.define_operator("packed_attention_backward", _gradient, _fake_gradient, alternative=REFERENCE)
 
 
-class _Eager(torch.autograd.Function):
-    """The operator without the dispatcher, for plain tensors outside of tracing."""
+class _Direct(torch.autograd.Function):
+    """The operator without the dispatcher, for plain tensors."""
 
     @staticmethod
     def forward(ctx, qkv, cu_seqlens, max_seqlen, backend):
-        out, statistics = _run(qkv, cu_seqlens, max_seqlen, backend)
-        ctx.max_seqlen, ctx.backend = max_seqlen, backend
-        ctx.save_for_backward(qkv, cu_seqlens, out, statistics)
+        out, statistics = _forward(qkv, cu_seqlens, max_seqlen, backend)
+        _keep_for_backward(ctx, qkv, cu_seqlens, out, statistics, max_seqlen, backend)
         return out
 
     @staticmethod
+    @autograd.once_differentiable("packed_attention", REFERENCE)
     def backward(ctx, grad):
-        # Where the gradient is to be differentiated in its turn, the operator: it says that it cannot be.
-        run = torch.ops.dino_fast.packed_attention_backward if torch.is_grad_enabled() else _run_backward
-        return run(grad, *ctx.saved_tensors, ctx.max_seqlen, ctx.backend), None, None, None
-
-
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))  # no subclass with a dispatch of its own
+        return _run_backward(grad, *ctx.saved_tensors, ctx.max_seqlen, ctx.backend), None, None, None
 
 
 def _check_ends(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
@@ -231,7 +260,7 @@ def _explain() -> str:
     return f"on a GPU, by the longest sequence: {', '.join(parts)} ({source})"
 
 
-def _triton_rejects(qkv: Tensor, max_seqlen: int = 0) -> str | None:
+def _triton_unsupported(qkv: Tensor, max_seqlen: int = 0) -> str | None:
     if qkv.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"it runs on CUDA (on the CPU under TRITON_INTERPRET=1), qkv is on {qkv.device}"
     if qkv.dtype not in KERNEL_DTYPES:
@@ -243,32 +272,32 @@ def _triton_rejects(qkv: Tensor, max_seqlen: int = 0) -> str | None:
     return gpu.too_old(qkv.device)
 
 
-def _native_rejects(qkv: Tensor, max_seqlen: int = 0) -> str | None:
-    return packed_attention_cpu.rejects(qkv)
+def _native_unsupported(qkv: Tensor, max_seqlen: int = 0) -> str | None:
+    return packed_attention_cpu.unsupported_reason(qkv)
 
 
-def _sdpa_rejects(qkv: Tensor, max_seqlen: int = 0) -> str | None:
+def _sdpa_unsupported(qkv: Tensor, max_seqlen: int = 0) -> str | None:
     if qkv.device.type == "cpu":
         return None
-    from dino_fast.ops.packed_attention.cuda import sdpa_rejects
+    from dino_fast.ops.packed_attention.cuda import sdpa_unsupported_reason
 
-    return sdpa_rejects(qkv)
-
-
-def _varlen_rejects(qkv: Tensor, max_seqlen: int = 0) -> str | None:
-    from dino_fast.ops.packed_attention.cuda import varlen_rejects
-
-    return varlen_rejects(qkv)
+    return sdpa_unsupported_reason(qkv)
 
 
-def _xformers_rejects(qkv: Tensor, max_seqlen: int = 0) -> str | None:
-    from dino_fast.ops.packed_attention.cuda import xformers_rejects
+def _varlen_unsupported(qkv: Tensor, max_seqlen: int = 0) -> str | None:
+    from dino_fast.ops.packed_attention.cuda import varlen_unsupported_reason
 
-    return xformers_rejects(qkv)
+    return varlen_unsupported_reason(qkv)
+
+
+def _xformers_unsupported(qkv: Tensor, max_seqlen: int = 0) -> str | None:
+    from dino_fast.ops.packed_attention.cuda import xformers_unsupported_reason
+
+    return xformers_unsupported_reason(qkv)
 
 
 @functools.cache
-def _xformers_missing() -> str | None:
+def _xformers_unavailable() -> str | None:
     try:
         import xformers.ops  # noqa: F401
     except ImportError as error:
@@ -282,11 +311,11 @@ def _example(device: torch.device) -> tuple[Tensor, int]:
 
 register(
     "packed_attention",
-    Backend("triton", missing=triton_missing, rejects=_triton_rejects),
-    Backend("varlen", rejects=_varlen_rejects),
-    Backend("xformers", missing=_xformers_missing, rejects=_xformers_rejects),
-    Backend("native", native_missing, _native_rejects),
-    Backend("sdpa", rejects=_sdpa_rejects),
+    Backend("triton", unavailable_reason=triton_missing, unsupported_reason=_triton_unsupported),
+    Backend("varlen", unsupported_reason=_varlen_unsupported),
+    Backend("xformers", unavailable_reason=_xformers_unavailable, unsupported_reason=_xformers_unsupported),
+    Backend("native", native_missing, _native_unsupported),
+    Backend("sdpa", unsupported_reason=_sdpa_unsupported),
     Backend("reference"),
     example=_example,
     preference=Preference(_fastest, _explain),

@@ -22,11 +22,11 @@ HALF = (torch.bfloat16, torch.float16)
 WIDEST = 256  # elements of a head that PyTorch's flash attention takes
 
 
-def varlen_rejects(qkv: Tensor) -> str | None:
-    return xformers_rejects(qkv) or gpu.too_old(qkv.device)
+def varlen_unsupported_reason(qkv: Tensor) -> str | None:
+    return xformers_unsupported_reason(qkv) or gpu.too_old(qkv.device)
 
 
-def xformers_rejects(qkv: Tensor) -> str | None:
+def xformers_unsupported_reason(qkv: Tensor) -> str | None:
     if qkv.device.type != "cuda":
         return f"it runs on CUDA, qkv is on {qkv.device}"
     if qkv.dtype not in HALF:
@@ -40,7 +40,7 @@ def _no_bfloat16(qkv: Tensor) -> str | None:
     return gpu.too_old(qkv.device) if qkv.dtype == torch.bfloat16 else None
 
 
-def sdpa_rejects(qkv: Tensor) -> str | None:
+def sdpa_unsupported_reason(qkv: Tensor) -> str | None:
     if qkv.device.type != "cuda":
         return f"it calls PyTorch's attention for CPUs or for CUDA, qkv is on {qkv.device}"
     if qkv.dtype not in (*HALF, torch.float32):

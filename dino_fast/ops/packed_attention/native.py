@@ -8,7 +8,7 @@ from torch import Tensor
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def rejects(*tensors: Tensor) -> str | None:
+def unsupported_reason(*tensors: Tensor) -> str | None:
     """Why the kernels cannot take these inputs, or None."""
     for t in tensors:
         if t.device.type != "cpu":
@@ -32,7 +32,7 @@ def forward(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, T
 
 
 def backward(grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, out: Tensor, statistics: Tensor, max_seqlen: int) -> Tensor:
-    """The gradient by qkv [tokens, 3, H, d]; the softmax is taken anew, so that nothing of it is rounded in between."""
+    """The gradient w.r.t. qkv [tokens, 3, H, d]; the softmax is taken anew, without rounding in between."""
     from dino_fast import _C
 
     grad, qkv, ends = grad.to(qkv.dtype).contiguous(), _contiguous_rows(qkv), cu_seqlens.contiguous()

@@ -1,0 +1,83 @@
+"""The Triton backends of dino_loss: kernels/dino_loss.py, and kernels/dino_loss_sweep.py for `triton_sweep`."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from dino_fast import gpu
+from dino_fast.ops.dino_loss.common import KERNEL_DTYPES, contiguous_rows
+
+
+def unsupported_reason(student: Tensor | None = None, *others: Tensor) -> str | None:
+    """Why the kernels cannot take these logits, or None."""
+    for tensor in (student, *others):
+        if tensor is None:
+            continue
+        if tensor.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            return f"it runs on CUDA (on the CPU under TRITON_INTERPRET=1), the logits are on {tensor.device}"
+        if tensor.dtype not in KERNEL_DTYPES:
+            return f"it takes float32, bfloat16 and float16 logits, not {tensor.dtype}"
+    return None if student is None else gpu.too_old(student.device)
+
+
+def sweep_unsupported_reason(student: Tensor | None = None, *others: Tensor) -> str | None:
+    """The same for `triton_sweep`."""
+    if (reason := unsupported_reason(student, *others)) or student is None:
+        return reason
+    from dino_fast.kernels import dino_loss_sweep
+
+    return dino_loss_sweep.unsupported_reason(student)
+
+
+def forward(student, teacher, center, student_temp, teacher_temp, outputs):
+    from dino_fast.kernels import dino_loss as kernels
+
+    *_, grad, row_statistics, kept_center = outputs
+    student, teacher = contiguous_rows(student, teacher)
+    center = center.to(torch.float32).contiguous()
+    loss, entropy = kernels.statistics(student, teacher, center, student_temp, teacher_temp, row_statistics)
+    if grad.numel() > 0:
+        one = torch.ones((), dtype=torch.float32, device=student.device)
+        mean = kernels.gradient(student, teacher, center, row_statistics, one, grad, student_temp, teacher_temp)
+    else:
+        mean = kernels.mean(student, teacher, center, row_statistics)
+    return loss, mean, entropy, grad, row_statistics, kept_center
+
+
+def sweep_forward(student, teacher, center, student_temp, teacher_temp, outputs):
+    *_, grad, row_statistics, kept_center = outputs
+    if grad.numel() == 0:
+        return forward(student, teacher, center, student_temp, teacher_temp, outputs)
+    from dino_fast.kernels import dino_loss_sweep
+
+    rows = contiguous_rows(student, teacher)
+    center = center.to(torch.float32).contiguous()
+    loss, entropy, mean = dino_loss_sweep.sweep(*rows, center, student_temp, teacher_temp, row_statistics, grad)
+    return loss, mean, entropy, grad, row_statistics, kept_center
+
+
+def gradient(student, teacher, center, row_statistics, upstream, student_temp, teacher_temp):
+    from dino_fast.kernels import dino_loss as kernels
+
+    grad = student.new_empty(student.shape)
+    student, teacher = contiguous_rows(student, teacher)
+    center = center.to(torch.float32).contiguous()
+    statistics = row_statistics.contiguous()
+    kernels.gradient(student, teacher, center, statistics, upstream, grad, student_temp, teacher_temp)
+    return grad
+
+
+def scale_grad(ctx, grad: Tensor, upstream: Tensor) -> Tensor:
+    """grad * upstream, where only the GPU knows upstream: in place, by a kernel that returns at once if it is 1.
+    A graph that is run again gets a new tensor, from what the first run left; if that was for an upstream gradient of
+    0, the second run's is not finite."""
+    from dino_fast.kernels.dino_loss_sweep import scale
+
+    if ctx.taken is None:
+        ctx.taken = upstream
+        scale(grad, upstream)
+        return grad
+    return grad * (upstream / ctx.taken).to(grad.dtype)
