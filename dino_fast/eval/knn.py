@@ -73,7 +73,8 @@ def knn_grid(
     """One row `{k, temperature, top1, top5}` for each pair, shares of queries, for one search.
 
     `bank` `[N, dim]` and `queries` `[M, dim]` of any length, labels int64 from 0. Equal votes go to the lower class;
-    with five classes or fewer `top5` is 1. Raises UserError where a k exceeds the bank, or for labels out of range.
+    with five classes or fewer `top5` is 1. With k < 5, `top5` counts only classes that a neighbor votes for.
+    Raises UserError where a k exceeds the bank, or for labels out of range.
     """
     for k in ks:
         if not 1 <= k <= len(bank):
@@ -200,4 +201,7 @@ def _ranks(similarity: Tensor, voters: Tensor, labels: Tensor, temperature: floa
     votes = weight.new_zeros(len(labels), classes).scatter_add_(1, voters, weight)
     own = votes.gather(1, labels[:, None])
     lower = torch.arange(classes, dtype=torch.int64, device=votes.device) < labels[:, None]
-    return ((votes > own) | ((votes == own) & lower)).sum(dim=1)
+    rank = ((votes > own) | ((votes == own) & lower)).sum(dim=1)
+    if voters.shape[1] < 5:  # or classes without any vote would fill up the first five
+        rank[~(voters == labels[:, None]).any(dim=1)] = max(5, classes)
+    return rank

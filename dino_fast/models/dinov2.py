@@ -58,6 +58,7 @@ class DINOv2(VisionTransformer):
         antialias: bool | None = None,
     ) -> None:
         super().__init__(img_size, patch_size, in_chans, embed_dim, 0, num_heads, mlp_ratio, qkv_bias, drop_path_rate)
+        nn.init.normal_(self.cls_token, std=1e-6)
         self.registers = registers
         self.antialias = registers > 0 if antialias is None else antialias
         if registers:

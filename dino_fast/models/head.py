@@ -26,12 +26,12 @@ class DINOHead(nn.Module):
         self,
         in_dim: int,
         out_dim: int,
-        *,
         use_bn: bool = False,
         norm_last_layer: bool = True,
         nlayers: int = 3,
         hidden_dim: int = 2048,
         bottleneck_dim: int = 256,
+        *,
         predictor: bool = False,
     ) -> None:
         super().__init__()
@@ -48,6 +48,7 @@ class DINOHead(nn.Module):
         self.apply(init_linear)
         # Made after the initialisation, so it keeps that of torch's linear layer.
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
+        self.norm_last_layer = norm_last_layer
         self.last_layer.weight_g.requires_grad_(not norm_last_layer)
 
     def forward(self, x: Tensor) -> Tensor:

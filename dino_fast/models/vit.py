@@ -32,7 +32,7 @@ class VisionTransformer(nn.Module):
 
     def __init__(
         self,
-        img_size: int | tuple[int, int] = 224,
+        img_size: int | Sequence[int] = 224,
         patch_size: int = 16,
         in_chans: int = 3,
         embed_dim: int = 384,
@@ -41,14 +41,18 @@ class VisionTransformer(nn.Module):
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         drop_path_rate: float = 0.0,
+        *,
+        num_classes: int = 0,
     ) -> None:
         super().__init__()
+        if num_classes:
+            raise UserError(f"num_classes is {num_classes}; backbones have no classifier here: put an nn.Linear on top")
         if embed_dim % num_heads:
             raise UserError(f"embed_dim {embed_dim} is not a multiple of num_heads {num_heads}")
         if not 0 <= drop_path_rate < 1:
             raise UserError(f"drop_path_rate is {drop_path_rate}; it is a probability from 0 to below 1")
         self.embed_dim, self.patch_size, self.in_chans, self.num_heads = embed_dim, patch_size, in_chans, num_heads
-        self.img_size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
+        self.img_size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[-1])
         self.grid = grid_of(*self.img_size, patch_size)
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -57,8 +61,9 @@ class VisionTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, qkv_bias, rate) for rate in rates)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.call_block: Callable[..., Tensor] = _call  # or through `torch.utils.checkpoint`
-        # The order of the draws is the published one: equal seeds give equal weights. The convolution of the patches
-        # keeps torch's default.
+        # The order of the draws is the published one. Equal seeds give the original's weights only where it, too, uses
+        # torch's trunc_normal_ (its own copy samples in another way). The convolution of the patches keeps torch's
+        # default.
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         self.apply(init_linear)

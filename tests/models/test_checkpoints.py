@@ -70,6 +70,35 @@ def test_a_teacher_with_batch_norm_carries_module_and_loads(tmp_path):
     same(files.read_state(tmp_path / "a.pth"), ours.state_dict())
 
 
+@pytest.mark.parametrize(
+    "teacher,student",
+    [
+        ("momentum_backbone.", "backbone."),  # solo-learn
+        ("backbone.", "student_backbone."),  # lightly
+        ("teacher_backbone.", "student_backbone."),
+        ("teacher.backbone.", "student.backbone."),
+        ("ssl_model.teacher.backbone.", "ssl_model.student.backbone."),
+    ],
+)
+def test_other_libraries_teachers_and_students(tmp_path, teacher, student):
+    net = VisionTransformer(**SMALL).state_dict()
+    values = {teacher: 2.0, student: 1.0}
+    state = {prefix + n: torch.full_like(t, value) for prefix, value in values.items() for n, t in net.items()}
+    torch.save({"state_dict": state}, tmp_path / "a.ckpt")
+    for which, value in (("teacher", 2.0), ("student", 1.0)):
+        assert (files.load_backbone(tmp_path / "a.ckpt", which=which).cls_token == value).all()
+
+
+def test_a_network_that_is_not_there_or_not_known_is_refused(tmp_path):
+    net = VisionTransformer(**SMALL).state_dict()
+    torch.save({"student.backbone." + n: t for n, t in net.items()}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"holds no teacher: its names begin with 'student\.'; try --which student"):
+        files.load_backbone(tmp_path / "a.pth")
+    torch.save({prefix + n: t for prefix in ("one.", "two.") for n, t in net.items()}, tmp_path / "b.pth")
+    with pytest.raises(UserError, match=r"holds 2 networks, 'one\.', 'two\.'"):
+        files.load_backbone(tmp_path / "b.pth")
+
+
 class Hostile:
     def __init__(self, path):
         self.path = path

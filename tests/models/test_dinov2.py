@@ -145,3 +145,9 @@ def test_attention_leaves_registers_out():
 def test_names_that_are_near():
     with pytest.raises(UserError, match=r"did you mean 'dinov2_vits14'"):
         build_backbone("dinov2_vit_s14")
+
+
+def test_the_class_token_starts_near_zero_as_dinov2s():
+    torch.manual_seed(0)
+    token = DINOv2(28, 14, embed_dim=64, depth=1, num_heads=1).cls_token
+    assert 0 < token.detach().std() < 3e-6

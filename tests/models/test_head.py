@@ -36,6 +36,12 @@ def test_equal_seeds_give_the_originals_weights_outputs_and_gradients(use_bn, no
             torch.testing.assert_close(parameter.grad, given[name].grad, rtol=1e-5, atol=1e-6)
 
 
+def test_the_arguments_are_the_originals_in_their_order():
+    ours, theirs = (cls(12, 40, True, False, 2, 32, 8) for cls in (DINOHead, original.DINOHead))
+    assert {n: p.shape for n, p in ours.state_dict().items()} == {n: p.shape for n, p in theirs.state_dict().items()}
+    assert ours.last_layer.weight_g.requires_grad
+
+
 def test_names_and_count():
     head = DINOHead(384, 65536)
     assert sum(p.numel() for p in head.parameters()) == 22_352_128

@@ -248,3 +248,9 @@ def test_timm_gives_the_same_output_from_the_same_names():
 def test_bad_input(call, message):
     with pytest.raises(UserError, match=message):
         call()
+
+
+def test_the_originals_arguments_build_a_backbone():
+    assert vit_small(patch_size=16, img_size=[32], num_classes=0, depth=1).img_size == (32, 32)
+    with pytest.raises(UserError, match="no classifier"):
+        vit_small(num_classes=1000)

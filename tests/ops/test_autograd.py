@@ -17,6 +17,7 @@ from dino_fast.ops.dino_loss import dino_loss_reference
 from dino_fast.ops.linear.matmul import linear
 from dino_fast.ops.linear.mlp import mlp
 from dino_fast.ops.linear_dino_loss import linear_dino_loss_reference
+from dino_fast.ops.linear_dino_loss.chunked import linear_dino_loss_chunked
 from dino_fast.ops.packed_attention import packed_attention_reference
 
 TEMPS = {"student_temp": 0.1, "teacher_temp": 0.04}
@@ -118,6 +119,17 @@ def test_a_second_derivative_of_any_logits_is_refused(dtype, inplace):
     (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(gradient.float().square().sum(), leaf)
+
+
+def test_the_chunked_loss_refuses_what_the_others_do():
+    z, w = OPERATIONS["linear_dino_loss"][2].clone().requires_grad_(), WEIGHT.clone().requires_grad_()
+    loss, _ = linear_dino_loss_chunked(z * 1, w * 1, ROWS, WEIGHT, CENTER, **TEMPS)
+    for x, other in ((z, z), (z, w), (w, z)):
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="linear_dino_loss_chunked has no second derivative"):
+            torch.autograd.grad(gradient.square().sum(), other)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda z: linear_dino_loss_chunked(z, WEIGHT, ROWS, WEIGHT, CENTER, **TEMPS)[0], (z,), (z,))
 
 
 def test_linear_layers_refuse_a_second_derivative():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dino_fast.errors import UserError
 from dino_fast.loss import DINOLoss
-from dino_fast.models import DINOv2, MultiCropWrapper, VisionTransformer
+from dino_fast.models import DINOHead, DINOv2, MultiCropWrapper, VisionTransformer
 from dino_fast.models.networks import Networks, read_networks
 from dino_fast.models.weights.read import backbone_state, load_weights
 
@@ -32,6 +32,7 @@ def load_pretrained(
         weights = {key.removeprefix("head."): tensor for key, tensor in state.items() if key.startswith("head.")}
         if head and _is_head(weights):
             told.append(", its head" + _take_head(module.head, weights, f"{source}, head of the {name}"))
+            told.append(_norm_last_layer(module.head))
         told.append("; ")
     taken_head = any(part.startswith(", its head") for part in told)
     if taken_head and found.center is not None and found.center.numel() == loss.center.numel():
@@ -98,6 +99,20 @@ def _take_head(head: nn.Module, weights: dict[str, Tensor], source: str) -> str:
         )
         raise UserError(f"{error}; --no-init-head starts with new heads{fitting}") from error
     return note
+
+
+def _norm_last_layer(head: nn.Module) -> str:
+    """Brings prototypes to length 1 where the head keeps them there; returns what to tell of it.
+
+    The loaded lengths would otherwise stay for good: `weight_g` is frozen, so that neither the student nor the
+    teacher's moving average changes it.
+    """
+    if not isinstance(head, DINOHead) or not head.norm_last_layer:
+        return ""
+    length = head.last_layer.weight_g
+    low, high = length.min().item(), length.max().item()
+    length.fill_(1)
+    return "" if low == high == 1 else f" (prototypes of length {low:.3f} to {high:.3f} brought to 1: norm_last_layer)"
 
 
 def _is_head(weights: dict[str, Tensor]) -> bool:

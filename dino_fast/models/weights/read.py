@@ -29,6 +29,25 @@ _SHOWN = 6  # lines of each kind in a message
 _FACTS = ("arch", "patch_size", "num_heads", "img_size", "global_size", "in_chans", "mean", "std")
 
 
+# How other libraries begin the names of the two networks in one state dict, and how such a name begins here. A plain
+# `backbone.` beside one of them is the other network: solo-learn's student, lightly's teacher.
+_NETWORKS = {
+    "teacher": (
+        ("momentum_backbone.", "backbone."),  # solo-learn
+        ("teacher_backbone.", "backbone."),  # lightly
+        ("teacher.", ""),  # DINOv2 and Lightning modules: teacher.backbone.*, teacher.head.*
+        ("ssl_model.teacher.", ""),
+        ("model.teacher.", ""),
+    ),
+    "student": (
+        ("student_backbone.", "backbone."),
+        ("student.", ""),
+        ("ssl_model.student.", ""),
+        ("model.student.", ""),
+    ),
+}
+
+
 def read_state(path: str | Path, which: str = "teacher") -> dict[str, Tensor]:
     """The weights of one network, on the CPU: `backbone.*` and `head.*`, or a backbone's plain names.
 
@@ -174,7 +193,34 @@ def read(path: Path, which: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         state, facts = _read_pickle(path, which)
     if not state:
         raise UserError(f"{path} holds no weights of a {which}")
-    return {_plain_name(name): tensor for name, tensor in state.items()}, facts
+    state = {_plain_name(name): tensor for name, tensor in state.items()}
+    return (state if which == "dino_loss" else _one_network(state, which, path)), facts
+
+
+def _one_network(state: dict[str, Tensor], which: str, path: Path) -> dict[str, Tensor]:
+    """The student's or the teacher's weights of a state dict that holds both, by `_NETWORKS`; others as they are.
+
+    Raises UserError where the network asked for is not there, or several are and none is known by its name.
+    """
+    found = {
+        network: next((pair for pair in pairs if any(name.startswith(pair[0]) for name in state)), None)
+        for network, pairs in _NETWORKS.items()
+    }
+    plain = ("backbone.", "backbone.") if any(name.startswith("backbone.") for name in state) else None
+    if not any(found.values()):
+        roots = sorted({name.removesuffix("cls_token") for name in state if name.endswith("cls_token")})
+        if len(roots) > 1:
+            raise UserError(
+                f"{path} holds {len(roots)} networks, {', '.join(map(repr, roots))}, and which is the {which} is not "
+                "known: save the state dict of one of them, or begin the names with teacher. and student."
+            )
+        return state
+    pair = found[which] or plain
+    if pair is None:
+        other = "student" if which == "teacher" else "teacher"
+        raise UserError(f"{path} holds no {which}: its names begin with {found[other][0]!r}; try --which {other}")  # type: ignore[index]
+    given, here = pair
+    return {here + name.removeprefix(given): tensor for name, tensor in state.items() if name.startswith(given)}
 
 
 def _read_folder(path: Path, which: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dino_fast.ops import autograd
 from dino_fast.ops.dino_loss import dino_loss
 from dino_fast.ops.linear.matmul import matmul
 
 CHUNK = 16 << 20  # floats of logits at a time, 25 images of 10 crops at K = 65536; half of it: 267 ms, twice: 193 ms
+REFERENCE = "dino_fast.ops.linear_dino_loss.linear_dino_loss_reference"
 ENTROPY_ROWS = 128  # rows whose logits `teacher_entropy` holds at a time
 
 
@@ -38,6 +40,7 @@ def linear_dino_loss_chunked(
     `student_weight`. They are computed for an upstream gradient of 1 and scaled afterwards, too late for the loss
     scaling that float16 needs.
     """
+    autograd.refuse_transforms("linear_dino_loss_chunked", REFERENCE, student, student_weight)
     targets = _TeacherLogits(teacher, teacher_weight)
     temps = {"student_temp": student_temp, "teacher_temp": teacher_temp}
     loss, entropy = ChunkedDinoLoss.apply(student, student_weight, targets, center, temps)
@@ -111,12 +114,13 @@ class ChunkedDinoLoss(torch.autograd.Function):
                 del gradient
             del logits, target_logits, crop_logits, result  # before the next chunk's are made
         ctx.save_for_backward(grad_rows, grad_weight)
+        ctx.anchors = [autograd.anchor(x) for x in (rows, weight) if x.requires_grad]
         loss, entropy = torch.stack(values).sum(0)
         ctx.mark_non_differentiable(entropy)
         return loss, entropy
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @autograd.once_differentiable("linear_dino_loss_chunked", REFERENCE)
     def backward(ctx: Any, upstream: Tensor, unused: Tensor) -> tuple[Tensor | None, ...]:
         gradients = [None if x is None else _scale_grad(x, upstream) for x in ctx.saved_tensors]
         return *gradients, None, None, None
