@@ -100,7 +100,7 @@ def test_a_failure_comes_after_the_batch_before_it() -> None:
         seen = []
         with pytest.raises(UserError, match="is the disk still there"):
             for batch in train_loader(
-                source, CROPS, batch_size=6, seed=0, max_corrupt=1.0, gpu=gpu, on_bad=lambda line: None
+                source, CROPS, batch_size=6, seed=0, max_bad=1.0, gpu=gpu, on_bad=lambda line: None
             ):
                 seen.append(batch.batch)
         assert seen == [0, 1]

@@ -48,8 +48,25 @@ def in_steps(qkv, cu_seqlens, upstream):
     return differentiated(attention, qkv, upstream)
 
 
+def rounding_of_scores(qkv, cu_seqlens):
+    """How far an output moves where each score x = q . k / sqrt(d) is rounded: a product of d terms added up in some
+    order is off by eps |x|, a probability by that share of itself, and sum p v by 2 eps max |x| sum p |v - out|."""
+    eps, largest = torch.finfo(torch.float32).eps, 0.0
+    for sequence in qkv.double().tensor_split(cu_seqlens[1:-1].tolist()):
+        q, k, v = sequence.permute(1, 2, 0, 3)  # [H, L, d] each
+        if k.shape[1] == 0:
+            continue
+        x = q @ k.mT * q.shape[-1] ** -0.5
+        p = x.softmax(-1)
+        apart = (v[:, None] - (p @ v)[:, :, None]).abs()  # [H, L, L, d]
+        moved = 2 * eps * x.abs().amax(-1, keepdim=True) * (p[..., None] * apart).sum(2)
+        largest = max(largest, moved.max().item())
+    return largest
+
+
 def assert_as_good_as_eager(*draws):
-    """The largest errors over the draws against float64: at most twice eager's plus 1e-6 (1 + |reference|)."""
+    """The largest errors over the draws against float64: at most twice eager's plus 1e-6 (1 + |reference|). An output
+    may also be off by what the rounding of its scores makes: eager's own, where keys tie, is a matter of luck."""
     found, limits = torch.zeros(2), torch.zeros(2)
     for draw in draws:
         qkv, cu_seqlens, upstream, _ = draw
@@ -58,6 +75,7 @@ def assert_as_good_as_eager(*draws):
             assert ours.isfinite().all()
             found[i] = torch.maximum(found[i], (ours - truth).abs().max())
             limits[i] = max(limits[i], 2 * (eager - truth).abs().max() + 1e-6 * (1 + truth.abs().max()))
+        limits[0] = max(limits[0], rounding_of_scores(qkv, cu_seqlens))
     assert (found <= limits).all(), (found, limits)
 
 

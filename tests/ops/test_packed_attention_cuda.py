@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dino_fast import backends, gpu
 from dino_fast.attention import packed_attention
 from dino_fast.backends import OPERATIONS, choose
 from dino_fast.ops import packed_attention as operation
@@ -40,7 +41,8 @@ def test_varlen_is_called_as_pytorch_declares_it(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_sdpa_is_called_as_pytorch_declares_it(dtype):
+def test_sdpa_is_called_as_pytorch_declares_it(dtype, monkeypatch):
+    monkeypatch.setattr(gpu, "chip", lambda device: gpu.INTERPRETED)
     with FakeTensorMode():
         q, k, v = torch.empty(5, 37, 3, 6, 64, dtype=dtype, device="cuda").permute(2, 0, 3, 1, 4).unbind(0)
         out, logsumexp = peers.sdpa(q, k, v)
@@ -114,9 +116,10 @@ def test_the_longest_sequence_decides_on_a_gpu(monkeypatch):
             "on a GPU, by the longest sequence: varlen up to 64 tokens, then triton (measured on some GPU)"
         )
         # What is fastest cannot always run: float32 goes on to the next.
-        monkeypatch.setattr(operation, "triton_missing", lambda: None)
+        monkeypatch.setattr(gpu, "chip", lambda device: gpu.INTERPRETED)
         chosen = {dtype: choose("packed_attention", qkv.to(dtype), 37) for dtype in (torch.float16, torch.float64)}
         assert chosen == {torch.float16: "varlen", torch.float64: "reference"}
+    backends.triton_missing.cache_clear()  # it was asked with a GPU
     assert operation._fastest(torch.empty(0), 37) is None  # on a CPU the order of registration
 
 
