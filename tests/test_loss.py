@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from dino_fast.loss import DINOLoss, dino_loss, teacher_temp_schedule
+from dino_fast.loss import DINOLoss, dino_loss, linear_dino_loss, teacher_temp_schedule
 from dino_fast.ops.dino_loss import dino_loss_reference
 
 from .original.loss import DINOLoss as Original
@@ -194,3 +194,31 @@ def test_errors_say_what_is_accepted():
         DINOLoss(K, 1, 0.04, 0.07, 0, 1)
     with pytest.raises(ValueError, match="temperatures must be positive"):
         DINOLoss(K, V, 0.0, 0.0, 0, 1)(student, teacher, 0)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gain", [False, True])
+def test_the_default_dtype_does_not_matter(default, gain):
+    torch.manual_seed(0)
+    student, teacher, center = torch.randn(4, 3, 16), torch.randn(2, 3, 16), torch.randn(50)
+    weights = torch.randn(2, 50, 16)
+    gains = {name: torch.rand(50) + 0.5 for name in ("student_gain", "teacher_gain")} if gain else {}
+
+    def results():
+        rows, weight = student.clone().requires_grad_(), weights[0].clone().requires_grad_()
+        loss, mean = linear_dino_loss(
+            rows, weight, teacher, weights[1], center, student_temp=0.1, teacher_temp=0.04, **gains
+        )
+        loss.backward()
+        logits = (student @ weights[0].T).requires_grad_()
+        plain = dino_loss(logits, teacher @ weights[1].T, center, student_temp=0.1, teacher_temp=0.04)
+        plain.backward()
+        return loss.detach(), mean, rows.grad, weight.grad, plain.detach(), logits.grad
+
+    expected = results()
+    torch.set_default_dtype(default)
+    try:
+        found = results()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found, expected, strict=True))

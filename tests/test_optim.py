@@ -365,6 +365,9 @@ def test_errors_name_what_is_wrong():
         AdamWEMA(params, teacher).step(momentum=1.5)
     with pytest.raises(ValueError, match="there is none"):
         AdamWEMA(params, None).step(momentum=0.5)
+    for option in ("amsgrad", "maximize"):
+        with pytest.raises(ValueError, match=f"a group has {option}=True"):
+            AdamWEMA([{"params": params, option: True}], teacher)
     with pytest.raises(ValueError, match="amsgrad"):
         AdamWEMA(params, teacher).load_state_dict(torch.optim.AdamW(params, amsgrad=True).state_dict())
     with pytest.raises(ValueError, match="teacher has 6 tensors but student has 5"):

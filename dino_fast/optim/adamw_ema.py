@@ -135,6 +135,9 @@ class AdamWEMA(torch.optim.Optimizer):
                         f"parameters must be float32, bfloat16 or float64; got {p.dtype}. For float16, keep float32 "
                         f"parameters and use torch.autocast with torch.amp.GradScaler"
                     )
+            for option in ("amsgrad", "maximize"):
+                if group.get(option):
+                    raise ValueError(f"a group has {option}=True, which AdamWEMA does not offer; leave it out")
             for name in _COMPANIONS:
                 group[name] = list(group.get(name) or ())
                 _check_companions(name, group[name], group["params"])

@@ -49,7 +49,7 @@ def forward(student, student_weight, student_gain, teacher, teacher_weight, teac
     for chunk in chunks:
         chunk.start(T, V, reads=differentiable and not one_tile)
     teacher_mean_row = teacher.detach().to(torch.float32).mean(dim=(0, 1))
-    mean = torch.empty(K)
+    mean = torch.empty(K, dtype=torch.float32, device="cpu")
     for first in range(0, K, tiles.columns):
         columns = slice(first, first + tiles.columns)
         torch.mv(layers[0].tile(first), teacher_mean_row, out=mean[columns])
@@ -79,9 +79,11 @@ def weight_gradient(student, student_weight, student_gain, teacher, teacher_weig
     K, D = student_weight.shape
     tiles = _Tiles(student, teacher, center, student_temp, teacher_temp, K)
     layers = tiles.layers((teacher_weight, teacher_gain), (student_weight, student_gain))
-    gradient = torch.empty((K, D), dtype=student_weight.dtype)
-    buffer = None if gradient.dtype == torch.float32 else torch.empty(tiles.columns, D)
-    grad_gain = torch.empty(0 if student_gain is None else K)
+    gradient = torch.empty((K, D), dtype=student_weight.dtype, device="cpu")
+    buffer = (
+        None if gradient.dtype == torch.float32 else torch.empty(tiles.columns, D, dtype=torch.float32, device="cpu")
+    )
+    grad_gain = torch.empty(0 if student_gain is None else K, dtype=torch.float32, device="cpu")
     chunks = []
     for images in tiles.chunks:
         chunk = _Chunk(images, *_stacked(teacher[:, images], student[:, images]))
@@ -104,7 +106,7 @@ def weight_gradient(student, student_weight, student_gain, teacher, teacher_weig
 def _product_in_pieces(weights: Tensor, rows: Tensor) -> Tensor:
     """weights [n, K] @ rows [K, D], float64 from float32 pieces: for few rows a product is one long sum of terms that
     cancel, and its error would be many times the result's."""
-    total = torch.zeros(len(weights), rows.shape[1], dtype=torch.float64)
+    total = torch.zeros(len(weights), rows.shape[1], dtype=torch.float64, device="cpu")
     for first in range(0, len(rows), PIECE):
         total += torch.mm(weights[:, first : first + PIECE], rows[first : first + PIECE])
     return total
@@ -130,11 +132,11 @@ class _Chunk:
 
     def start(self, T: int, V: int, reads: bool) -> None:
         n, D = self.rows.shape
-        self.maxima = torch.full((n,), float("-inf"))
-        self.sums = torch.zeros(n, dtype=torch.float64)
-        self.pairs = torch.zeros(T, V, n // (T + V), dtype=torch.float64)
+        self.maxima = torch.full((n,), float("-inf"), dtype=torch.float32, device="cpu")
+        self.sums = torch.zeros(n, dtype=torch.float64, device="cpu")
+        self.pairs = torch.zeros(T, V, n // (T + V), dtype=torch.float64, device="cpu")
         if reads:
-            self.read = torch.zeros(n, D)
+            self.read = torch.zeros(n, D, dtype=torch.float32, device="cpu")
 
     def shares(self, pair_weights: Tensor) -> tuple[Tensor, Tensor]:
         """What a student's e^(logit - maximum) is multiplied by [V, images], and its teachers' [T, V, images]."""
@@ -174,7 +176,7 @@ class _Tiles:
         self.temps = teacher_temp, student_temp
         self.center = center.detach().to(torch.float32).contiguous()
         self.columns = min(K, max(64, BUFFER // (images * crops) // 64 * 64))
-        self.buffer = torch.empty(images * crops * self.columns)
+        self.buffer = torch.empty(images * crops * self.columns, dtype=torch.float32, device="cpu")
 
     def layers(self, *of_networks: tuple[Tensor, Tensor | None]) -> list[_Layer]:
         """The teacher's and the student's (weight, gain), with one buffer where no tile of either is used twice."""
@@ -182,7 +184,7 @@ class _Tiles:
         for weight, gain in of_networks:
             in_place = gain is None and weight.dtype == torch.float32 and weight.is_contiguous()
             if not in_place and (buffer is None or len(self.chunks) > 1):
-                buffer = _Buffer(torch.empty(self.columns, weight.shape[1]))
+                buffer = _Buffer(torch.empty(self.columns, weight.shape[1], dtype=torch.float32, device="cpu"))
             layers.append(_Layer(weight, gain, self, None if in_place else buffer))
         return layers
 

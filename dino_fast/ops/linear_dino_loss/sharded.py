@@ -63,7 +63,7 @@ def linear_dino_loss_ranks(
     (complete: nothing is left to reduce). The upstream gradient must be the same in all processes.
     """
     V, T = len(student), len(teacher)
-    pairs = torch.ones(T, V, device=student.device).fill_diagonal_(0.0)
+    pairs = torch.ones(T, V, dtype=torch.float32, device=student.device).fill_diagonal_(0.0)
     fixed = (teacher, teacher_weight, teacher_gain, center, pairs / pairs.sum())
     temps = float(student_temp), float(teacher_temp)
     autograd.refuse_transforms("linear_dino_loss_ranks", whole.REFERENCE, student, student_weight, student_gain)
