@@ -8,7 +8,6 @@ images a second.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dino_fast.augment import MultiCrop
+from dino_fast.cpus import usable_cpus
 from dino_fast.data import Source, open_source, train_loader
 from dino_fast.data.loader import _CROPS, epoch_order, mix
 
@@ -123,7 +123,7 @@ def _one_thread(worker: int) -> None:
 
 
 def run(quick: bool = False) -> list[Row]:
-    batches, workers = (4 if quick else 24), min(10, os.cpu_count() or 1)
+    batches, workers = (4 if quick else 24), min(10, usable_cpus())
     with tempfile.TemporaryDirectory() as folder:
         rows = run_all(iter([comparison(Path(folder), batches, workers)]), quick=quick)
     for row in rows:
@@ -135,7 +135,7 @@ def run(quick: bool = False) -> list[Row]:
 def comparisons(quick: bool = False) -> Iterator[Comparison]:
     """For the timing tests, whose files must outlive this call."""
     folder = tempfile.TemporaryDirectory()
-    kept = comparison(Path(folder.name), 4, min(10, os.cpu_count() or 1))
+    kept = comparison(Path(folder.name), 4, min(10, usable_cpus()))
     yield kept
     folder.cleanup()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from dino_fast.cpus import usable_cpus
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -15,7 +17,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the findings; 1 when an image cannot be read, else 0."""
-    import os
 
     from dino_fast.data import open_source
     from dino_fast.data.check import check, crops_per_second, describe, speed
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     lines = [*describe(source, report)]
     bad = len(report.bad)
     if len(report.bad) < report.images:
-        lines += speed(report, args.workers, crops_per_second(source, crops), crops, os.cpu_count() or 1)
+        lines += speed(report, args.workers, crops_per_second(source, crops), crops, usable_cpus())
     print("\n".join(lines))
     if source.test is not None:
         print("held out:")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dino_fast import __version__
+from dino_fast.cpus import usable_cpus
 
 LIBRARIES = ("torch", "torchvision", "triton", "xformers", "numpy", "pillow", "pyarrow", "safetensors")
 
@@ -48,7 +49,7 @@ def collect() -> dict[str, Any]:
         "installed_at": str(Path(__file__).parents[1]),
         "python": platform.python_version(),
         "libraries": {name: _version(name) for name in LIBRARIES},
-        "cpu": {"name": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "cpu": {"name": _cpu_name(), "cores": usable_cpus(), "threads": torch.get_num_threads()},
         "gpus": [
             "{}, compute capability {}.{}".format(torch.cuda.get_device_name(i), *torch.cuda.get_device_capability(i))
             for i in range(torch.cuda.device_count())

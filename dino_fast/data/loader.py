@@ -8,7 +8,6 @@ any number of processes.
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import threading
 from collections import deque
@@ -22,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from dino_fast.augment import GLOBALS, IMAGENET_MEAN, IMAGENET_STD, MultiCrop, Size, pair, statistics
+from dino_fast.cpus import usable_cpus
 from dino_fast.data.decode import ImageError, Jpeg
 from dino_fast.data.gpu_crops import Packed, cut_ahead, pack
 from dino_fast.data.shared_buffers import Slot, Slots, WorkersSlots
@@ -338,7 +338,7 @@ def _centres(source: Source, size: tuple[int, int]) -> Iterator[Tensor | ImageEr
         return found
 
     source.prepare()  # imports what decodes in one thread
-    threads = min(_READERS, os.cpu_count() or 1)
+    threads = min(_READERS, usable_cpus())
     ahead: deque[Future[list[Tensor | ImageError]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for start in range(0, len(source), _GROUP):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from dino_fast.backends import BackendError, choose, cuda_missing
+from dino_fast.cpus import usable_cpus
 from dino_fast.data import Source, Subset, TrainLoader, open_source, split, train_loader
 from dino_fast.data.gpu_crops import nvjpeg_missing
 from dino_fast.engine import parallelize
@@ -128,7 +128,7 @@ def resolve_workers(count: int | None, device: torch.device, processes: int = 1)
     """
     if count is not None:
         return count
-    return 0 if device.type == "cpu" else max(1, min(10, (os.cpu_count() or 1) // processes))
+    return 0 if device.type == "cpu" else max(1, min(10, usable_cpus() // processes))
 
 
 def resolve_precision(name: str, device: torch.device) -> str:

@@ -20,9 +20,10 @@ neither raises nor clears an alarm.
 from __future__ import annotations
 
 import math
-import os
 from collections import deque
 from typing import Any
+
+from dino_fast.cpus import usable_cpus
 
 # The figures below come from small ViTs on 8x8 digits: a healthy run (K = 512 and 4096), one without a center, which
 # falls onto one prototype, and one with a teacher temperature of 0.2, which goes flat.
@@ -123,7 +124,7 @@ class Health:
         # A second, lower bound to clear the alarm: near 10 % it would come and go.
         if wait <= (WAIT * 0.7 if "waiting" in self._told else WAIT):
             return {}
-        cores = os.cpu_count() or 1
+        cores = usable_cpus()
         have = (
             f"now {self.workers}, this machine has {cores} cores" if self.workers is not None else f"{cores} cores here"
         )

@@ -107,7 +107,7 @@ def test_narrow_features() -> None:
 
 
 def test_data_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health.os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(health, "usable_cpus", lambda: 8)
     assert _run(Health(K), 500, data_wait=0.09) == []
     told = _run(Health(K, workers=2, device="cuda"), 500, data_wait=0.25)
     assert len(told) == 1
