@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:  # `import dino_fast` stays cheap: torch is loaded with the first thing that needs it
     if name == "train":
+        from dino_fast.cpus import shorten_spinning
+
+        shorten_spinning()
         from dino_fast.engine import train
 
         return train

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import subprocess
 import sys
 import warnings
@@ -118,3 +119,15 @@ def test_train_then_evaluate_then_export(tmp_path: Path, capsys: pytest.CaptureF
     assert '"top1"' in capsys.readouterr().out
     assert cli.main(["export", "--checkpoint", str(run), "--out", str(tmp_path / "vit.safetensors")]) == 0
     assert (tmp_path / "vit.safetensors").read_bytes() == (run / "export" / "teacher.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "door", ["from dino_fast import train", "from dino_fast.cli.main import main; main(['info', '--json'])"]
+)
+def test_every_door_shortens_the_spinning_of_openmp(door):
+    script = f"import os, sys; {door}; print(os.environ.get('GOMP_SPINCOUNT'), file=sys.stderr)"
+    plain = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    for given, expected in (({}, "4000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "None")):
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, env=plain | given, capture_output=True, text=True, check=True)
+        assert done.stderr.split()[-1] == expected
