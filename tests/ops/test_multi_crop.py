@@ -265,6 +265,50 @@ def test_opcheck_and_refusals():
         operator(images, boxes + 1, *rest, *sizes)
     with pytest.raises(ValueError, match="order"):
         operator(images, boxes, rest[0], rest[1] + 1, *rest[2:], *sizes)
+    for bad, message in (
+        (([], boxes, *rest, *sizes), "no images"),
+        ((images, boxes[0], *rest, *sizes), r"boxes is \[3, 4\]; \[2, crops, 4\]"),
+        ((images, boxes[:1], *rest, *sizes), r"\[2, crops, 4\] is needed"),
+        ((images, boxes.double(), *rest, *sizes), "boxes is torch.float64"),
+        ((images, boxes, rest[0].int(), *rest[1:], *sizes), "switches is torch.int32"),
+        (([images[0], images[1].float()], boxes, *rest, *sizes), "images are uint8"),
+        (([torch.zeros(17, 20, 30, dtype=torch.uint8)] * 2, boxes, *rest, *sizes), "17 channels"),
+        ((images, boxes, *rest, 4, *sizes[1:]), "n_global is 4"),
+        ((images, boxes, *rest, 2, [8, 0], *sizes[2:]), r"global_size is \[8, 0\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            operator(*bad)
+        meta = [[x.to("meta") for x in part] if isinstance(part, list) and part and isinstance(part[0], torch.Tensor)
+                else part.to("meta") if isinstance(part, torch.Tensor) else part for part in bad]  # fmt: skip
+        if "boxes is torch" not in message and "switches" not in message:  # kinds are checked where they are read
+            with pytest.raises(ValueError, match=message):
+                operator(*meta)
+
+
+def test_crops_are_written_only_where_they_fit():
+    crops = MultiCrop(24, 12, 2)
+    images = pictures(3, (40, 50), (30, 30))
+    cuts = crops.cuts(crops.sample(2, torch.Generator().manual_seed(0)), [(40, 50), (30, 30)])
+    expected = crops.cut(images, cuts)
+
+    def written(*shapes, dtypes=(torch.float32, torch.float32)):
+        out = tuple(torch.full(shape, float("nan"), dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
+        return crops.cut(images, cuts, out=out)
+
+    right = (2, 2, 3, 24, 24), (2, 2, 3, 12, 12)
+    assert all(map(torch.equal, written(*right), expected))
+    for shapes, message in (
+        (((2, 1, 3, 24, 24), right[1]), "global crops to write"),
+        ((right[0], (2, 2, 1, 12, 12)), "local crops to write"),
+        ((right[0], (1, 2, 3, 12, 12)), "2 global and 1 local"),
+        (((2, 2, 3, 24), right[1]), "global crops to write"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            written(*shapes)
+    with pytest.raises(ValueError, match="of one dtype"):
+        written(*right, dtypes=(torch.float32, torch.bfloat16))
+    with pytest.raises(ValueError, match="contiguous"):
+        crops.cut(images, cuts, out=(torch.zeros(2, 2, 3, 24, 24).transpose(0, 1), torch.zeros(right[1])))
 
 
 def test_encoded_photograph_in_grey():

@@ -335,6 +335,8 @@ def test_adamw_errors():
         call({"steps": [torch.tensor(1), torch.tensor(1)]})
     with pytest.raises(ValueError, match=r"multipliers must have shape \(2,\)"):
         call({"multipliers": torch.ones(3)})
+    with pytest.raises(ValueError, match="multipliers must be on the parameters' device, cpu; they are on meta"):
+        call({"multipliers": torch.ones(2, device="meta")})
     with pytest.raises(ValueError, match="2 lrs"):
         call({"lrs": [1.0]})
     with pytest.raises(ValueError, match=r"param_copies\[1\] must be bfloat16 of shape \(4,\)"):

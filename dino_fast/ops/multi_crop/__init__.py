@@ -72,7 +72,10 @@ def multi_crop_into(
     std: Tensor,
     backend: str = "auto",
 ) -> None:
-    """`multi_crop`, its results written to `crops`: contiguous, of the shapes that it returns."""
+    """`multi_crop`, its results written to `crops`: contiguous, of the shapes that it returns, on the images' device
+    and of one dtype. Raises ValueError for others."""
+    _check_images(images, boxes)
+    _check_results(crops, images, boxes.shape[1])
     _check(images, boxes, switches, order, factors, radius, mean, std, crops[0].dtype)
     run = _RUN[choose("multi_crop", *images, backend=backend)]
     run(images, boxes, switches, order, factors, radius, mean, std, *crops)
@@ -92,19 +95,59 @@ def _empty(
     local_size: list[int],
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
+    _check_images(images, boxes)
     (n, V), C = boxes.shape[:2], images[0].shape[0]
+    if not 0 <= n_global <= V:
+        raise ValueError(f"multi_crop: n_global is {n_global}; the boxes are of {V} crops an image")
+    for name, size in (("global_size", global_size), ("local_size", local_size)):
+        if len(size) != 2 or min(size) < 1:
+            raise ValueError(f"multi_crop: {name} is {list(size)}; height and width of at least one pixel are needed")
     return (
         torch.empty(n_global, n, C, *global_size, dtype=dtype, device=images[0].device),
         torch.empty(V - n_global, n, C, *local_size, dtype=dtype, device=images[0].device),
     )
 
 
+def _check_images(images: list[Tensor], boxes: Tensor) -> None:
+    if not images:
+        raise ValueError("multi_crop: there are no images")
+    for image in images:
+        if image.dtype != torch.uint8 or image.dim() != 3 or len(image) != len(images[0]) or 0 in image.shape:
+            raise ValueError(
+                f"multi_crop: images are uint8 [C, H, W] with one C ({len(images[0])} in the first) and H, W >= 1; "
+                f"one is {image.dtype} {list(image.shape)}"
+            )
+    if len(images[0]) > 16:
+        raise ValueError(f"multi_crop: {len(images[0])} channels; 1 to 16 are supported")
+    if boxes.dim() != 3 or boxes.shape[0] != len(images) or boxes.shape[2] != 4:
+        raise ValueError(f"multi_crop: boxes is {list(boxes.shape)}; [{len(images)}, crops, 4] is needed")
+
+
+def _check_results(crops: tuple[Tensor, Tensor], images: list[Tensor], V: int) -> None:
+    """Raises ValueError for tensors that the backends could not fill whole without writing beside them."""
+    n, C = len(images), len(images[0])
+    for name, given in zip(("global", "local"), crops, strict=True):
+        if given.dim() != 5 or given.shape[1:3] != (n, C) or 0 in given.shape[3:]:
+            raise ValueError(
+                f"multi_crop: the {name} crops to write are {list(given.shape)}; "
+                f"[crops, {n}, {C}, height, width] is needed"
+            )
+        if given.dtype != crops[0].dtype or given.device != images[0].device or not given.is_contiguous():
+            raise ValueError(
+                f"multi_crop: the crops to write must be contiguous, of one dtype and on {images[0].device} as the "
+                f"images; the {name} ones are {given.dtype} on {given.device}, strides {list(given.stride())}"
+            )
+    if len(crops[0]) + len(crops[1]) != V:
+        raise ValueError(
+            f"multi_crop: {len(crops[0])} global and {len(crops[1])} local crops are to be written; "
+            f"the boxes are of {V}"
+        )
+
+
 def _check(images, boxes, switches, order, factors, radius, mean, std, dtype) -> None:  # type: ignore[no-untyped-def]
     n, V = len(images), boxes.shape[1]
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"multi_crop: dtype is {dtype}; torch.float32 and torch.bfloat16 are supported")
-    if not all(image.dtype == torch.uint8 and image.dim() == 3 and len(image) == len(images[0]) for image in images):
-        raise ValueError("multi_crop: images are uint8 [C, H, W] with one C")
     if not all(image.device == images[0].device for image in images):
         raise ValueError("multi_crop: the images are on several devices; put them on one")
     for name, given, shape in (
@@ -120,6 +163,13 @@ def _check(images, boxes, switches, order, factors, radius, mean, std, dtype) ->
             raise ValueError(f"multi_crop: {name} is {list(given.shape)}; {list(shape)} is needed")
         if given.device.type != "cpu":
             raise ValueError(f"multi_crop: {name} is on {given.device}; the CPU reads the parameters, keep them there")
+    for name, given, kind in (
+        ("boxes", boxes, torch.int64),
+        ("switches", switches, torch.bool),
+        ("order", order, torch.int64),
+    ):
+        if given.dtype != kind:
+            raise ValueError(f"multi_crop: {name} is {given.dtype}; {kind} is needed")
     if int(order.min()) < -1 or int(order.max()) > 3:
         raise ValueError("multi_crop: order has entries other than -1, 0, 1, 2, 3")
     extent = torch.tensor([image.shape[1:] for image in images], dtype=torch.int64, device="cpu")[:, None]  # [n, 1, 2]

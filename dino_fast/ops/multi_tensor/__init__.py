@@ -164,7 +164,8 @@ def run_adamw_ema(
     lrs, weight_decays              one for each parameter
     """
     _check_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, teachers, param_copies, teacher_copies)
-    _check_scalars(len(params), multipliers, lrs, weight_decays, momentum)
+    _check_multipliers(params, multipliers)
+    _check_scalars(len(params), lrs, weight_decays, momentum)
     if not params:
         return
     name = choose("multi_tensor", *_kinds(params, grads), backend=backend)
@@ -195,8 +196,11 @@ def _(grads, backend="auto"):
 
 
 @adamw_ema.register_fake
-def _(params, grads, exp_avgs, exp_avg_sqs, steps, teachers, param_copies, teacher_copies, *scalars, **options):
+def _(
+    params, grads, exp_avgs, exp_avg_sqs, steps, teachers, param_copies, teacher_copies, multipliers, *rest, **options
+):
     _check_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, teachers, param_copies, teacher_copies)
+    _check_multipliers(params, multipliers)
 
 
 # ---- what is accepted ----
@@ -228,13 +232,23 @@ def _check_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, teachers, param_co
     _check_devices([*params, *grads, *exp_avgs, *exp_avg_sqs, *steps, *teachers, *param_copies, *teacher_copies])
 
 
-def _check_scalars(n: int, multipliers: Tensor | None, lrs, weight_decays, momentum: float) -> None:
+def _check_scalars(n: int, lrs, weight_decays, momentum: float) -> None:
     if not 0.0 <= momentum <= 1.0:
         raise ValueError(f"momentum must lie in [0, 1]: the share of the old teacher that is kept; got {momentum}")
     if len(lrs) != n or len(weight_decays) != n:
         raise ValueError(f"{n} parameters need {n} lrs and weight_decays; got {len(lrs)} and {len(weight_decays)}")
-    if multipliers is not None and multipliers.shape != (n,):
-        raise ValueError(f"multipliers must have shape ({n},), one for each gradient; got {tuple(multipliers.shape)}")
+
+
+def _check_multipliers(params: list[Tensor], multipliers: Tensor | None) -> None:
+    if multipliers is None or not params:
+        return
+    if multipliers.shape != (len(params),):
+        given = tuple(multipliers.shape)
+        raise ValueError(f"multipliers must have shape ({len(params)},), one for each gradient; got {given}")
+    if multipliers.device != params[0].device:
+        raise ValueError(
+            f"multipliers must be on the parameters' device, {params[0].device}; they are on {multipliers.device}"
+        )
 
 
 def _check_same(columns: dict[str, list[Tensor]]) -> None:
