@@ -31,6 +31,7 @@ def start(world: int, *words: str, **variables: str) -> list[subprocess.Popen[st
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     given = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1"}
+    given["PYTHONWARNINGS"] = "error::FutureWarning"  # names that the newest torch deprecates
     return [
         subprocess.Popen(
             [sys.executable, *words],

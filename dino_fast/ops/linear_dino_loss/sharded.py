@@ -25,6 +25,10 @@ from dino_fast.backends import choose
 from dino_fast.ops import autograd
 from dino_fast.ops import linear_dino_loss as whole
 
+# torch 2.14 renamed both collectives: there the old names warn, before it the new ones are missing.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
+
 # Float32 logits of the teacher that are made at a time for the entropy.
 BUFFER = 1 << 24
 
@@ -177,7 +181,7 @@ def gathered_images(rows: Tensor, group: Any) -> Tensor:
     """[V, B, D] of every process -> [V, P B, D], process by process."""
     first = rows.transpose(0, 1).contiguous()  # images outermost
     everyone = first.new_empty(dist.get_world_size(group) * len(first), *first.shape[1:])
-    dist.all_gather_into_tensor(everyone, first, group=group)
+    _all_gather(everyone, first, group=group)
     return everyone.transpose(0, 1).contiguous()
 
 
@@ -185,5 +189,5 @@ def own_images(parts: Tensor, count: int, group: Any) -> Tensor:
     """[V, P B, D], summed over the processes, of which each gets its own images [V, B, D]."""
     first = parts.transpose(0, 1).contiguous()
     own = first.new_empty(count, *first.shape[1:])
-    dist.reduce_scatter_tensor(own, first, group=group)
+    _reduce_scatter(own, first, group=group)
     return own.transpose(0, 1).contiguous()
