@@ -9,7 +9,7 @@ Only what must be computed counts. For a vision transformer of width C on n toke
     head          2 (C h + (layers - 2) h^2 + h D) a row; prototypes 2 K D a row; a predictor 4 D h a row
 
 The student's pass costs three times the forward one (twice for the patches, whose pixels want no gradient), the
-teacher's once, for the two global crops. Branches that stochastic depth leaves out are not computed. Nothing that is
+teacher's once, for the two global crops. Branches that stochastic depth drops need not be computed. Nothing that is
 computed again for want of memory counts.
 """
 

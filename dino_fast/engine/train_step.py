@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -44,8 +45,10 @@ def train_step(state: TrainState, batch: Crops, hyperparams: StepHyperparams, st
     _set_hyperparams(state, hyperparams)
     if step == 0 and state.config.center_init == "first_batch" and state.config.centering:
         _init_center(state, micro_batches)
-    first = step * len(micro_batches)
-    keep_indices = [_keep_indices(state, *crops, first + i) for i, crops in enumerate(micro_batches)]
+    keep_indices, first = [], state.context.rank * batch.global_crops.shape[1]
+    for crops in micro_batches:
+        keep_indices.append(_keep_indices(state, *crops, step, first))
+        first += len(crops[0]) // 2
     compute = functools.partial(compute_step, state)
     if state.graph is not None:
         return StepMetrics(state.graph(compute, micro_batches, keep_indices, hyperparams))
@@ -213,13 +216,20 @@ def _micro_batches(batch: Crops, count: int, device: torch.device) -> Iterator[t
         yield global_crops.flatten(0, 1), local_crops.flatten(0, 1)
 
 
-def _keep_indices(state: TrainState, global_crops: Tensor, local_crops: Tensor, number: int) -> Tensor | None:
-    """Stochastic depth of the student for micro-batch `number`, a function of it and the seed, on the device."""
+def _keep_indices(state: TrainState, global_crops: Tensor, local_crops: Tensor, step: int, first: int) -> Tensor | None:
+    """Stochastic depth of the student for a micro-batch whose images begin with the `first` of the step, on the device.
+
+    A function of the seed, the step, and the numbers that the crops have among those of all processes.
+    """
     student = state.forward_models[0]
-    set_drop_path_seed(student, state.config.seed, number)
+    set_drop_path_seed(student, state.config.seed, step)
     if not isinstance(student.backbone, VisionTransformer):
         return None
-    drawn = student.backbone.stochastic_depth([global_crops, local_crops] if len(local_crops) else [global_crops])
+    ncrops = state.loss.ncrops
+    images = np.arange(first, first + len(global_crops) // 2)
+    numbers = (images * ncrops + np.arange(ncrops)[:, None]).flatten()  # crop-major, as the crops are
+    crops = [global_crops, local_crops] if len(local_crops) else [global_crops]
+    drawn = student.backbone.stochastic_depth(crops, numbers)
     if drawn is None or not global_crops.is_cuda:
         return drawn
     return drawn.pin_memory().to(state.device, non_blocking=True)

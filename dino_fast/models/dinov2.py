@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino_fast.models.packing import Packing
-from dino_fast.models.vit import Block, Linear, VisionTransformer, init_linear
+from dino_fast.models.vit import Block, Linear, VisionTransformer, init_linear, set_drop_path_seed
 
 # Name in torch.hub -> embed_dim, depth, num_heads, and what the giant has besides. `<name>_reg` has four registers.
 SIZES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
@@ -68,9 +68,10 @@ class DINOv2(VisionTransformer):
             self.mask_token = nn.Parameter(torch.zeros(1, embed_dim), requires_grad=False)
         self.blocks = nn.ModuleList(
             ScaledBlock(embed_dim, num_heads, mlp_ratio, qkv_bias, rate, layer_scale, swiglu)
-            for rate in torch.linspace(0, drop_path_rate, depth, dtype=torch.float32, device="cpu").tolist()
+            for rate in torch.linspace(0, drop_path_rate, depth, dtype=torch.float64, device="cpu").tolist()
         )
         self.blocks.apply(init_linear)
+        set_drop_path_seed(self, 0, 0)
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
         return [self._without_registers(tokens) for tokens in super().get_intermediate_layers(x, n)]

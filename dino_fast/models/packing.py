@@ -7,6 +7,7 @@ group is a view of it. Everything that works token by token is then one call for
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple, cast
@@ -36,11 +37,13 @@ class Packing(NamedTuple):
         return joined([view[:, 0] for view in self.views(x)])
 
 
-class Kept(NamedTuple):
-    """The crops whose branch is computed."""
+class KeptSamples(NamedTuple):
+    """The crops that a branch is computed for, and those of them that it is added to."""
 
-    crops: tuple[Tensor, ...]  # their indices in each group, int64
-    packing: Packing  # of a buffer that holds them alone
+    crops: tuple[Tensor, ...] | None  # the former's indices in each group, int64; None for all
+    mask: Tensor | None  # of the former, int64 [crops]: 1 where the branch is added, 0 where it is not; None for all 1
+    packing: Packing  # of a buffer that holds the former alone
+    scale: float  # 1 / (1 - rate), for those it is added to
 
 
 def pack(groups: Sequence[tuple[int, int]], device: torch.device) -> Packing:
@@ -97,57 +100,90 @@ def joined(parts: list[Tensor]) -> Tensor:
 
 
 # ---- stochastic depth ----
+#
+# A crop's branch is dropped with probability p, and multiplied by 1 / (1 - p) where it is not, so that its expectation
+# is the branch: (1 - p) / (1 - p) = 1. Below GATHER_FROM each crop is drawn on its own, as in the original. From there
+# on, the branch is computed for m = ceil(n (1 - p)) of n crops, taken at random; m - 1 of them are kept, and the last
+# with probability f = n (1 - p) - (m - 1). A crop is then kept with probability ((m - 1) + f) / n = 1 - p, for every n.
+#
+# A GPU computes the branch of all crops and masks it, or from GATHER_FROM on that of the m crops: shapes never change.
+# A CPU, whose shapes may, computes it for the crops that are kept.
+
+GATHER_FROM = 0.2  # rate of a block; below it, copying crops costs a GPU more than computing all
 
 
-def kept_count(n: int, rate: float) -> int:
-    """How many of n crops are kept: a fixed number, so that shapes never change."""
-    return max(1, round(n * (1 - rate)))
+def computed_count(n: int, rate: float) -> int:
+    """How many of n crops a branch is computed for: a fixed number, so that shapes never change."""
+    return n if rate < GATHER_FROM else math.ceil(n * (1 - rate) - 1e-9)
 
 
-def take(x: Tensor, packing: Packing, kept: Kept) -> Tensor:
-    """The kept crops' rows of [tokens, C], a copy."""
-    return x.index_select(0, joined(_rows(packing, kept)))
+def take(x: Tensor, packing: Packing, kept: KeptSamples) -> Tensor:
+    """The rows of [tokens, C] that the branch is computed for; a copy where those are not all."""
+    return x if kept.crops is None else x.index_select(0, _rows(packing, kept.crops))
 
 
-def add_to_kept(x: Tensor, branch: Tensor, packing: Packing, kept: Kept) -> Tensor:
-    """x [tokens, C] with `branch` added to the kept crops' rows, scaled up so that its mean is that over all crops."""
-    scales = [n / len(crops) for (n, _), crops in zip(packing.groups, kept.crops, strict=True)]
-    function = _add_rows if torch.compiler.is_compiling() else _AddRows.apply
-    return cast(Tensor, function(x, branch, scales, *_rows(packing, kept)))
+def kept_alone(kept: KeptSamples) -> KeptSamples:
+    """The same with a branch computed for nothing that is dropped, unless that leaves a group without crops.
+
+    Reads the mask, so it must be on the CPU.
+    """
+    if kept.mask is None or bool(kept.mask.all()):
+        return kept._replace(mask=None)
+    parts = kept.mask.split([n for n, _ in kept.packing.groups])
+    places = [part.nonzero()[:, 0] for part in parts]
+    if not all(map(len, places)):
+        return kept
+    crops = places if kept.crops is None else [i[place] for i, place in zip(kept.crops, places, strict=True)]
+    groups = [(len(i), length) for i, (_, length) in zip(crops, kept.packing.groups, strict=True)]
+    return KeptSamples(tuple(crops), None, pack(groups, kept.packing.cu_seqlens.device), kept.scale)
 
 
-def _add_rows(x: Tensor, branch: Tensor, scales: list[float], *rows: Tensor) -> Tensor:
-    parts = branch.split([len(indices) for indices in rows])
-    out = x.index_add(0, rows[0], parts[0], alpha=scales[0])
-    for indices, part, scale in zip(rows[1:], parts[1:], scales[1:], strict=True):
-        out.index_add_(0, indices, part, alpha=scale)
-    return out
+def add_to_kept(x: Tensor, branch: Tensor, packing: Packing, kept: KeptSamples) -> Tensor:
+    """x [tokens, C] with `branch`, the rows that it was computed for, added to the kept crops' rows, scaled up."""
+    mask = None
+    if kept.mask is not None:
+        parts = kept.mask.split([n for n, _ in kept.packing.groups])
+        lengths = [length for _, length in packing.groups]
+        mask = joined([part[:, None].expand(-1, n).flatten() for part, n in zip(parts, lengths, strict=True)])[:, None]
+    rows = None if kept.crops is None else _rows(packing, kept.crops)
+    if torch.compiler.is_compiling():
+        product = branch if mask is None else branch * mask.to(branch.dtype)
+        return x.add(product, alpha=kept.scale) if rows is None else x.index_add(0, rows, product, alpha=kept.scale)
+    return cast(Tensor, _AddRows.apply(x, branch, mask, rows, kept.scale))
 
 
 class _AddRows(torch.autograd.Function):
-    """PyTorch's keeps the branch for its backward, to know its shape; here it can be freed."""
+    """PyTorch's keeps the branch for its backward, to know its shape; here it can be freed. The scale is no tensor of
+    the branch's dtype: rounded to bfloat16, it would no longer be the inverse of the share that is kept."""
 
     @staticmethod
-    def forward(x: Tensor, branch: Tensor, scales: list[float], *rows: Tensor) -> Tensor:
-        return _add_rows(x, branch, scales, *rows)
+    def forward(x: Tensor, branch: Tensor, mask: Tensor | None, rows: Tensor | None, scale: float) -> Tensor:
+        mask = None if mask is None else mask.to(branch.dtype)
+        if rows is None:
+            return x.add(branch, alpha=scale) if mask is None else torch.addcmul(x, branch, mask, value=scale)
+        return x.index_add(0, rows, branch if mask is None else branch * mask, alpha=scale)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, _, ctx.scales, *rows = inputs
-        ctx.save_for_backward(*rows)
+        _, branch, mask, rows, ctx.scale = inputs
+        ctx.dtype = branch.dtype
+        ctx.save_for_backward(mask, rows)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows = ctx.saved_tensors
-        parts = [grad.index_select(0, i).mul_(scale) for i, scale in zip(rows, ctx.scales, strict=True)]
-        return grad, joined(parts), None, *(None for _ in rows)
+        mask, rows = ctx.saved_tensors
+        of_branch = grad if rows is None else grad.index_select(0, rows)
+        weights = ctx.scale
+        if mask is not None:
+            weights = mask.to(torch.promote_types(grad.dtype, torch.float32)) * ctx.scale
+        return grad, (of_branch * weights).to(ctx.dtype), None, None, None
 
 
-def _rows(packing: Packing, kept: Kept) -> list[Tensor]:
-    """The kept crops' rows in a buffer of `packing`, group by group."""
+def _rows(packing: Packing, crops: Sequence[Tensor]) -> Tensor:
+    """The rows of crops, given by their indices in each group, in a buffer of `packing`."""
     rows, start = [], 0
-    for (n, length), crops in zip(packing.groups, kept.crops, strict=True):
-        within = torch.arange(length, dtype=torch.int64, device=crops.device)
-        rows.append((crops[:, None] * length + within).flatten() + start)
+    for (n, length), indices in zip(packing.groups, crops, strict=True):
+        within = torch.arange(length, dtype=torch.int64, device=indices.device)
+        rows.append((indices[:, None] * length + within).flatten() + start)
         start += n * length
-    return rows
+    return joined(rows)

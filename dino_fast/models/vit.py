@@ -10,12 +10,25 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino_fast.errors import UserError
-from dino_fast.models.packing import Kept, Packing, add_to_kept, attend, attend_first, joined, kept_count, pack, take
+from dino_fast.models.packing import (
+    GATHER_FROM,
+    KeptSamples,
+    Packing,
+    add_to_kept,
+    attend,
+    attend_first,
+    computed_count,
+    joined,
+    kept_alone,
+    pack,
+    take,
+)
 from dino_fast.ops.linear.matmul import Norm, linear
 from dino_fast.ops.linear.mlp import mlp
 
@@ -57,7 +70,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], embed_dim))
-        rates = torch.linspace(0, drop_path_rate, depth, dtype=torch.float32, device="cpu").tolist()
+        rates = torch.linspace(0, drop_path_rate, depth, dtype=torch.float64, device="cpu").tolist()
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, qkv_bias, rate) for rate in rates)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.call_block: Callable[..., Tensor] = _call  # or through `torch.utils.checkpoint`
@@ -67,6 +80,7 @@ class VisionTransformer(nn.Module):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         self.apply(init_linear)
+        set_drop_path_seed(self, 0, 0)  # blocks differ, also where nobody sets it
 
     def forward(self, x: Tensor | Sequence[Tensor], kept: Tensor | None = None) -> Tensor:
         """Images `[B, C, H, W]`, or several such tensors of different sizes -> `[sum of B, embed_dim]`.
@@ -107,18 +121,27 @@ class VisionTransformer(nn.Module):
                 outputs.append(self.norm(tokens).unflatten(0, packing.groups[0]))
         return outputs
 
-    def stochastic_depth(self, images: Sequence[Tensor]) -> Tensor | None:
-        """Draws which images each branch is computed for: int64 indices on the CPU, block by block, attention before
-        MLP, size by size. Their number depends on the images' alone. None where all are computed."""
-        if not self.training:
+    def stochastic_depth(self, images: Sequence[Tensor], numbers: np.ndarray[Any, Any] | None = None) -> Tensor | None:
+        """Draws what stochastic depth drops: int64 on the CPU, for `forward`; None where nothing is.
+
+        `numbers` int64 `[sum of B]` are the images' in the whole batch, size by size (default 0, 1, ...). In blocks
+        of a rate below `packing.GATHER_FROM` an image's draw is a function of its number and the seed, whichever images
+        are beside it; from there on, of the others' numbers too. How long the result is depends on how many images
+        there are, alone.
+        """
+        layers = [block.drop_path for block in cast("list[Block]", self.blocks) if block.drop_path.rate > 0]
+        if not self.training or not layers:
             return None
         counts = [len(x) for x in images]
-        layers = [block.drop_path for block in cast("list[Block]", self.blocks) if block.drop_path.rate > 0]
-        drawn = [indices for layer in layers for _ in range(2) for indices in layer.draw(counts)]
-        return torch.cat(drawn) if drawn else None
+        array = np.arange(sum(counts)) if numbers is None else np.asarray(numbers)
+        if len(array) != sum(counts):
+            raise UserError(f"{len(array)} numbers for {sum(counts)} images; each image has one")
+        return torch.cat([layer.draw(counts, array) for layer in layers for _ in range(2)])
 
-    def _kept(self, packing: Packing, images: Sequence[Tensor], drawn: Tensor | None) -> list[tuple[Kept, Kept] | None]:
-        """For each block the images that its two branches are computed for, None for all."""
+    def _kept(
+        self, packing: Packing, images: Sequence[Tensor], drawn: Tensor | None
+    ) -> list[tuple[KeptSamples, KeptSamples] | None]:
+        """For each block the images that its two branches are computed for and added to, None for all."""
         device = images[0].device
         if drawn is None:
             drawn = self.stochastic_depth(images)
@@ -126,19 +149,26 @@ class VisionTransformer(nn.Module):
                 drawn = drawn.pin_memory().to(device, non_blocking=True)
         if drawn is None:
             return [None] * len(self.blocks)
-        result: list[tuple[Kept, Kept] | None] = []
+        shapes_may_change = type(drawn) is Tensor and device.type == "cpu" and not torch.compiler.is_compiling()
+        result: list[tuple[KeptSamples, KeptSamples] | None] = []
         used = 0
         for block in cast("list[Block]", self.blocks):
             rate = block.drop_path.rate
             if rate == 0:
                 result.append(None)
                 continue
-            groups = [(kept_count(n, rate), length) for n, length in packing.groups]
-            inner = pack(groups, device)
-            size = sum(n for n, _ in groups)
-            pair = drawn[used : used + 2 * size].split([n for n, _ in groups] * 2)
-            used += 2 * size
-            result.append((Kept(pair[: len(groups)], inner), Kept(pair[len(groups) :], inner)))
+            counts = [computed_count(n, rate) for n, _ in packing.groups]
+            gathers = rate >= GATHER_FROM
+            lengths = [length for _, length in packing.groups]
+            inner = pack(list(zip(counts, lengths, strict=True)), device) if gathers else packing
+            pair = []
+            for _ in range(2):
+                sizes = [*(counts if gathers else ()), sum(counts)]
+                *crops, mask = drawn[used : used + sum(sizes)].split(sizes)
+                used += sum(sizes)
+                kept = KeptSamples(tuple(crops) if gathers else None, mask, inner, 1 / (1 - rate))
+                pair.append(kept_alone(kept) if shapes_may_change else kept)
+            result.append((pair[0], pair[1]))
         return result
 
     def position_embedding(self, height: int, width: int) -> Tensor:
@@ -273,11 +303,11 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(
-        self, x: Tensor, packing: Packing, kept: tuple[Kept, Kept] | None = None, classes: bool = False
+        self, x: Tensor, packing: Packing, kept: tuple[KeptSamples, KeptSamples] | None = None, classes: bool = False
     ) -> Tensor:
         """[tokens, C] -> the same; with `classes` the first token of every image alone, [images, C].
 
-        `kept` are the images that attention and MLP are computed for; the others' tokens pass by.
+        `kept` are the images that attention and MLP are computed for and added to; the others' tokens pass by.
         """
         rest, packing_of_rest = x, packing
         if classes:
@@ -300,34 +330,44 @@ class Block(nn.Module):
 
 
 class DropPath(nn.Module):
-    """The stochastic depth of a block: which images its branches are computed for; a share of `rate` is left out.
+    """The stochastic depth of a block: an image's branch is dropped with probability `rate`.
 
-    How many is a fixed number, so that shapes never change. It draws from a generator of its own on the CPU, so that
-    the draws depend on nothing else that draws and are the same on every device.
+    Draws are hashes of a seed, of how many draws came before and of images' numbers: they depend on nothing else that
+    draws, are the same on every device, and an image's own needs none of the others'.
     """
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
-        self.seed = 0
-        self.generator: torch.Generator | None = None
-
-    def draw(self, counts: Sequence[int]) -> list[Tensor]:
-        """For each count n, which of 0 .. n - 1 are kept, ascending, int64 on the CPU."""
-        if self.generator is None:
-            self.generator = torch.Generator().manual_seed(self.seed)
-        chosen = [
-            torch.randperm(n, generator=self.generator, dtype=torch.int64, device="cpu")[: kept_count(n, self.rate)]
-            for n in counts
-        ]
-        return [indices.sort().values for indices in chosen]
+        self.reseed(0)
 
     def reseed(self, seed: int) -> None:
-        self.seed, self.generator = seed, None
+        self.seed, self.draws = seed, 0
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A generator cannot be pickled; a copy starts again from the seed.
-        return {**self.__dict__, "generator": None}
+    @torch.compiler.disable
+    def draw(self, counts: Sequence[int], numbers: np.ndarray[Any, Any]) -> Tensor:
+        """For groups of so many images, numbered one group after the other: what `KeptSamples` holds of a branch.
+
+        int64 on the CPU: a mask of all images, 1 where the branch is kept; from a rate of `GATHER_FROM` on, the indices
+        of those that it is computed for, ascending, group by group, and a mask of these.
+        """
+        seed = mix(self.seed, self.draws)
+        self.draws += 1
+        chances = uniform(seed, numbers)
+        if self.rate < GATHER_FROM:
+            return torch.tensor(chances >= self.rate, dtype=torch.int64, device="cpu")
+        crops, masks, start = [], [], 0
+        for n in counts:
+            count = computed_count(n, self.rate)
+            taken = chances[start : start + n].argsort(kind="stable")[:count]  # in random order
+            last = numbers[start + taken[count - 1 :]]
+            mask = np.ones(count, dtype=np.int64)
+            mask[count - 1 :] = uniform(mix(seed, 1), last) < n * (1 - self.rate) - (count - 1)
+            order = taken.argsort()
+            crops.append(taken[order])
+            masks.append(mask[order])
+            start += n
+        return torch.tensor(np.concatenate(crops + masks), dtype=torch.int64, device="cpu")
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"
@@ -349,6 +389,16 @@ def mix(*numbers: int) -> int:
         state = (state ^ (state >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
         state ^= state >> 31
     return state >> 1
+
+
+def uniform(seed: int, numbers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """For each whole number a float64 in [0, 1): that draw of the generator splitmix64 started at `seed`."""
+    state = np.asarray(numbers).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    state += np.uint64((seed + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    state ^= state >> np.uint64(31)
+    return (state >> np.uint64(11)) * 2.0**-53  # type: ignore[no-any-return]
 
 
 def grid_of(height: int, width: int, patch_size: int) -> tuple[int, int]:

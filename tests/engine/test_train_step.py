@@ -6,6 +6,7 @@ import math
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dino_fast.engine import train_step as step_module
 from dino_fast.engine.build import build_train_state, parameter_groups
 from dino_fast.engine.config import Config, build_config
 from dino_fast.engine.schedules import Schedules
@@ -160,6 +162,7 @@ def test_no_host_read_in_a_step(given: dict[str, Any], monkeypatch: pytest.Monke
     train_state, hyperparams, batch = _train_state(config), Schedules(config, PER_EPOCH).values_at(7), _batch(0, config)
     # These look at numbers of CPU tensors alone, for which nothing waits.
     monkeypatch.setenv("DINO_FAST_BACKEND", "multi_tensor=reference")
+    monkeypatch.setattr("dino_fast.models.vit.kept_alone", lambda kept: kept)
     monkeypatch.setattr(
         sys.modules["dino_fast.ops.dino_loss"], "_scale_grad", lambda gradient, upstream: gradient * upstream
     )
@@ -306,6 +309,32 @@ def test_stochastic_depth_is_a_function_of_seed_and_step() -> None:
     other = _train_state(config)
     other.config = replace(config, seed=7)
     assert _run(other, range(3)) != first
+
+
+def test_micro_batches_and_processes_draw_what_the_whole_step_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last block's rate is below that from which crops are gathered."""
+    drawn: list[Tensor] = []
+
+    def keep(_: TrainState, crops: Any, keep_indices: list[Tensor], *rest: Any) -> dict[str, Tensor]:
+        drawn.extend(keep_indices)
+        return {"loss": torch.zeros(())}
+
+    monkeypatch.setattr(step_module, "compute_step", keep)
+
+    def masks(rank: int = 0, world: int = 1, **given: Any) -> Tensor:
+        config = _config(drop_path_rate=0.19, batch_size=32, **given)
+        train_state, batch = _train_state(config), _batch(0, config)
+        train_state.context = SimpleNamespace(rank=rank, world=1)  # type: ignore[assignment]
+        mine = Crops(*(x.chunk(world, dim=1)[rank] for x in (batch.global_crops, batch.local_crops)))
+        drawn.clear()
+        train_step(train_state, mine, Schedules(config, PER_EPOCH).values_at(3), 3)
+        # Of each micro-batch [branches of the second block, crops of an image, images].
+        return torch.cat([x.view(2, 2 + config.local_crops, -1) for x in drawn], dim=2)
+
+    whole = masks()
+    assert whole.shape == (2, 5, 32) and 0.6 < whole.double().mean() < 0.95
+    assert torch.equal(masks(grad_accum_steps=4), whole)
+    assert torch.equal(torch.cat([masks(rank, 2, grad_accum_steps=2) for rank in range(2)], dim=2), whole)
 
 
 def test_another_models_checkpoint_is_refused() -> None:
