@@ -15,11 +15,6 @@ TOP = ("engine", "eval", "report", "cli", "benchmarks")
 ENTRY = ("dino_fast", "dino_fast.__main__")
 # Circles that are still to be opened.
 OPEN = (
-    {"dino_fast.data", "dino_fast.data.gpu_crops", "dino_fast.data.loader"},
-    {
-        f"dino_fast.data.{x}"
-        for x in ("sources", *(f"formats.{y}" for y in ["demo", "folder", "hugging_face", "parquet", "tar"]))
-    },
     {"dino_fast.ops.multi_crop", "dino_fast.ops.multi_crop.cuda"},
     {"dino_fast.ops.multi_tensor", "dino_fast.ops.multi_tensor.cuda"},
 )
