@@ -22,6 +22,7 @@ class Rows:
     beta1: float
     beta2: float
     eps: float
+    momentum_of: int  # the group whose momentum is that of these teachers
     index: list[int] = field(default_factory=list)  # of the parameter, among all
     group: list[int] = field(default_factory=list)  # of its group
     states: list[dict[str, Any]] = field(default_factory=list)
