@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dino_fast.data.loader import mix
 from dino_fast.errors import UserError
+from dino_fast.knn import extract_features
 from dino_fast.progress import watched
 
 RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)  # per 256 images; the published one is 0.001
@@ -136,7 +137,7 @@ def evaluate(
     """
     from dino_fast.eval.common.backbone import open_backbone, tokens_feature
     from dino_fast.eval.common.crops import random_batches
-    from dino_fast.eval.common.features import extract_features, labelled_features
+    from dino_fast.eval.common.features import labelled_features
     from dino_fast.eval.common.labels import left_out, open_labelled
 
     if crops not in ("centre", "random"):
