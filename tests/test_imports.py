@@ -26,8 +26,6 @@ OPEN = (
         f"dino_fast.data.{x}"
         for x in ("sources", *(f"formats.{y}" for y in ["demo", "folder", "hugging_face", "parquet", "tar"]))
     },
-    {"dino_fast.ops.multi_crop", "dino_fast.ops.multi_crop.cuda"},
-    {"dino_fast.ops.multi_tensor", "dino_fast.ops.multi_tensor.cuda"},
 )
 
 
