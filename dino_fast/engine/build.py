@@ -12,7 +12,7 @@ from torch import nn
 from dino_fast.backends import BackendError, choose, cuda_missing
 from dino_fast.cpus import usable_cpus
 from dino_fast.data import Source, Subset, TrainLoader, open_source, split, train_loader
-from dino_fast.data.gpu_crops import nvjpeg_missing
+from dino_fast.data.gpu_crops import nvjpeg_unavailable_reason
 from dino_fast.engine import parallelize
 from dino_fast.engine.config import Config, multi_crop
 from dino_fast.engine.cuda_graph import StepGraph
@@ -106,7 +106,7 @@ def resolve_crop_device(augment_on: str, decode_on: str, device: torch.device) -
         raise UserError(f"--decode-on gpu: {missing or 'the crops are made on the CPU'}; use --decode-on cpu")
     if augment_on == "cpu" or missing:
         return None
-    if decode_on == "gpu" and (reason := nvjpeg_missing(device)):
+    if decode_on == "gpu" and (reason := nvjpeg_unavailable_reason(device)):
         raise UserError(f"--decode-on gpu: torchvision cannot ({reason}); use --decode-on cpu")
     return device
 
