@@ -17,13 +17,12 @@ from dino_fast.engine import parallelize
 from dino_fast.engine.config import Config, multi_crop
 from dino_fast.engine.cuda_graph import StepGraph
 from dino_fast.engine.distributed import SINGLE_PROCESS, DistContext
-from dino_fast.engine.optimizers import build_optimizer
 from dino_fast.engine.train_state import TrainState
 from dino_fast.errors import UserError
 from dino_fast.loss import DINOLoss
 from dino_fast.models import DINOHead, MultiCropWrapper, VisionTransformer, build_backbone
 from dino_fast.models.weights.pretrained import load_pretrained
-from dino_fast.optim import AdamWEMA
+from dino_fast.optim import AdamWEMA, build_optimizer
 
 # The narrow models that `init: xavier` is for stay at a loss of ln K with the published deviation of 0.02.
 XAVIER_POSITION_STD = 0.3
