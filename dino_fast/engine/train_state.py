@@ -13,12 +13,11 @@ from torch import Tensor
 from dino_fast.engine.config import Config
 from dino_fast.engine.cuda_graph import StepGraph
 from dino_fast.engine.distributed import SINGLE_PROCESS, DistContext
-from dino_fast.engine.optimizers import Optimizer
 from dino_fast.engine.parallelize import is_sharded, shard_like, sync_gradients
 from dino_fast.errors import UserError
 from dino_fast.loss import DINOLoss
 from dino_fast.models import MultiCropWrapper, WeightNormLinear
-from dino_fast.optim import AdamWEMA
+from dino_fast.optim import AdamWEMA, Optimizer
 
 
 def call_direct(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -23,10 +23,11 @@ from torchvision.transforms import RandAugment, RandomErasing
 
 from dino_fast.augment import statistics
 from dino_fast.data import ImageError, Source, eval_batches
-from dino_fast.data.loader import epoch_order, mix
+from dino_fast.data.train_loader import epoch_order
 from dino_fast.errors import UserError
 from dino_fast.eval.common.crops import random_crop
 from dino_fast.models import VisionTransformer, set_drop_path_seed
+from dino_fast.seeding import derive_seed
 
 _AUGMENT, _CROP, _ERASE, _MIX, _HEAD = range(10, 15)  # what a draw is for, apart from the loader's
 _GREY = 128  # fills what RandAugment uncovers
@@ -70,7 +71,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.head = nn.Linear(backbone.embed_dim, classes)
-        generator = torch.Generator().manual_seed(mix(seed, _HEAD))
+        generator = torch.Generator().manual_seed(derive_seed(seed, _HEAD))
         nn.init.trunc_normal_(self.head.weight, std=0.02, generator=generator)
         nn.init.zeros_(self.head.bias)
 
@@ -89,12 +90,12 @@ class _Pictures(torch.utils.data.Dataset):
     def __getitem__(self, index: int) -> tuple[Tensor, int, int] | None:
         seed = self.recipe.seed
         try:
-            image = random_crop(self.source.read(index), self.size, mix(seed, _CROP, self.epoch, index))
+            image = random_crop(self.source.read(index), self.size, derive_seed(seed, _CROP, self.epoch, index))
         except ImageError:
             return None
         if self.augment is not None:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(mix(seed, _AUGMENT, self.epoch, index))
+                torch.manual_seed(derive_seed(seed, _AUGMENT, self.epoch, index))
                 image = self.augment(image)
         label = self.source.label(index)
         assert label is not None
@@ -133,7 +134,7 @@ def mixed(images: Tensor, targets: Tensor, recipe: Recipe, epoch: int, batch: in
     kinds = [kind for kind in ("mixup", "cutmix") if getattr(recipe, kind) > 0]
     if not kinds:
         return images, targets
-    rng = np.random.default_rng(mix(recipe.seed, _MIX, epoch, batch))
+    rng = np.random.default_rng(derive_seed(recipe.seed, _MIX, epoch, batch))
     kind = kinds[rng.integers(len(kinds))]
     alpha = getattr(recipe, kind)
     share = float(rng.beta(alpha, alpha))  # of an image itself
@@ -187,7 +188,7 @@ def fit(
         for number, (images, labels, index) in enumerate(batches(source, size, recipe, epoch, workers)):
             x = images.float().div_(255).sub_(offset).div_(scale)
             if eraser is not None:
-                seeds = [mix(recipe.seed, _ERASE, epoch, i) for i in index.tolist()]
+                seeds = [derive_seed(recipe.seed, _ERASE, epoch, i) for i in index.tolist()]
                 x = torch.stack([_erased(eraser, one, seed) for one, seed in zip(x, seeds, strict=True)])
             x, targets = mixed(x.to(device), F.one_hot(labels, classes).float().to(device), recipe, epoch, number)
             step = epoch * steps + number

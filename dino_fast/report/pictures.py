@@ -17,13 +17,13 @@ from PIL import Image
 from torch import Tensor
 
 from dino_fast.data import ImageError, Source, open_source
-from dino_fast.data.loader import centre
-from dino_fast.data.sources import split
+from dino_fast.data.eval_loader import center_crop
+from dino_fast.data.open import split
 from dino_fast.engine.config import Config
 from dino_fast.errors import UserError
 from dino_fast.eval.attention import attention_maps, overlay
 from dino_fast.eval.common.backbone import Frozen, open_backbone, tokens_feature
-from dino_fast.eval.common.features import extract_features
+from dino_fast.knn import extract_features
 from dino_fast.models import VisionTransformer
 
 SEED = 0  # the same images every time, so that two reports of one run can be compared
@@ -124,7 +124,7 @@ def _pick(source: Source, count: int, size: tuple[int, int], classes: list[str] 
         label = source.label(index)
         label = -1 if label is None else label
         named = classes or source.classes
-        picked.images.append(centre(image, size))
+        picked.images.append(center_crop(image, size))
         if len(picked.originals) < ATTENDED:  # large photographs are not kept
             picked.originals.append(image)
         picked.labels.append(label)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dino_fast.data import ImageError
 from dino_fast.data.decode import decode
-from dino_fast.data.formats.folder import EXTENSIONS
+from dino_fast.data.source import EXTENSIONS
 from dino_fast.errors import UserError, unwritable
 from dino_fast.ops.multi_crop import from_pillow, to_pillow
 

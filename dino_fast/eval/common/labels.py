@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dino_fast.data import Source, open_source
-from dino_fast.data.sources import split
+from dino_fast.data.open import split
 from dino_fast.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
