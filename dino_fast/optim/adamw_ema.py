@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino_fast.ops.multi_tensor.param_batch import Last, Rows, local, multipliers_of
+from dino_fast.dtensor import to_local
+from dino_fast.ops.multi_tensor.param_batch import Last, Rows, multipliers_of
 
 CLIP_MODES = ("parameter", "global")
 
@@ -50,7 +51,7 @@ def ema_update(
         ValueError: lists, shapes or devices that disagree, or a momentum outside [0, 1] or on another device.
         TypeError: a tensor that is not floating point.
     """
-    old, new = [local(t) for t in teacher], [local(p) for p in student]
+    old, new = [to_local(t) for t in teacher], [to_local(p) for p in student]
     if not (old or new):
         return
     if torch.compiler.is_compiling() and not isinstance(momentum, Tensor):
