@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from dino_fast.data import Source, Subset, eval_batches
+from dino_fast.dtensor import is_sharded
 from dino_fast.engine.build import build_configured_backbone
 from dino_fast.engine.distributed import DistContext
-from dino_fast.engine.parallelize import full_state_dict, is_sharded
+from dino_fast.engine.parallelize import full_state_dict
 from dino_fast.engine.signals import Halted
 from dino_fast.engine.train_state import TrainState
+from dino_fast.knn import extract_features, knn_accuracy
 from dino_fast.models import MultiCropWrapper
 
 Watch = Callable[[Iterable[Any]], Iterator[Any]]  # passes items through; raises Halted after a signal
@@ -24,8 +26,6 @@ def measure_knn(
     state: TrainState, channels: int, bank: Source, test: Source, watch: Watch
 ) -> tuple[dict[str, float], str]:
     """k-NN accuracies on `test` (`knn` of the teacher, `knn_student`) and a line about them; empty after a signal."""
-    from dino_fast.eval.knn import knn_accuracy
-
     config, accuracies, text = state.config, {}, ""
     for name, model in (("knn", state.teacher), ("knn_student", state.student)):
         backbone = whole_backbone(state, model, channels)
@@ -44,8 +44,6 @@ def measure_knn(
 
 def all_features(state: TrainState, backbone: nn.Module, source: Source, watch: Watch) -> tuple[Tensor, Tensor] | None:
     """Features [N, C] and labels [N] of the labeled images, in order; None if any process received a signal."""
-    from dino_fast.eval.knn import extract_features
-
     share, config = share_of(source, state.context), state.config
     features = torch.empty(0, cast(int, backbone.embed_dim), dtype=torch.float32, device="cpu")
     labels = torch.empty(0, dtype=torch.int64, device="cpu")

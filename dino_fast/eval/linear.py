@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino_fast.errors import UserError
+from dino_fast.knn import extract_features
 from dino_fast.progress import watched
 from dino_fast.seeding import derive_seed
 
@@ -136,7 +137,7 @@ def evaluate(
     """
     from dino_fast.eval.common.backbone import open_backbone, tokens_feature
     from dino_fast.eval.common.crops import random_batches
-    from dino_fast.eval.common.features import extract_features, labelled_features
+    from dino_fast.eval.common.features import labelled_features
     from dino_fast.eval.common.labels import left_out, open_labelled
 
     if crops not in ("centre", "random"):

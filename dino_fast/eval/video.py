@@ -25,8 +25,8 @@ from dino_fast.errors import UserError, nearest, unwritable
 from dino_fast.eval.boundary import f_measure
 from dino_fast.eval.common.backbone import Frozen, open_backbone
 from dino_fast.eval.common.frames import list_images, read_image, resize
-from dino_fast.eval.knn import largest
 from dino_fast.eval.segment import jaccard, read_mask
+from dino_fast.knn import largest
 from dino_fast.progress import watched
 
 _SIMILARITIES = 1 << 22  # held at once where the reach has no limit

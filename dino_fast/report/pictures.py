@@ -23,7 +23,7 @@ from dino_fast.engine.config import Config
 from dino_fast.errors import UserError
 from dino_fast.eval.attention import attention_maps, overlay
 from dino_fast.eval.common.backbone import Frozen, open_backbone, tokens_feature
-from dino_fast.eval.common.features import extract_features
+from dino_fast.knn import extract_features
 from dino_fast.models import VisionTransformer
 
 SEED = 0  # the same images every time, so that two reports of one run can be compared
