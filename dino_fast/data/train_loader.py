@@ -23,6 +23,7 @@ from dino_fast.data.decode import ImageError, Jpeg
 from dino_fast.data.gpu_crops import prefetch_crops
 from dino_fast.data.shared_buffers import Slot, SlotPool, WorkerBuffers
 from dino_fast.data.source import Source
+from dino_fast.defaults import torch_defaults
 from dino_fast.errors import UserError
 from dino_fast.seeding import derive_seed
 
@@ -149,7 +150,8 @@ def _started(loader: Iterable[Batch]) -> Iterator[Batch]:
     """Starts the workers. PyTorch's signal handler would have a worker's death raise from wherever this process is just
     then, in the middle of a step; the wait for the next batch notices it as well, within seconds, so it is put back."""
     before = signal.getsignal(signal.SIGCHLD)
-    batches = iter(loader)
+    with torch_defaults():  # its seed is drawn on the default device
+        batches = iter(loader)
     if before is not None and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGCHLD, before)
     return batches

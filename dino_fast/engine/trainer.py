@@ -13,6 +13,7 @@ import torch
 
 from dino_fast.backends import native_missing
 from dino_fast.data import Batch, TrainLoader
+from dino_fast.defaults import torch_defaults
 from dino_fast.engine import checkpoint
 from dino_fast.engine.build import (
     Data,
@@ -44,6 +45,7 @@ from dino_fast.errors import UserError
 SAVE_SHARE = 0.1  # saving takes at most this share of the time, however short the epochs are
 
 
+@torch_defaults()
 def train(config: Config) -> Path:
     """Trains as configured; returns the run directory. Raises UserError, and Interrupted after Ctrl-C or SIGTERM."""
     validate(config)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dino_fast.defaults import torch_defaults
 from dino_fast.errors import UserError
 from dino_fast.knn import extract_features
 from dino_fast.progress import watched
@@ -112,6 +113,7 @@ def accuracy(heads: Heads, features: Tensor, labels: Tensor) -> list[tuple[float
     return [(one / len(features), five / len(features)) for one, five in hits.T.tolist()]
 
 
+@torch_defaults()
 def evaluate(
     checkpoint: str | Path,
     data: str | Path,
