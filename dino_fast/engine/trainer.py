@@ -77,8 +77,10 @@ def train(config: Config) -> Path:
 
 
 def defers_metrics(device: torch.device) -> bool:
-    """Whether a step's metrics are read only after the next step was started: waiting for them would leave a GPU idle.
-    A CPU has finished the step by then."""
+    """Whether a step's metrics are read only after the next step was started.
+
+    Waiting for them would leave a GPU idle; a CPU has finished the step by then.
+    """
     return device.type == "cuda"
 
 
