@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from dino_fast.data import Source, Subset, eval_batches
+from dino_fast.dtensor import is_sharded
 from dino_fast.engine.build import build_configured_backbone
 from dino_fast.engine.distributed import DistContext
-from dino_fast.engine.parallelize import full_state_dict, is_sharded
+from dino_fast.engine.parallelize import full_state_dict
 from dino_fast.engine.signals import Halted
 from dino_fast.engine.train_state import TrainState
 from dino_fast.knn import extract_features, knn_accuracy

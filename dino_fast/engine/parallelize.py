@@ -184,16 +184,6 @@ def sync_gradients(student: MultiCropWrapper, forward_fn: Any, now: bool) -> con
 # ---- sharded and whole tensors ----
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether this is a DTensor."""
-    return hasattr(tensor, "to_local")
-
-
-def to_local(tensor: Tensor) -> Tensor:
-    """This process's rows of a DTensor; any other tensor itself. Differentiable."""
-    return cast(Any, tensor).to_local() if is_sharded(tensor) else tensor
-
-
 def shard_like(whole: Tensor, like: Tensor) -> Tensor:
     """`whole` [rows, ...] sharded as `like` is."""
     if not hasattr(like, "device_mesh"):

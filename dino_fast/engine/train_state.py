@@ -10,10 +10,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from dino_fast.dtensor import is_sharded
 from dino_fast.engine.config import Config
 from dino_fast.engine.cuda_graph import StepGraph
 from dino_fast.engine.distributed import SINGLE_PROCESS, DistContext
-from dino_fast.engine.parallelize import is_sharded, shard_like, sync_gradients
+from dino_fast.engine.parallelize import shard_like, sync_gradients
 from dino_fast.errors import UserError
 from dino_fast.loss import DINOLoss
 from dino_fast.models import MultiCropWrapper, WeightNormLinear

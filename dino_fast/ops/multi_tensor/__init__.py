@@ -117,6 +117,20 @@ def run_ema_update(
     _EMA_UPDATE[name](teacher, student, momentum, copies, found_inf)
 
 
+def run_ema_update_by(
+    teacher: list[Tensor],
+    student: list[Tensor],
+    momentum: Tensor,
+    copies: list[Tensor],
+    backend: str = "auto",
+    found_inf: Tensor | None = None,
+) -> None:
+    """`run_ema_update` by a momentum in a scalar tensor on the CPU: a compiled program takes it as an input, where a
+    number would be a constant of it, and another number another program."""
+    _check_momentum_tensor(momentum)
+    run_ema_update(teacher, student, momentum.item(), copies, backend, found_inf)
+
+
 def run_grad_norms(grads: list[Tensor], backend: str = "auto") -> Tensor:
     """The 2-norm of each gradient, float32 [n] on the gradients' device (float64 where any gradient is).
 
@@ -171,6 +185,9 @@ def run_adamw_ema(
 
 
 ema_update = torch.library.custom_op("dino_fast::ema_update", run_ema_update, mutates_args=("teacher", "copies"))
+ema_update_by = torch.library.custom_op(
+    "dino_fast::ema_update_by", run_ema_update_by, mutates_args=("teacher", "copies")
+)
 grad_norms = torch.library.custom_op("dino_fast::grad_norms", run_grad_norms, mutates_args=())
 adamw_ema = torch.library.custom_op(
     "dino_fast::adamw_ema",
@@ -182,6 +199,12 @@ adamw_ema = torch.library.custom_op(
 @ema_update.register_fake
 def _(teacher, student, momentum, copies, backend="auto", found_inf=None):
     _check_ema(teacher, student, momentum, copies)
+
+
+@ema_update_by.register_fake
+def _(teacher, student, momentum, copies, backend="auto", found_inf=None):
+    _check_momentum_tensor(momentum)
+    _check_ema(teacher, student, 1.0, copies)  # its value is checked where it is known
 
 
 @grad_norms.register_fake
@@ -207,6 +230,14 @@ def _check_ema(teacher: list[Tensor], student: list[Tensor], momentum: float, co
     _check_same({"teacher": teacher, "student": student})
     _check_copies("copies", copies, teacher)
     _check_devices([*teacher, *student, *copies])
+
+
+def _check_momentum_tensor(momentum: Tensor) -> None:
+    if momentum.numel() != 1 or not momentum.is_cpu:
+        raise ValueError(
+            f"momentum must be a number, or a tensor of one on the CPU, where reading it waits for nothing; "
+            f"got a tensor of shape {tuple(momentum.shape)} on {momentum.device}"
+        )
 
 
 def _check_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, teachers, param_copies, teacher_copies) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dino_fast.dtensor import to_local
 from dino_fast.ops.multi_tensor import run_adamw_ema, run_grad_norms
 
 _PLAIN = {Tensor, torch.nn.Parameter}  # neither sharded nor fake
@@ -22,6 +23,7 @@ class Rows:
     beta1: float
     beta2: float
     eps: float
+    momentum_of: int  # the group whose momentum is that of these teachers
     index: list[int] = field(default_factory=list)  # of the parameter, among all
     group: list[int] = field(default_factory=list)  # of its group
     states: list[dict[str, Any]] = field(default_factory=list)
@@ -74,7 +76,7 @@ class Rows:
         if all(c is None for c in copies):
             return []
         none = torch.empty(0, dtype=torch.bfloat16, device=self.device)
-        return [none if c is None else local(c) for c in copies]
+        return [none if c is None else to_local(c) for c in copies]
 
 
 @dataclass
@@ -158,13 +160,8 @@ def _index(rows: tuple[int, ...], device: torch.device) -> Tensor:
 # ---- shards ----
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's shard of a DTensor; any other tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
 def _locals(tensors: list[Tensor]) -> list[Tensor]:
-    return tensors if _PLAIN.issuperset(map(type, tensors)) else [local(t) for t in tensors]
+    return tensors if _PLAIN.issuperset(map(type, tensors)) else [to_local(t) for t in tensors]
 
 
 def _is_eager(tensors: list[Tensor]) -> bool:
