@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dino_fast.data.loader import mix
 from dino_fast.errors import UserError
+from dino_fast.knn import extract_features
 from dino_fast.progress import watched
+from dino_fast.seeding import derive_seed
 
 RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)  # per 256 images; the published one is 0.001
 _MOMENTUM = 0.9
@@ -84,7 +85,7 @@ def fit(
         if epoch:
             features, labels = features_of(epoch)
         rate = step * (0.5 * (1 + math.cos(math.pi * epoch / epochs)))
-        generator = torch.Generator().manual_seed(mix(seed, _ORDER, epoch))
+        generator = torch.Generator().manual_seed(derive_seed(seed, _ORDER, epoch))
         order = torch.randperm(len(features), generator=generator, dtype=torch.int64, device="cpu")
         for index in order.to(device).split(batch_size):
             x = features[index]  # [B, dim]
@@ -136,7 +137,7 @@ def evaluate(
     """
     from dino_fast.eval.common.backbone import open_backbone, tokens_feature
     from dino_fast.eval.common.crops import random_batches
-    from dino_fast.eval.common.features import extract_features, labelled_features
+    from dino_fast.eval.common.features import labelled_features
     from dino_fast.eval.common.labels import left_out, open_labelled
 
     if crops not in ("centre", "random"):

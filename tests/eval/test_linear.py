@@ -14,11 +14,11 @@ from torchvision.transforms import Compose, RandomHorizontalFlip, RandomResizedC
 
 from dino_fast.cli import main as cli
 from dino_fast.data import eval_batches, open_source
-from dino_fast.data.loader import mix
 from dino_fast.errors import UserError
 from dino_fast.eval import linear
 from dino_fast.eval.common.backbone import tokens_feature
 from dino_fast.eval.common.crops import random_batches, random_crop
+from dino_fast.seeding import derive_seed
 
 
 def by_torch(x, y, classes, rate, epochs, batch_size, seed):
@@ -30,7 +30,7 @@ def by_torch(x, y, classes, rate, epochs, batch_size, seed):
     optimizer = torch.optim.SGD(layer.parameters(), lr=rate * batch_size / 256, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, eta_min=0)
     for epoch in range(epochs):
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(mix(seed, 3, epoch)))
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(derive_seed(seed, 3, epoch)))
         for index in order.split(batch_size):
             optimizer.zero_grad()
             nn.functional.cross_entropy(layer(x[index]), y[index]).backward()
