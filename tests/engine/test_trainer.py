@@ -293,8 +293,44 @@ def test_resuming_as_another_run_is_refused(images: Path, tmp_path: Path) -> Non
 def test_other_images_on_resume_are_refused(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(_config(images, out, max_steps=2))
+    before = (out / "config.yaml").read_bytes()
     with pytest.raises(UserError, match="trains on 40 images"):
         train(_config(images / "dark", out, resume=True, max_steps=4))
+    others = tmp_path / "others"
+    shutil.copytree(images, others)
+    for path in others.rglob("*.png"):
+        Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
+    with pytest.raises(UserError, match=r"trains on other images.*100% of a sample differ"):
+        train(_config(others, out, resume=True, max_steps=4))
+    assert (out / "config.yaml").read_bytes() == before
+
+
+def test_the_same_images_elsewhere_continue(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(images, tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    train(_config(Path("photos"), Path("run"), max_steps=2))
+    assert f"data: {tmp_path / 'photos'}" in (tmp_path / "run" / "config.yaml").read_text()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    train(build_config({"out": "../run", "resume": True, "max_steps": 4}))  # a whole path: found from here
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    first = sorted((tmp_path / "moved").rglob("*.png"))[0]
+    Image.open(first).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(first)  # one was repaired
+    train(build_config({"out": "../run", "resume": True, "max_steps": 6, "data": str(tmp_path / "moved")}))
+    assert len(read_metrics(tmp_path / "run")) == 6
+
+    folder = tmp_path / "run" / "checkpoints" / "step-00000006"
+    step, state = checkpoint.read(folder)
+    del state["fingerprint"]  # as earlier versions wrote it
+    checkpoint.save(folder.parent, step, state)
+    train(build_config({"out": "../run", "resume": True, "max_steps": 8}))
+    assert len(read_metrics(tmp_path / "run")) == 8
+    file = tmp_path / "run" / "config.yaml"
+    file.write_text(file.read_text().replace(str(tmp_path / "moved"), "moved"))
+    with pytest.raises(UserError, match=r"'moved', which is not in this folder.*--data"):
+        train(build_config({"out": "../run", "resume": True, "max_steps": 9}))
 
 
 def test_a_loss_that_is_not_finite_leaves_its_inputs(
