@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dino_fast import knn
 from dino_fast.benchmarks import original
 from dino_fast.benchmarks.original.knn import knn as original_knn
 from dino_fast.benchmarks.original.video import propagate as original_propagate
-from dino_fast.eval import copy, knn, linear, retrieval, segment, video
+from dino_fast.eval import copy, linear, retrieval, segment, video
 from dino_fast.eval.attention import mass_mask
 from dino_fast.eval.common.backbone import class_attention
 from dino_fast.models import VisionTransformer
