@@ -303,7 +303,7 @@ LEFT_OUT = {
     "__version__": "a string",
     "set_drop_path_seed": "sets numbers",
     "pair": "sizes",
-    "Report": "writes a page, no tensors",
+    "render_report": "writes a page, no tensors",
     "train": "below, with the evaluation of what it trained",
     "evaluate": "below",
 }
