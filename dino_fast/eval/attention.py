@@ -72,8 +72,8 @@ def overlay(seen: np.ndarray, attention: Tensor, patch: int) -> np.ndarray:
     low, high = attention.min(), attention.max()
     share = ((attention - low) / (high - low).clamp(min=1e-12)).numpy().repeat(patch, axis=0).repeat(patch, axis=1)
     opacity = 0.25 + 0.5 * share[..., None]
-    blend: np.ndarray = seen * (1 - opacity) + heat(attention, patch, "inferno") * opacity
-    return blend.round().astype(np.uint8)
+    blend: np.ndarray = (seen * (1 - opacity) + heat(attention, patch, "inferno") * opacity).round().astype(np.uint8)
+    return blend
 
 
 def masked(seen: np.ndarray, mask: np.ndarray) -> np.ndarray:
