@@ -33,7 +33,7 @@ class SGDEMA(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in every optimizer; the group may bring `teacher_params`."""
         super().add_param_group({name: value for name, value in param_group.items() if name != "teacher_params"})
-        self.teacher += param_group.get("teacher_params", ())
+        self.teacher += param_group.get("teacher_params") or ()
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("teacher", "clip_grad", "_warned")}
