@@ -166,7 +166,7 @@ def _validate_backward(grad, qkv, cu_seqlens, out, statistics, max_seqlen) -> No
 def _run_backward(grad, qkv, cu_seqlens, out, statistics, max_seqlen, backend) -> Tensor:
     _check_ends(
         qkv, cu_seqlens, max_seqlen
-    )  # again: in compiled code these are the caller's, and numpy may change them
+    )  # compiled code saves the caller's, which numpy may have changed
     chosen = choose("packed_attention", qkv, max_seqlen, backend=backend)
     return BACKWARD[chosen](grad, qkv, cu_seqlens, out, statistics, max_seqlen)
 
