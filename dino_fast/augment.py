@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dino_fast.errors import UserError
 from dino_fast.ops.multi_crop import multi_crop, multi_crop_into
+from dino_fast.ops.multi_crop.tables import CropTable
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -30,6 +31,8 @@ TRIES = 10  # boxes drawn until one fits into the image, as torchvision's Random
 DRAWS = 4 * TRIES + 14  # uniform numbers a crop
 COLOUR = ("saturation", "hue", "grey")  # operations that need red, green and blue
 _LUMA = (0.299, 0.587, 0.114)
+
+Cuts = CropTable  # its former name
 
 Size = int | tuple[int, int]
 
@@ -71,16 +74,6 @@ class CropParams:
     @staticmethod
     def concatenate(parts: Sequence[CropParams]) -> CropParams:
         return CropParams(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(CropParams)})
-
-
-class Cuts(NamedTuple):
-    """The crops of n images of known sizes, as the operation multi_crop takes them; CPU tensors."""
-
-    boxes: Tensor  # [n, V, 4] int64: top, left, height, width
-    switches: Tensor  # [n, V, 4] bool: flip, grey, blur, solarize
-    order: Tensor  # [n, V, 4] int64: brightness 0, contrast 1, saturation 2, hue 3; -1 for none
-    factors: Tensor  # [n, V, 4] float32
-    radius: Tensor  # [n, V] float32
 
 
 @dataclass(frozen=True)
@@ -203,14 +196,15 @@ class MultiCrop:
         """
         self._check_images(images, params)
         images = [_eight_bits(image) for image in images]
-        cuts = self.cuts(params, [(image.shape[1], image.shape[2]) for image in images])
-        return self.cut(images, cuts, dtype=dtype, backend=backend)
+        table = self.crop_table(params, [(image.shape[1], image.shape[2]) for image in images])
+        return self.crop(images, table, dtype=dtype, backend=backend)
 
-    def cuts(self, params: CropParams, sizes: Sequence[tuple[int, int]]) -> Cuts:
-        """What `params` means for images of `sizes` (height, width): all that `cut` needs beside the pixels."""
+    def crop_table(self, params: CropParams, sizes: Sequence[tuple[int, int]]) -> CropTable:
+        """The boxes and distortions that `params` describes for images of `sizes` (height, width): all that `crop`
+        needs beside the pixels."""
         strength = _floats(self.jitter)
         used = params.jitter[..., None] & (strength > 0)[params.order]  # [n, V, 4]
-        return Cuts(
+        return CropTable(
             torch.from_numpy(self.boxes(params, sizes)),
             torch.stack((params.flip, params.grey, params.blur, params.solarize), dim=-1),
             torch.where(used, params.order, -1),
@@ -218,26 +212,26 @@ class MultiCrop:
             params.radius,
         )
 
-    def cut(
+    def crop(
         self,
         images: Sequence[Tensor],
-        cuts: Cuts,
+        table: CropTable,
         *,
         dtype: torch.dtype = torch.float32,
         backend: str = "auto",
         out: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The second half of `apply`: uint8 images, on a CPU or a GPU, and their `cuts`, on the CPU.
+        """The second half of `apply`: uint8 images, on a CPU or a GPU, and their `crop_table`, on the CPU.
 
         `out` are tensors to write to, of the shapes that are returned and the dtype that is wanted.
         """
         mean, std = self.statistics(images[0].shape[0])
         if out is not None:
-            multi_crop_into(out, list(images), *cuts, mean.flatten(), std.flatten(), backend)
+            multi_crop_into(out, list(images), *table, mean.flatten(), std.flatten(), backend)
             return out
         return multi_crop(
             list(images),
-            *cuts,
+            *table,
             GLOBALS,
             list(pair(self.global_size)),
             list(pair(self.local_size)),
@@ -246,6 +240,8 @@ class MultiCrop:
             dtype,
             backend,
         )
+
+    cuts, cut = crop_table, crop  # their former names
 
     def _check_images(self, images: Sequence[Tensor], params: CropParams) -> None:
         if len(images) != len(params) or not images:

@@ -180,6 +180,7 @@ def _ptxas_version() -> str | None:
 
     major, minor = gpu.chip(torch.device("cuda")).capability
     try:
-        return compiler.get_ptxas(10 * major + minor).version
+        version: str = compiler.get_ptxas(10 * major + minor).version
+        return version
     except (AttributeError, RuntimeError):
         return None

@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints the findings; 1 when an image cannot be read, else 0."""
 
     from dino_fast.data import open_source
-    from dino_fast.data.check import check, crops_per_second, describe, speed
+    from dino_fast.data.inspect import check, crops_per_second, describe, speed
     from dino_fast.engine.config import build_config, multi_crop
 
     source = open_source(args.path)

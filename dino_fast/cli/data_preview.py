@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in ("local_crops", "global_size", "local_size", "seed") if name in args}
     config = build_config({**given, "data": args.path}, preset=args.preset, file=args.config)
     from dino_fast.data import open_source
-    from dino_fast.data.preview import draw, readable
+    from dino_fast.data.inspect import draw, readable
 
     source = open_source(config.data)
     source.channels = config.channels or source.channels

@@ -18,6 +18,7 @@ from dino_fast.errors import UserError
 from dino_fast.models.packing import Kept, Packing, add_to_kept, attend, attend_first, joined, kept_count, pack, take
 from dino_fast.ops.linear.matmul import Norm, linear
 from dino_fast.ops.linear.mlp import mlp
+from dino_fast.seeding import derive_seed
 
 
 class VisionTransformer(nn.Module):
@@ -337,18 +338,7 @@ def set_drop_path_seed(module: nn.Module, seed: int, step: int) -> None:
     """Makes every draw of stochastic depth in `module` until the next call a function of (seed, step, block)."""
     layers = [layer for layer in module.modules() if isinstance(layer, DropPath)]
     for block, layer in enumerate(layers):
-        layer.reseed(mix(seed, step, block))
-
-
-def mix(*numbers: int) -> int:
-    """One 63-bit seed from several integers, any change of which changes half of its bits (splitmix64's finaliser)."""
-    state = 0
-    for number in numbers:
-        state = (state + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ (state >> 30)) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ (state >> 27)) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state >> 1
+        layer.reseed(derive_seed(seed, step, block))
 
 
 def grid_of(height: int, width: int, patch_size: int) -> tuple[int, int]:

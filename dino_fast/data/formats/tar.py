@@ -1,8 +1,8 @@
 """Images in tar files, as WebDataset writes them or as a folder was packed, read at any place without unpacking.
 
-One walk over the headers finds where each image's bytes lie; that index is kept (see index.py), and an image is then a
-read at an offset. So the order is a full permutation and a crop stays a function of (seed, epoch, index), which a
-reader that streams its shards cannot offer; the layout on disk is the same.
+One walk over the headers finds where each image's bytes lie; that index is kept (see index_cache.py), and an image is
+then a read at an offset. So the order is a full permutation and a crop stays a function of (seed, epoch, index), which
+a reader that streams its shards cannot offer; the layout on disk is the same.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from dino_fast.data.decode import ImageError
-from dino_fast.data.formats.folder import EXTENSIONS
 from dino_fast.data.index_cache import Index, cached, watch
-from dino_fast.data.sources import TEST_DIRS, TRAIN_DIRS, Source, Subset, share_classes
+from dino_fast.data.source import EXTENSIONS, TEST_DIRS, TRAIN_DIRS, Source, Subset, share_classes
 from dino_fast.errors import UserError
 
 _OPEN = 256  # tar files kept open; beyond that one is opened for each read

@@ -15,8 +15,8 @@ from torchvision.transforms import RandomResizedCrop
 
 from dino_fast.augment import statistics
 from dino_fast.data import ImageError, Source
-from dino_fast.data.loader import mix
 from dino_fast.ops.multi_crop import from_pillow, to_pillow
+from dino_fast.seeding import derive_seed
 
 logger = logging.getLogger(__name__)
 _CROP = 4  # what the draw is for (0 to 2 are the loader's)
@@ -60,7 +60,7 @@ def random_batches(
         if label is None:
             continue
         try:
-            images.append(random_crop(source.read(index), size, mix(seed, _CROP, epoch, index)))
+            images.append(random_crop(source.read(index), size, derive_seed(seed, _CROP, epoch, index)))
         except ImageError as error:
             if epoch == 0:
                 logger.warning("left out of the evaluation: %s", error)

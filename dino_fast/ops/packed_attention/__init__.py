@@ -30,6 +30,7 @@ from torch import Tensor
 from dino_fast import gpu
 from dino_fast.backends import Backend, Preference, choose, native_missing, register, triton_missing
 from dino_fast.ops import autograd
+from dino_fast.ops.layout import contiguous_rows
 from dino_fast.ops.packed_attention import by_length as grouped
 from dino_fast.ops.packed_attention import native as packed_attention_cpu
 
@@ -330,7 +331,7 @@ def _triton_forward(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[T
     from dino_fast.kernels import packed_attention as kernels
 
     out, statistics = grouped.empty_outputs(qkv)
-    kernels.forward(grouped.contiguous_rows(qkv), cu_seqlens.contiguous(), max_seqlen, out, *statistics)
+    kernels.forward(contiguous_rows(qkv), cu_seqlens.contiguous(), max_seqlen, out, *statistics)
     return out, statistics
 
 
@@ -339,7 +340,7 @@ def _triton_backward(
 ) -> Tensor:
     from dino_fast.kernels import packed_attention as kernels
 
-    gradient, (grad, qkv) = qkv.new_empty(qkv.shape), (grouped.contiguous_rows(grad), grouped.contiguous_rows(qkv))
+    gradient, (grad, qkv) = qkv.new_empty(qkv.shape), (contiguous_rows(grad), contiguous_rows(qkv))
     kernels.backward(grad, qkv, cu_seqlens.contiguous(), max_seqlen, out, *statistics, gradient)
     return gradient
 

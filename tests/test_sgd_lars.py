@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from dino_fast.engine.optimizers import LARSEMA, SGDEMA, build_optimizer
 from dino_fast.engine.schedules import Schedules
 from dino_fast.engine.train_step import train_step
+from dino_fast.optim import LARSEMA, SGDEMA, build_optimizer
 from tests import original
 from tests.engine.test_train_step import PER_EPOCH, _assert_near, _batch, _config, _original, _run, _train_state
 

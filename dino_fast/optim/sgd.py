@@ -1,7 +1,7 @@
-"""SGD and LARS with the interface of `AdamWEMA`: one call clips, updates the student, then moves the teacher.
+"""SGD with the interface of `AdamWEMA`: one call clips, updates the student, then moves the teacher.
 
-They are for the published recipes of convolutional networks. Both have momentum 0.9 (torch's kind: the learning rate is
-outside the buffer) and clip each gradient by its own norm, as the original does.
+For the published recipes of convolutional networks. Its momentum is 0.9 (torch's kind: the learning rate is outside of
+the buffer), and each gradient is clipped by its own norm, as the original does.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino_fast.optim import AdamWEMA, as_found_inf, ema_update
+from dino_fast.optim.adamw_ema import as_found_inf, ema_update
 
 MOMENTUM = 0.9
-TRUST = 0.001  # of LARS: the share of its own length by which a matrix moves at learning rate 1
 
 
 class SGDEMA(torch.optim.Optimizer):
@@ -76,37 +75,6 @@ class SGDEMA(torch.optim.Optimizer):
         buffer.copy_(new_buffer if stays is None else torch.where(stays, buffer, new_buffer))
 
     def _update(self, p: Tensor, group: dict[str, Any]) -> Tensor:
-        """What joins the momentum."""
+        """The update that is added to the momentum buffer."""
         assert p.grad is not None
         return p.grad.add(p, alpha=group["weight_decay"])
-
-
-class LARSEMA(SGDEMA):
-    """Layer-wise adaptive rate scaling (You, Gitman & Ginsburg 2017, arXiv:1708.03888), as the original has it.
-
-    A matrix p with gradient g moves along u = g + weight_decay * p, scaled by TRUST * |p| / |u| where neither is 0;
-    vectors are neither decayed nor scaled. Groups carry `params` and `teacher_params`.
-    """
-
-    def _update(self, p: Tensor, group: dict[str, Any]) -> Tensor:
-        assert p.grad is not None
-        if p.ndim == 1:
-            return p.grad
-        update = super()._update(p, group)
-        length, reach = p.norm(), update.norm()
-        ratio = torch.where((length > 0) & (reach > 0), TRUST * length / reach, torch.ones_like(length))
-        return update * ratio
-
-
-Optimizer = AdamWEMA | SGDEMA | LARSEMA
-
-
-def build_optimizer(
-    name: str, groups: list[dict[str, Any]], lr: float, weight_decay: float, clip_grad: float
-) -> Optimizer:
-    """The optimizer called `adamw`, `sgd` or `lars` over groups of `params` and `teacher_params`."""
-    if name == "adamw":
-        return AdamWEMA(groups, None, lr=lr, weight_decay=weight_decay, clip_grad=clip_grad)
-    if name == "sgd":
-        return SGDEMA(groups, lr, weight_decay, clip_grad)
-    return LARSEMA(groups, lr, weight_decay, clip_grad)

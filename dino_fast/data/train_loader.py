@@ -1,4 +1,4 @@
-"""Batches of crops for training, and of plain images for evaluation.
+"""Batches of crops for training.
 
 Every crop is a function of (seed, epoch, sample index); the order of the images is a function of (seed, epoch). So a
 run continues exactly from (epoch, batch index), whatever the number of workers, and the global batch is the same for
@@ -10,52 +10,26 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from dino_fast.augment import GLOBALS, IMAGENET_MEAN, IMAGENET_STD, MultiCrop, Size, pair, statistics
-from dino_fast.cpus import usable_cpus
+from dino_fast.augment import GLOBALS, MultiCrop, pair
+from dino_fast.data.batch import Batch, pack
 from dino_fast.data.decode import ImageError, Jpeg
-from dino_fast.data.gpu_crops import Packed, cut_ahead, pack
-from dino_fast.data.shared_buffers import Slot, Slots, WorkersSlots
-from dino_fast.data.sources import Source
+from dino_fast.data.gpu_crops import prefetch_crops
+from dino_fast.data.shared_buffers import Slot, SlotPool, WorkerBuffers
+from dino_fast.data.source import Source
 from dino_fast.errors import UserError
-from dino_fast.ops.multi_crop import from_pillow, to_pillow
+from dino_fast.seeding import derive_seed
 
 logger = logging.getLogger(__name__)
 _REPLACEMENTS = 32  # images tried in place of an unreadable one; all failing means that the source is gone
 _PREFETCH = 4  # batches that a worker may be ahead
-_READERS = 16  # threads, at most, that read for an evaluation: decoding releases Python's lock
-_GROUP = 16  # images that one of them reads at a time
 _ORDER, _CROPS, _REPLACE = range(3)  # what a random draw is for, so that no two uses share a seed
-
-
-@dataclass
-class Batch:
-    """This process's part of one global batch."""
-
-    global_crops: Tensor  # [2, B, C, h, w] float32
-    local_crops: Tensor  # [n_local, B, C, h, w] float32
-    index: Tensor  # [B] int64, the images used (replacements where one could not be read)
-    epoch: int
-    batch: int  # position in the epoch; (epoch, batch + 1) is where to start after it
-    bad: list[tuple[int, str]] = field(default_factory=list)  # (index, reason) of images that could not be read
-    failure: str = ""  # set when not even replacements could be read
-    packed: Packed | None = None  # the images, between a worker and the GPU that makes the crops
-    slot: Slot | None = None  # of a worker's memory that the crops are in
-
-    def pin_memory(self) -> Batch:
-        """For the loader: a copy from which a GPU can fetch by itself."""
-        if self.packed is not None:
-            return replace(self, packed=self.packed.pin_memory())
-        return replace(self, global_crops=self.global_crops.pin_memory(), local_crops=self.local_crops.pin_memory())
 
 
 def train_loader(
@@ -132,11 +106,11 @@ class TrainLoader:
 
         if self.workers:
             self.source.prepare()
-        slots = Slots(self.workers, _PREFETCH + 3)  # what a worker may be ahead, and a step and its successor
+        slots = SlotPool(self.workers, _PREFETCH + 3)  # what a worker may be ahead, and a step and its successor
         loader: DataLoader[Batch] = DataLoader(
-            _Crops(self.source, self.crops, self.seed, self.gpu is not None, self.encoded, slots.free),  # type: ignore[arg-type]
+            CropDataset(self.source, self.crops, self.seed, self.gpu is not None, self.encoded, slots.free),  # type: ignore[arg-type]
             batch_size=None,  # one request is one batch, so what a worker makes does not depend on how many there are
-            sampler=_Order(self),
+            sampler=BatchSampler(self),
             num_workers=self.workers,
             worker_init_fn=_one_thread,
             multiprocessing_context="fork" if self.workers else None,  # shares the source's memory; workers use no GPU
@@ -144,9 +118,9 @@ class TrainLoader:
             pin_memory=self.pin_memory,
         )
         batches = self._received(_started(loader), slots)
-        yield from batches if self.gpu is None else cut_ahead(batches, self.source, self.crops, self.gpu)
+        yield from batches if self.gpu is None else prefetch_crops(batches, self.source, self.crops, self.gpu)
 
-    def _received(self, batches: Iterator[Batch], slots: Slots) -> Iterator[Batch]:
+    def _received(self, batches: Iterator[Batch], slots: SlotPool) -> Iterator[Batch]:
         while (batch := _next(batches)) is not None:
             self._note(batch)
             if batch.slot is not None:
@@ -194,7 +168,7 @@ def _next(batches: Iterator[Batch]) -> Batch | None:
         ) from error
 
 
-class _Order:
+class BatchSampler:
     """The positions of a run and the images of each: yields (epoch, batch, indices of this process's part)."""
 
     def __init__(self, loader: TrainLoader) -> None:
@@ -213,12 +187,12 @@ class _Order:
             epoch, batch = epoch + 1, 0
 
 
-class _Crops:
+class CropDataset:
     """What runs in a worker: reads the images of one request and cuts their crops, or packs them for a GPU."""
 
     def __init__(self, source: Source, crops: MultiCrop, seed: int, packed: bool, encoded: bool, free: Tensor) -> None:
         self.source, self.crops, self.seed, self.packed = source, crops, seed, packed
-        self.free, self.slots = free, cast("WorkersSlots | None", None)
+        self.free, self.slots = free, cast("WorkerBuffers | None", None)
         self.get: Callable[[int], Tensor | Jpeg] = source.jpeg_or_pixels if encoded else source.read
 
     def __getitem__(self, request: tuple[int, int, list[int]]) -> Batch:
@@ -232,7 +206,7 @@ class _Crops:
             )
             nothing = torch.empty(0, dtype=torch.float32, device="cpu")
             return Batch(nothing, nothing, torch.empty(0, dtype=torch.int64, device="cpu"), epoch, number, bad, failure)
-        params = self.crops.sample_each([mix(self.seed, _CROPS, epoch, index) for index in wanted])
+        params = self.crops.sample_each([derive_seed(self.seed, _CROPS, epoch, index) for index in wanted])
         index = torch.tensor([index for _, index in read], dtype=torch.int64, device="cpu")
         sizes = [(i.height, i.width) if isinstance(i, Jpeg) else (i.shape[1], i.shape[2]) for i in images]
         cuts = self.crops.cuts(params, sizes)
@@ -251,9 +225,9 @@ class _Crops:
         worker = torch.utils.data.get_worker_info()
         if worker is None:
             return None, None
-        self.slots = self.slots or WorkersSlots(self.free, worker.id)
+        self.slots = self.slots or WorkerBuffers(self.free, worker.id)
         sizes = ((GLOBALS, pair(self.crops.global_size)), (self.crops.n_local, pair(self.crops.local_size)))
-        taken = self.slots.take([(views, n, self.source.channels, *size) for views, size in sizes])
+        taken = self.slots.acquire([(views, n, self.source.channels, *size) for views, size in sizes])
         return (None, None) if taken is None else (taken[0], (taken[1][0], taken[1][1]))
 
     def _read(self, index: int, epoch: int, bad: list[tuple[int, str]]) -> tuple[Tensor | Jpeg | None, int]:
@@ -264,7 +238,7 @@ class _Crops:
                 return self.get(used), used
             except ImageError as error:
                 bad.append((used, str(error)))
-            used = mix(self.seed, _REPLACE, epoch, index, attempt) % len(self.source)
+            used = derive_seed(self.seed, _REPLACE, epoch, index, attempt) % len(self.source)
         return None, index
 
 
@@ -275,91 +249,5 @@ def _one_thread(worker: int) -> None:
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
     """The permutation [n] int64 of an epoch."""
     return torch.randperm(
-        n, generator=torch.Generator().manual_seed(mix(seed, _ORDER, epoch)), dtype=torch.int64, device="cpu"
+        n, generator=torch.Generator().manual_seed(derive_seed(seed, _ORDER, epoch)), dtype=torch.int64, device="cpu"
     )
-
-
-def mix(*numbers: int) -> int:
-    """A well-mixed seed of 63 bits from whole numbers (the finaliser of SplitMix64, applied after each)."""
-    state = 0
-    for number in numbers:
-        state = (state + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ state >> 30) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ state >> 27) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state >> 1
-
-
-def eval_batches(
-    source: Source,
-    size: Size,
-    mean: Sequence[float] = IMAGENET_MEAN,
-    std: Sequence[float] = IMAGENET_STD,
-    batch_size: int = 256,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every readable image once, in order: (float32 [B, C, h, w], int64 labels [B], -1 where there is none).
-
-    An image of just `size` is taken as it is; another one is scaled (bicubic) until its tighter side is 256/224 of
-    `size` and cut at the centre, as the original evaluates. Unreadable images are left out with a log warning;
-    UserError when all are.
-    """
-    offset, scale = statistics(mean, std, source.channels)
-    images: list[Tensor] = []
-    labels: list[int] = []
-    found = False
-    for index, image in enumerate(_centres(source, pair(size))):
-        if isinstance(image, ImageError):
-            logger.warning("left out of the evaluation: %s", image)
-        else:
-            found = True
-            images.append(image)
-            label = source.label(index)
-            labels.append(-1 if label is None else label)
-        if images and (len(images) == batch_size or index == len(source) - 1):
-            yield (
-                torch.stack(images).float().div_(255).sub_(offset).div_(scale),
-                torch.tensor(labels, dtype=torch.int64, device="cpu"),
-            )
-            images, labels = [], []
-    if not found:
-        raise UserError(f"none of the {len(source)} images can be read; 'dino-fast data check' says why")
-
-
-def _centres(source: Source, size: tuple[int, int]) -> Iterator[Tensor | ImageError]:
-    """`centre` of every image in order, or why it cannot be read. Threads work two groups of images each ahead."""
-
-    def read(start: int) -> list[Tensor | ImageError]:
-        found: list[Tensor | ImageError] = []
-        for index in range(start, min(start + _GROUP, len(source))):
-            try:
-                found.append(centre(source.read(index), size))
-            except ImageError as error:
-                found.append(error)
-        return found
-
-    source.prepare()  # imports what decodes in one thread
-    threads = min(_READERS, usable_cpus())
-    ahead: deque[Future[list[Tensor | ImageError]]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        for start in range(0, len(source), _GROUP):
-            ahead.append(pool.submit(read, start))
-            if len(ahead) > 2 * threads:
-                yield from ahead.popleft().result()
-        for group in ahead:
-            yield from group.result()
-
-
-def centre(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """uint8 [C, H, W] -> uint8 [C, h, w]; see `eval_batches`."""
-    height, width = image.shape[1:]
-    if (height, width) == size:
-        return image
-    if size[0] * width >= size[1] * height:  # the height is the tighter side
-        h = round(size[0] * 256 / 224)
-        w = max(size[1], h * width // height)
-    else:
-        w = round(size[1] * 256 / 224)
-        h = max(size[0], w * height // width)
-    top, left = round((h - size[0]) / 2), round((w - size[1]) / 2)
-    box = (left, top, left + size[1], top + size[0])
-    return from_pillow([p.resize((w, h), Image.Resampling.BICUBIC).crop(box) for p in to_pillow(image)])
