@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 
 from dino_fast.engine import checkpoint, train
@@ -21,6 +20,8 @@ from tests.engine.test_train_step import _config, _run, _train_state, _weights
 from tests.engine.test_trainer import _config as run_config
 from tests.engine.test_trainer import images  # noqa: F401
 from tests.models.test_dinov2 import randomised, same
+
+timm = pytest.importorskip("timm")
 
 
 def started(source: Path | str, **given: Any) -> TrainState:
