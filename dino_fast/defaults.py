@@ -10,8 +10,10 @@ import torch
 
 @contextmanager
 def torch_defaults() -> Iterator[None]:
-    """float32 on the CPU is the default within, whatever the caller's program has set. The dtype is the process's: not
-    for code beside which other threads make tensors."""
+    """Makes float32 on the CPU the defaults within, whatever the caller's program has set.
+
+    The default dtype is the process's: not for code beside which other threads make tensors.
+    """
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
