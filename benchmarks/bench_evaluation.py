@@ -13,14 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dino_fast import knn
 from dino_fast.benchmarks import original
 from dino_fast.benchmarks.original.knn import knn as original_knn
 from dino_fast.benchmarks.original.video import propagate as original_propagate
-from dino_fast.data.loader import mix
-from dino_fast.eval import copy, knn, linear, retrieval, segment, video
+from dino_fast.eval import copy, linear, retrieval, segment, video
 from dino_fast.eval.attention import mass_mask
 from dino_fast.eval.common.backbone import class_attention
 from dino_fast.models import VisionTransformer
+from dino_fast.seeding import derive_seed
 
 from .harness import Comparison, Contender, Row, run_all
 
@@ -88,7 +89,7 @@ def layers(images: int) -> Comparison:
         optimizer = torch.optim.SGD(layer.parameters(), lr=rate * batch / 256, momentum=0.9)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, eta_min=0)
         for epoch in range(epochs):
-            order = torch.randperm(images, generator=torch.Generator().manual_seed(mix(0, 3, epoch)))
+            order = torch.randperm(images, generator=torch.Generator().manual_seed(derive_seed(0, 3, epoch)))
             for index in order.split(batch):
                 optimizer.zero_grad()
                 F.cross_entropy(layer(x[index]), y[index]).backward()

@@ -19,7 +19,8 @@ from torch import Tensor
 from dino_fast.augment import MultiCrop
 from dino_fast.cpus import usable_cpus
 from dino_fast.data import Source, open_source, train_loader
-from dino_fast.data.loader import _CROPS, epoch_order, mix
+from dino_fast.data.train_loader import _CROPS, epoch_order
+from dino_fast.seeding import derive_seed
 
 from .bench_multi_crop import Checked, Recipe, original, photographs, pillow_image
 from .harness import Comparison, Contender, Row, run_all
@@ -32,7 +33,7 @@ class Pillow:
 
     def __init__(self, source: Source, crops: MultiCrop) -> None:
         self.source = source
-        params = crops.sample_each([mix(SEED, _CROPS, 0, i) for i in range(len(source))])
+        params = crops.sample_each([derive_seed(SEED, _CROPS, 0, i) for i in range(len(source))])
         sizes = [(x.shape[1], x.shape[2]) for x in map(source.read, range(len(source)))]
         self.recipes = [
             [Recipe(crops, params, size, i, v) for v in range(crops.n_crops)] for i, size in enumerate(sizes)
@@ -92,7 +93,7 @@ def comparison(folder: Path, batches: int, workers: int) -> Comparison:
     fast, plain = Loading(ours), Loading(theirs)
     fast.count = plain.count = batches
     first = order[:BATCH].tolist()
-    params = crops.sample_each([mix(SEED, _CROPS, 0, i) for i in first])
+    params = crops.sample_each([derive_seed(SEED, _CROPS, 0, i) for i in first])
     checked = Checked(crops, crops.apply([source.read(i) for i in first], params, backend="reference"))
 
     def our_first() -> tuple[Tensor, Tensor]:

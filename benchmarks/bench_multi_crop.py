@@ -344,10 +344,10 @@ def on_gpu(n: int, device: str = "cuda") -> Comparison:
     placed = [image.to(device) for image in pixels]
 
     def contenders(params: CropParams, recipes: list[list[Recipe]], checked: Checked) -> list[Contender]:
-        cuts = crops.cuts(params, [(375, 500)] * n)
+        table = crops.crop_table(params, [(375, 500)] * n)
 
         def ours() -> Crops:
-            return crops.cut(placed, cuts)
+            return crops.crop(placed, table)
 
         v2 = crop_by_crop(torchvision_v2, lambda: placed, recipes)
         one = peer("kornia, crop by crop", "kornia", lambda k: crop_by_crop(with_kornia(k), lambda: placed, recipes))

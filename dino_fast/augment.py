@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dino_fast.errors import UserError
 from dino_fast.ops.multi_crop import multi_crop, multi_crop_into
+from dino_fast.ops.multi_crop.tables import CropTable
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -30,6 +31,8 @@ TRIES = 10  # boxes drawn until one fits into the image, as torchvision's Random
 DRAWS = 4 * TRIES + 14  # uniform numbers a crop
 COLOUR = ("saturation", "hue", "grey")  # operations that need red, green and blue
 _LUMA = (0.299, 0.587, 0.114)
+
+Cuts = CropTable  # its former name
 
 Size = int | tuple[int, int]
 
@@ -66,21 +69,13 @@ class CropParams:
 
     @staticmethod
     def from_dict(tensors: dict[str, Tensor]) -> CropParams:
+        """The inverse of `to_dict`."""
         return CropParams(**tensors)
 
     @staticmethod
     def concatenate(parts: Sequence[CropParams]) -> CropParams:
+        """The parameters of all images of `parts`, in order."""
         return CropParams(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(CropParams)})
-
-
-class Cuts(NamedTuple):
-    """The crops of n images of known sizes, as the operation multi_crop takes them; CPU tensors."""
-
-    boxes: Tensor  # [n, V, 4] int64: top, left, height, width
-    switches: Tensor  # [n, V, 4] bool: flip, grey, blur, solarize
-    order: Tensor  # [n, V, 4] int64: brightness 0, contrast 1, saturation 2, hue 3; -1 for none
-    factors: Tensor  # [n, V, 4] float32
-    radius: Tensor  # [n, V] float32
 
 
 @dataclass(frozen=True)
@@ -128,6 +123,7 @@ class MultiCrop:
 
     @property
     def n_crops(self) -> int:
+        """Crops of an image, global and local."""
         return GLOBALS + self.n_local
 
     def skipped(self, channels: int) -> tuple[str, ...]:
@@ -172,8 +168,11 @@ class MultiCrop:
         )
 
     def boxes(self, params: CropParams, sizes: Sequence[tuple[int, int]]) -> np.ndarray:
-        """[n, V, 4] int64 (top, left, height, width) in images of `sizes` (height, width): the first candidate that
-        fits, else the largest centred box within `ratio`, as torchvision's RandomResizedCrop."""
+        """Boxes [n, V, 4] int64 (top, left, height, width) in images of `sizes` (height, width).
+
+        Each is the first candidate that fits, else the largest centered box within `ratio`, as torchvision's
+        RandomResizedCrop.
+        """
         extent = np.asarray(sizes, dtype=np.float64).reshape(-1, 1, 1, 2)  # [n, 1, 1, 2]
         area = params.area.double().numpy() * extent[..., 0] * extent[..., 1]  # [n, V, 10]
         aspect = np.exp(params.log_ratio.double().numpy())
@@ -203,14 +202,17 @@ class MultiCrop:
         """
         self._check_images(images, params)
         images = [_eight_bits(image) for image in images]
-        cuts = self.cuts(params, [(image.shape[1], image.shape[2]) for image in images])
-        return self.cut(images, cuts, dtype=dtype, backend=backend)
+        table = self.crop_table(params, [(image.shape[1], image.shape[2]) for image in images])
+        return self.crop(images, table, dtype=dtype, backend=backend)
 
-    def cuts(self, params: CropParams, sizes: Sequence[tuple[int, int]]) -> Cuts:
-        """What `params` means for images of `sizes` (height, width): all that `cut` needs beside the pixels."""
+    def crop_table(self, params: CropParams, sizes: Sequence[tuple[int, int]]) -> CropTable:
+        """The boxes and distortions that `params` describes for images of `sizes` (height, width).
+
+        With the pixels they are all that `crop` needs.
+        """
         strength = _floats(self.jitter)
         used = params.jitter[..., None] & (strength > 0)[params.order]  # [n, V, 4]
-        return Cuts(
+        return CropTable(
             torch.from_numpy(self.boxes(params, sizes)),
             torch.stack((params.flip, params.grey, params.blur, params.solarize), dim=-1),
             torch.where(used, params.order, -1),
@@ -218,26 +220,26 @@ class MultiCrop:
             params.radius,
         )
 
-    def cut(
+    def crop(
         self,
         images: Sequence[Tensor],
-        cuts: Cuts,
+        table: CropTable,
         *,
         dtype: torch.dtype = torch.float32,
         backend: str = "auto",
         out: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The second half of `apply`: uint8 images, on a CPU or a GPU, and their `cuts`, on the CPU.
+        """The second half of `apply`: uint8 images, on a CPU or a GPU, and their `crop_table`, on the CPU.
 
         `out` are tensors to write to, of the shapes that are returned and the dtype that is wanted.
         """
         mean, std = self.statistics(images[0].shape[0])
         if out is not None:
-            multi_crop_into(out, list(images), *cuts, mean.flatten(), std.flatten(), backend)
+            multi_crop_into(out, list(images), *table, mean.flatten(), std.flatten(), backend)
             return out
         return multi_crop(
             list(images),
-            *cuts,
+            *table,
             GLOBALS,
             list(pair(self.global_size)),
             list(pair(self.local_size)),
@@ -246,6 +248,8 @@ class MultiCrop:
             dtype,
             backend,
         )
+
+    cuts, cut = crop_table, crop  # their former names
 
     def _check_images(self, images: Sequence[Tensor], params: CropParams) -> None:
         if len(images) != len(params) or not images:
@@ -269,8 +273,10 @@ class MultiCrop:
 
 
 def statistics(mean: Sequence[float], std: Sequence[float], channels: int) -> tuple[Tensor, Tensor]:
-    """`mean` and `std` for images of so many channels, [C, 1, 1] float32: as given, one for all, or three averaged by
-    luma for grey images. Raises UserError where the lengths do not fit."""
+    """`mean` and `std` for images of so many channels, each [C, 1, 1] float32.
+
+    As given, one for all, or three averaged by luma for gray images. Raises UserError where the lengths do not fit.
+    """
     both = []
     for name, given in (("mean", mean), ("std", std)):
         if len(given) == 3 and channels == 1:
@@ -301,6 +307,7 @@ def _central_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[i
 
 
 def pair(size: Size) -> tuple[int, int]:
+    """(height, width) of a size given as one number or two."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 

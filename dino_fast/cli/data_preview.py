@@ -12,6 +12,7 @@ from dino_fast.errors import UserError, make_folder, unwritable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options to its parser."""
     parser.add_argument("path", help="folder, .parquet file, text file listing images, or 'demo'")
     parser.add_argument("--out", type=Path, default=Path("preview.png"), help="picture to write (default: %(default)s)")
     parser.add_argument("--images", type=int, default=4, metavar="N", help="images to show (default: %(default)s)")
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     given = {name: getattr(args, name) for name in ("local_crops", "global_size", "local_size", "seed") if name in args}
     config = build_config({**given, "data": args.path}, preset=args.preset, file=args.config)
     from dino_fast.data import open_source
-    from dino_fast.data.preview import draw, readable
+    from dino_fast.data.inspect import draw, readable
 
     source = open_source(config.data)
     source.channels = config.channels or source.channels

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dino_fast.data.batch import Batch
 from dino_fast.data.decode import ImageError
-from dino_fast.data.loader import Batch, TrainLoader, eval_batches, train_loader
-from dino_fast.data.sources import ArraySource, Source, Subset, held_out, open_source, split
+from dino_fast.data.eval_loader import eval_batches
+from dino_fast.data.open import held_out, open_source, split
+from dino_fast.data.source import ArraySource, Source, Subset
+from dino_fast.data.train_loader import TrainLoader, train_loader
 
 __all__ = [
     "ArraySource",

@@ -11,69 +11,32 @@ import contextlib
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dino_fast.augment import Cuts, MultiCrop
-from dino_fast.data.decode import ImageError, Jpeg, decode
-from dino_fast.data.sources import Source
+from dino_fast.augment import MultiCrop
+from dino_fast.data.batch import Batch, PackedImages
+from dino_fast.data.decode import ImageError, decode
+from dino_fast.data.source import Source
 from dino_fast.errors import UserError
 
-if TYPE_CHECKING:
-    from dino_fast.data.loader import Batch
 
-
-@dataclass
-class Packed:
-    """Images of different sizes, or JPEG files, one after the other in one buffer, and where to cut them."""
-
-    buffer: Tensor  # uint8 [bytes]
-    shapes: Tensor  # int64 [n, 4]: C, H, W and the bytes of the file, 0 where there are pixels
-    cuts: Cuts
-
-    def parts(self) -> list[Tensor]:
-        """Views of the buffer: uint8 [C, H, W], or [bytes] of a file."""
-        at, parts = 0, []
-        for channels, height, width, size in self.shapes.tolist():
-            end = at + (size or channels * height * width)
-            part = self.buffer[at:end]
-            parts.append(part if size else part.view(channels, height, width))
-            at = end
-        return parts
-
-    def pin_memory(self) -> Packed:
-        return replace(self, buffer=self.buffer.pin_memory())
-
-
-def pack(images: Sequence[Tensor | Jpeg], cuts: Cuts, channels: int) -> Packed:
-    """Copies the images, uint8 [C, H, W], or the files behind each other."""
-    shapes = [
-        (channels, image.height, image.width, len(image.data)) if isinstance(image, Jpeg) else (*image.shape, 0)
-        for image in images
-    ]
-    rows = [
-        torch.frombuffer(bytearray(image.data), dtype=torch.uint8) if isinstance(image, Jpeg) else image.reshape(-1)
-        for image in images
-    ]
-    return Packed(torch.cat(rows), torch.tensor(shapes, dtype=torch.int64, device="cpu"), cuts)
-
-
-def cut_ahead(batches: Iterator[Batch], source: Source, crops: MultiCrop, device: torch.device) -> Iterator[Batch]:
+def prefetch_crops(batches: Iterator[Batch], source: Source, crops: MultiCrop, device: torch.device) -> Iterator[Batch]:
     """The batches with their crops on `device`. What the next batch raises comes after the batch before it."""
-    side = _Side(device)
+    stream = CropStream(device)
     waiting: Batch | None = None
     while True:
         following, failure = None, None
         try:
             batch = next(batches, None)
-            following = None if batch is None else side.cut(batch, source, crops)
+            following = None if batch is None else stream.cut(batch, source, crops)
         except UserError as error:
             failure = error
         if waiting is not None:
-            yield side.handed_over(waiting)
+            yield stream.hand_over(waiting)
         if failure is not None:
             raise failure
         if following is None:
@@ -81,7 +44,7 @@ def cut_ahead(batches: Iterator[Batch], source: Source, crops: MultiCrop, device
         waiting = following
 
 
-class _Side:
+class CropStream:
     """Where crops are cut: on a GPU a stream beside the one that trains, on a CPU (in the tests) nothing special."""
 
     def __init__(self, device: torch.device) -> None:
@@ -95,11 +58,11 @@ class _Side:
             return batch
         on_stream: Any = contextlib.nullcontext() if self.stream is None else torch.cuda.stream(self.stream)
         with on_stream:
-            images = unpacked(packed, self.device, lambda i: source.name(int(batch.index[i])))
+            images = unpack(packed, self.device, lambda i: source.name(int(batch.index[i])))
             made = crops.cut(images, packed.cuts)
         return replace(batch, global_crops=made[0], local_crops=made[1], packed=None)
 
-    def handed_over(self, batch: Batch) -> Batch:
+    def hand_over(self, batch: Batch) -> Batch:
         """The batch, for the current stream, which waits for this one."""
         if self.stream is not None:
             current = torch.cuda.current_stream(self.device)
@@ -109,7 +72,7 @@ class _Side:
         return batch
 
 
-def unpacked(packed: Packed, device: torch.device, name: Any) -> list[Tensor]:
+def unpack(packed: PackedImages, device: torch.device, name: Any) -> list[Tensor]:
     """The images on `device`, uint8 [C, H, W]. Raises UserError with `name(i)` for a file that nobody can decode."""
     parts = packed.parts()
     files = [i for i, row in enumerate(packed.shapes.tolist()) if row[3]]
@@ -174,7 +137,7 @@ def _in_order(decode: Callable[[], list[Tensor]], files: list[Tensor], device: t
     return images
 
 
-def nvjpeg_missing(device: torch.device) -> str | None:
+def nvjpeg_unavailable_reason(device: torch.device) -> str | None:
     """Why JPEGs cannot be decoded on this device, or None."""
     import io
 

@@ -17,7 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 Slot = tuple[int, int]  # worker, and which of its slots
 
 
-class Slots:
+class SlotPool:
     """The training process's side; made before the workers are forked. `free` is shared with them."""
 
     def __init__(self, workers: int, count: int) -> None:
@@ -42,7 +42,7 @@ class Slots:
         self._lent = kept
 
 
-class WorkersSlots:
+class WorkerBuffers:
     """A worker's side."""
 
     def __init__(self, free: Tensor, worker: int) -> None:
@@ -50,7 +50,7 @@ class WorkersSlots:
         self._memory: list[Tensor | None] = [None] * len(self._free)
         self._recent = list(range(len(self._free)))  # the last used one first
 
-    def take(self, shapes: Sequence[Sequence[int]]) -> tuple[Slot, list[Tensor]] | None:
+    def acquire(self, shapes: Sequence[Sequence[int]]) -> tuple[Slot, list[Tensor]] | None:
         """A free slot and float32 tensors of these shapes in it; None where all are taken."""
         for slot in self._recent:
             if self._free[slot]:

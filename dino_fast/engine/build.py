@@ -12,18 +12,17 @@ from torch import nn
 from dino_fast.backends import BackendError, choose, cuda_missing
 from dino_fast.cpus import usable_cpus
 from dino_fast.data import Source, Subset, TrainLoader, open_source, split, train_loader
-from dino_fast.data.gpu_crops import nvjpeg_missing
+from dino_fast.data.gpu_crops import nvjpeg_unavailable_reason
 from dino_fast.engine import parallelize
 from dino_fast.engine.config import Config, multi_crop
 from dino_fast.engine.cuda_graph import StepGraph
 from dino_fast.engine.distributed import SINGLE_PROCESS, DistContext
-from dino_fast.engine.optimizers import build_optimizer
 from dino_fast.engine.train_state import TrainState
 from dino_fast.errors import UserError
 from dino_fast.loss import DINOLoss
 from dino_fast.models import DINOHead, MultiCropWrapper, VisionTransformer, build_backbone
 from dino_fast.models.weights.pretrained import load_pretrained
-from dino_fast.optim import AdamWEMA
+from dino_fast.optim import AdamWEMA, build_optimizer
 
 # The narrow models that `init: xavier` is for stay at a loss of ln K with the published deviation of 0.02.
 XAVIER_POSITION_STD = 0.3
@@ -106,7 +105,7 @@ def resolve_crop_device(augment_on: str, decode_on: str, device: torch.device) -
         raise UserError(f"--decode-on gpu: {missing or 'the crops are made on the CPU'}; use --decode-on cpu")
     if augment_on == "cpu" or missing:
         return None
-    if decode_on == "gpu" and (reason := nvjpeg_missing(device)):
+    if decode_on == "gpu" and (reason := nvjpeg_unavailable_reason(device)):
         raise UserError(f"--decode-on gpu: torchvision cannot ({reason}); use --decode-on cpu")
     return device
 
@@ -121,9 +120,9 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_workers(count: int | None, device: torch.device, processes: int = 1) -> int:
-    """Loader processes: none on a CPU, where training and loading share the cores; on a GPU one for each core of this
-    process's share, at most 10.
+    """Number of loader processes: `count`, or by default none on a CPU and up to 10 on a GPU.
 
+    On a CPU training and loading share the cores; on a GPU each core of this process's share gets a worker.
     On two cores the demo ran at 1030 images/s without workers, 990 with one, 870 with two.
     """
     if count is not None:
@@ -132,7 +131,10 @@ def resolve_workers(count: int | None, device: torch.device, processes: int = 1)
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """ "fp32", "bf16" or "fp16"; for "auto" fp32 on a CPU, bf16 on a GPU that computes in it, else fp16."""
+    """Number format "fp32", "bf16" or "fp16".
+
+    "auto" is fp32 on a CPU, bf16 on a GPU that computes in it, else fp16.
+    """
     if name != "auto":
         return name
     if device.type == "cpu":

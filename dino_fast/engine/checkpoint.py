@@ -84,16 +84,27 @@ def save(directory: Path, step: int, state: dict[Any, Any], keep: int = 3) -> Pa
 def load(directory: Path) -> tuple[int, dict[Any, Any]] | None:
     """The step and state (CPU tensors) of the newest complete checkpoint below `directory`; None when there is none.
 
-    Each checkpoint is verified; a damaged one is named in a `UserWarning` and the one before it is tried. Reading
-    changes nothing on the disk, so a run may be read while it writes.
+    Each checkpoint is verified; a damaged one is named in a `UserWarning` and the one before it is tried. Raises
+    UserError naming what is wrong with each where all are damaged. Reading changes nothing on the disk, so a run may be
+    read while it writes.
     """
+    damaged: list[str] = []
     for _, folder in _checkpoints(Path(directory)):
         try:
-            return read(folder)
+            newest = read(folder)
         except _Damaged as error:
-            warnings.warn(f"checkpoint {folder} is damaged ({error}); trying the one before it", stacklevel=2)
+            damaged.append(f"checkpoint {folder} is damaged ({error})")
         except FileNotFoundError:
             continue  # pruned between listing and reading, by a run that is still writing
+        else:
+            for text in damaged:
+                warnings.warn(f"{text}; trying the one before it", stacklevel=2)
+            return newest
+    if damaged:
+        raise UserError(
+            f"there is no whole checkpoint in {directory}, and nothing was changed: {'; '.join(damaged)}. Put a copy "
+            f"back if there is one; to start anew, give another --out, or delete {directory} and --resume"
+        )
     return None
 
 

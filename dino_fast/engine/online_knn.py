@@ -10,11 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from dino_fast.data import Source, Subset, eval_batches
+from dino_fast.dtensor import is_sharded
 from dino_fast.engine.build import build_configured_backbone
 from dino_fast.engine.distributed import DistContext
-from dino_fast.engine.parallelize import full_state_dict, is_sharded
+from dino_fast.engine.parallelize import full_state_dict
 from dino_fast.engine.signals import Halted
 from dino_fast.engine.train_state import TrainState
+from dino_fast.knn import extract_features, knn_accuracy
 from dino_fast.models import MultiCropWrapper
 
 Watch = Callable[[Iterable[Any]], Iterator[Any]]  # passes items through; raises Halted after a signal
@@ -23,20 +25,21 @@ Watch = Callable[[Iterable[Any]], Iterator[Any]]  # passes items through; raises
 def measure_knn(
     state: TrainState, channels: int, bank: Source, test: Source, watch: Watch
 ) -> tuple[dict[str, float], str]:
-    """k-NN accuracies on `test` (`knn` of the teacher, `knn_student`) and a line about them; empty after a signal."""
-    from dino_fast.eval.knn import knn_accuracy
+    """k-NN accuracies of teacher and student on `test`, as shares of its labeled images.
 
+    `bank` holds the images that vote. Returns {"knn": teacher's, "knn_student": student's} and a line of text about
+    them; ({}, "") after a signal.
+    """
     config, accuracies, text = state.config, {}, ""
     for name, model in (("knn", state.teacher), ("knn_student", state.student)):
         backbone = whole_backbone(state, model, channels)
         bank_features, test_features = (all_features(state, backbone, source, watch) for source in (bank, test))
         if bank_features is None or test_features is None:
             return {}, ""
-        (known, labels), (queries, truth) = bank_features, test_features
-        k = min(config.knn_k, len(known))
+        queries, k = test_features[0], min(config.knn_k, len(bank_features[0]))
         top1 = 0.0
         if state.context.first:
-            top1 = float(knn_accuracy(known, labels, queries, truth, k=k, temperature=config.knn_temperature)[0])
+            top1 = float(knn_accuracy(*bank_features, *test_features, k, config.knn_temperature)[0])
         accuracies[name] = state.context.run_on_rank0(lambda value=top1: value)  # type: ignore[misc]
         text = f"k-NN (k={k}, temperature {config.knn_temperature:g}, {len(queries)} held-out images): "
     return accuracies, text + f"teacher {accuracies['knn']:.1%}, student {accuracies['knn_student']:.1%}"
@@ -44,8 +47,6 @@ def measure_knn(
 
 def all_features(state: TrainState, backbone: nn.Module, source: Source, watch: Watch) -> tuple[Tensor, Tensor] | None:
     """Features [N, C] and labels [N] of the labeled images, in order; None if any process received a signal."""
-    from dino_fast.eval.knn import extract_features
-
     share, config = share_of(source, state.context), state.config
     features = torch.empty(0, cast(int, backbone.embed_dim), dtype=torch.float32, device="cpu")
     labels = torch.empty(0, dtype=torch.int64, device="cpu")
@@ -71,11 +72,13 @@ def share_of(source: Source, context: DistContext) -> Source:
 
 
 def whole_backbone(state: TrainState, model: MultiCropWrapper, channels: int) -> nn.Module:
-    """The network's backbone; if it is sharded, a gathered copy, which forward passes use without collectives. All
-    processes must call this."""
+    """The network's backbone, or a gathered copy of a sharded one, whose forward pass needs no collectives.
+
+    All processes must call this.
+    """
     if not is_sharded(next(model.backbone.parameters())):
         return model.backbone
     with torch.random.fork_rng(devices=[]):  # random weights, overwritten below
         copy = build_configured_backbone(state.config, channels, 0.0)
     copy.load_state_dict(full_state_dict(model.backbone.state_dict(), keep=True))
-    return copy.to(state.device).requires_grad_(False)
+    return cast(nn.Module, copy.to(state.device).requires_grad_(False))

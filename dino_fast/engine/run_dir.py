@@ -6,6 +6,7 @@ log.txt           messages and warnings with their time
 events.out.*      TensorBoard
 checkpoints/      see `dino_fast.engine.checkpoint`
 export/           the trained backbone
+.lock             held by the process that writes here; see `dino_fast.engine.run_lock`
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import json
 import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +25,7 @@ from typing import IO, Any
 from dino_fast.atomic import atomic_write
 from dino_fast.engine.config import with_present_names
 from dino_fast.engine.distributed import SINGLE_PROCESS, DistContext
+from dino_fast.engine.run_lock import RunLock
 from dino_fast.errors import UserError, unwritable
 
 # A directory with any of these is a run. One that holds only other files may become one.
@@ -47,15 +49,24 @@ _TAGS = {
 _UNPLOTTED = {"step"}
 
 
-def open_run(out: Path | None, config: dict[str, Any], resume: bool, context: DistContext = SINGLE_PROCESS) -> RunDir:
-    """Make or reopen a run directory and write `config` (plain values) to its config.yaml.
+def open_run(
+    out: Path | None,
+    config: dict[str, Any],
+    resume: bool,
+    context: DistContext = SINGLE_PROCESS,
+    check: Callable[[Path], None] | None = None,
+) -> RunDir:
+    """Make or reopen a run directory, lock it, and write `config` (plain values) to its config.yaml.
 
     `out` None makes `runs/<date-time>` below the working directory. With `resume` the run in `out` is continued, or
-    begun where there is none. Raises `UserError` for an `out` that holds a run (without `resume`), is a file, or cannot
+    begun where there is none. `check` is called with the directory before a file of the run changes and may refuse it
+    with a UserError. Raises `UserError` for an `out` that holds a run (without `resume`; one without a step and a
+    checkpoint, which a start that failed leaves, is used again), that another process writes to, is a file, or cannot
     be written to; nothing is changed then. Of several processes the first makes it, and alone writes to it.
     """
-    path = context.run_on_rank0(lambda: _make_run(out, config, resume))
-    return RunDir(path, writes=context.first)
+    locks: list[RunLock] = []
+    path = context.run_on_rank0(lambda: _make_run(out, config, resume, locks, check))
+    return RunDir(path, writes=context.first, lock=locks[0] if locks else None)
 
 
 def run_marks(path: Path) -> list[str]:
@@ -63,7 +74,13 @@ def run_marks(path: Path) -> list[str]:
     return [name for name in MARKS if (path / name).exists()]
 
 
-def _make_run(out: Path | None, config: dict[str, Any], resume: bool) -> Path:
+def _make_run(
+    out: Path | None,
+    config: dict[str, Any],
+    resume: bool,
+    locks: list[RunLock],
+    check: Callable[[Path], None] | None,
+) -> Path:
     if out is None:
         if resume:
             raise UserError("--resume needs the run's directory: add --out DIR" + _newest_run())
@@ -72,27 +89,51 @@ def _make_run(out: Path | None, config: dict[str, Any], resume: bool) -> Path:
         path = Path(out)
         if path.exists() and not path.is_dir():
             raise UserError(f"--out {path} is a file; give a directory, new or empty")
-        marks = run_marks(path)
-        if marks and not resume:
-            raise UserError(
-                f"--out {path} already holds a run ({', '.join(marks)}). Continue it with --resume, "
-                "or give another --out to start a new one"
-            )
+        _refuse_taken(path, resume)
     with _writable(path):
-        for folder in (path, path / "checkpoints", path / "export"):
-            folder.mkdir(parents=True, exist_ok=True)
-        RunDir(path)._write_config(config)
+        path.mkdir(parents=True, exist_ok=True)
+        lock = RunLock(path)
+    try:
+        _refuse_taken(path, resume)  # another process may have begun one since
+        if check is not None:
+            check(path)
+        with _writable(path):
+            for folder in (path / "checkpoints", path / "export"):
+                folder.mkdir(parents=True, exist_ok=True)
+            RunDir(path)._write_config(config)
+    except BaseException:
+        lock.release()
+        raise
+    locks.append(lock)
     return path
+
+
+def _refuse_taken(path: Path, resume: bool) -> None:
+    marks = run_marks(path)
+    if marks and not resume and not _is_unused(path):
+        raise UserError(
+            f"--out {path} already holds a run ({', '.join(marks)}). Continue it with --resume, "
+            "or give another --out to start a new one"
+        )
+
+
+def _is_unused(path: Path) -> bool:
+    """Whether this is what a start that failed leaves: the folders of a run without a step and a checkpoint."""
+    metrics, checkpoints = path / "metrics.jsonl", path / "checkpoints"
+    began = metrics.exists() and metrics.stat().st_size > 0
+    ours = (path / "config.yaml").exists() and checkpoints.is_dir() and (path / "export").is_dir()
+    return ours and not began and not any(checkpoints.iterdir())
 
 
 class RunDir:
     """An open run directory. `path`, `checkpoints` and `export` are its folders. Close it, or use it in a `with`.
 
-    Without `writes` (ranks other than 0), metrics are dropped; messages still go to log.txt.
+    Without `writes` (ranks other than 0), metrics are dropped; messages still go to log.txt. `lock` is held until it is
+    closed.
     """
 
-    def __init__(self, path: Path, writes: bool = True) -> None:
-        self.writes = writes
+    def __init__(self, path: Path, writes: bool = True, lock: RunLock | None = None) -> None:
+        self.writes, self._lock = writes, lock
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.export = path / "export"
@@ -159,11 +200,14 @@ class RunDir:
             file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}\n")
 
     def close(self) -> None:
+        """Closes metrics.jsonl, TensorBoard and W&B."""
         self._close_metrics()
         self._close_board()
         if self._wandb is not None:
             self._wandb.finish()
             self._wandb = None
+        if self._lock is not None:
+            self._lock.release()
 
     def __enter__(self) -> RunDir:
         return self

@@ -10,15 +10,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from dino_fast.dtensor import is_sharded
 from dino_fast.engine.config import Config
 from dino_fast.engine.cuda_graph import StepGraph
 from dino_fast.engine.distributed import SINGLE_PROCESS, DistContext
-from dino_fast.engine.optimizers import Optimizer
-from dino_fast.engine.parallelize import is_sharded, shard_like, sync_gradients
+from dino_fast.engine.parallelize import shard_like, sync_gradients
 from dino_fast.errors import UserError
 from dino_fast.loss import DINOLoss
 from dino_fast.models import MultiCropWrapper, WeightNormLinear
-from dino_fast.optim import AdamWEMA
+from dino_fast.optim import AdamWEMA, Optimizer
 
 
 def call_direct(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -65,8 +65,10 @@ class TrainState:
         return slice(min(K, self.context.rank * rows), min(K, self.context.rank * rows + rows))
 
     def sync_gradients(self, now: bool) -> contextlib.AbstractContextManager[Any]:
-        """Context of a forward pass: `now` says whether its backward pass averages gradients over the processes, or
-        only accumulates them in this one."""
+        """Context of a forward pass whose backward pass averages gradients over the processes where `now` is true.
+
+        Else gradients accumulate in this process alone.
+        """
         if self.context.world == 1:
             return contextlib.nullcontext()
         return sync_gradients(self.student, self.forward_fn, now)

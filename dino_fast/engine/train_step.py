@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino_fast.backends import choose
+from dino_fast.dtensor import to_local
 from dino_fast.engine.metrics import StepMetrics
-from dino_fast.engine.parallelize import replicate, to_local
+from dino_fast.engine.parallelize import replicate
 from dino_fast.engine.schedules import StepHyperparams
 from dino_fast.engine.train_state import TrainState, call_direct
 from dino_fast.loss import linear_dino_loss
@@ -102,7 +103,7 @@ def compute_step(
     numbers = dict(zip(names, reduced_numbers().unbind(), strict=False))
     nonfinite = ~numbers["loss"].isfinite()
     state.skip_step.copy_(nonfinite | state.skip_step if config.on_nonfinite == "stop" else nonfinite)
-    mean_logits = teacher_head.last_layer.of_mean(reduced_mean())  # before the teacher's weights change
+    mean_logits = teacher_head.last_layer.mean_logits(reduced_mean())  # before the teacher's weights change
     if config.teacher_update == "previous-step":
         ema_update(state.teacher.parameters(), state.student.parameters(), 0.0, hold=state.skip_step)
     state.scaler.step(state.optimizer, momentum=hyperparams.momentum, hold=state.skip_step)
@@ -260,7 +261,7 @@ def _init_center(state: TrainState, micro_batches: list[tuple[Tensor, Tensor]]) 
     with _autocast(state):
         means = [head.bottleneck(state.teacher.backbone(crops)).float().mean(dim=0) for crops, _ in micro_batches]
     mean = state.context.start_mean(torch.stack(means).mean(dim=0))()
-    center, start = state.loss.center[:, state.prototypes], head.last_layer.of_mean(mean)
+    center, start = state.loss.center[:, state.prototypes], head.last_layer.mean_logits(mean)
     center.copy_(torch.where(mean.isfinite().all(), start, center))
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from dino_fast.backends import native_missing
 from dino_fast.data import Batch, TrainLoader
+from dino_fast.defaults import torch_defaults
 from dino_fast.engine import checkpoint
 from dino_fast.engine.build import (
     Data,
@@ -25,9 +28,10 @@ from dino_fast.engine.build import (
     unsupported_reason,
 )
 from dino_fast.engine.checkpoint import AsyncCheckpointer
-from dino_fast.engine.config import Config, check_same, stored_config, to_dict, validate
+from dino_fast.engine.config import Config, check_same, stored_config, to_dict, validate, with_whole_paths
 from dino_fast.engine.distributed import broadcast_state, init_distributed
 from dino_fast.engine.estimate import flops_per_image, peak_flops, sizes_of
+from dino_fast.engine.fingerprint import DIFFERING, fingerprint, share_differing
 from dino_fast.engine.health import Health
 from dino_fast.engine.metrics import PendingStep, dump_nonfinite
 from dino_fast.engine.online_knn import measure_knn, whole_backbone
@@ -44,14 +48,20 @@ from dino_fast.errors import UserError
 SAVE_SHARE = 0.1  # saving takes at most this share of the time, however short the epochs are
 
 
+@torch_defaults()
 def train(config: Config) -> Path:
     """Trains as configured; returns the run directory. Raises UserError, and Interrupted after Ctrl-C or SIGTERM."""
     validate(config)
     kind = resolve_device(config.device)
     precision = resolve_precision(config.precision, kind)
-    stored = stored_config(config)
+    config, stored = with_whole_paths(config), stored_config(config)
     if stored is not None:
-        check_same(stored, config)
+        check_same(with_whole_paths(stored), config)
+        if config.data == stored.data != "demo" and not os.path.isabs(config.data):
+            raise UserError(
+                f"the run in {config.out} trains on {config.data!r}, which is not in this folder (its config.yaml has "
+                "no whole path); say where the images are with --data"
+            )
     if config.keep_freed_memory and native_missing() is None:
         from dino_fast import _C
 
@@ -61,23 +71,66 @@ def train(config: Config) -> Path:
         data = open_data(config)
         loader = make_loader(config, data.train, device, context)
         out = Path(config.out) if config.out else None
-        has_checkpoint = config.resume and out is not None and any((out / "checkpoints").glob("step-*"))
-        begun = replace(config, init_from=None) if has_checkpoint else config  # the checkpoint replaces those weights
+        resumes = config.resume and out is not None and has_checkpoint(out)
+        begun = replace(config, init_from=None) if resumes else config  # the checkpoint replaces those weights
         state = build_train_state(begun, data.train.channels, device, precision, context)
-        with open_run(out, to_dict(config), config.resume, context) as run_dir, SignalHandler() as signals:
+        newest = Newest(config, data)
+        run = open_run(out, to_dict(config), config.resume, context, newest.load)
+        with run as run_dir, SignalHandler() as signals:
             if config.wandb:
                 run_dir.init_wandb(config.wandb, to_dict(config))
             trainer = Trainer(config, data, loader, run_dir, state, signals)
-            if trainer.resume():
+            if trainer.resume(newest):
                 trainer.fit()
             trainer.finish()
             return run_dir.path
 
 
 def defers_metrics(device: torch.device) -> bool:
-    """Whether a step's metrics are read only after the next step was started: waiting for them would leave a GPU idle.
-    A CPU has finished the step by then."""
+    """Whether a step's metrics are read only after the next step was started.
+
+    Waiting for them would leave a GPU idle; a CPU has finished the step by then.
+    """
     return device.type == "cuda"
+
+
+def has_checkpoint(out: Path) -> bool:
+    """Whether the run in `out` has a checkpoint, whole or not."""
+    return any((out / "checkpoints").glob("step-*"))
+
+
+class Newest:
+    """The newest whole checkpoint of a run that is resumed, loaded and checked on rank 0 before the run changes."""
+
+    def __init__(self, config: Config, data: Data) -> None:
+        self.config, self.data = config, data
+        self.found: tuple[int, dict[Any, Any]] | None = None
+        self.notes: list[str] = []  # what was passed over
+
+    def load(self, path: Path) -> None:
+        """Loads it from the run in `path`. Raises UserError where none is whole, or the images are others."""
+        if not self.config.resume:
+            return
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            self.found = checkpoint.load(path / "checkpoints")
+        self.notes = [str(warning.message) for warning in caught]
+        if self.found is None:
+            return
+        saved = self.found[1]
+        if saved["images"] != len(self.data.train):
+            raise UserError(
+                f"the run in {path} trains on {saved['images']} images, and {self.config.data} has "
+                f"{len(self.data.train)}; give the same images with --data, or start a new run with another --out"
+            )
+        differing = share_differing(saved.get("fingerprint", []), fingerprint(self.data.train))
+        if differing > DIFFERING:
+            raise UserError(
+                f"the run in {path} trains on other images than those of {self.config.data}: {differing:.0%} of a "
+                "sample differ. Give the same images with --data, or start a new run with another --out"
+            )
+        if differing:
+            self.notes.append(f"{differing:.0%} of a sample of the images are not what they were when the run began")
 
 
 class Trainer:
@@ -106,6 +159,7 @@ class Trainer:
         self.saved_step, self.saved_at = -1, time.monotonic()  # of the last checkpoint
         self.nonfinite_steps = 0  # in a row
         self.pending: PendingStep | None = None
+        self.fingerprint = fingerprint(data.train) if self.context.first else []  # now: the data may be lost later
         self._agreed = [
             0,
             1,
@@ -135,7 +189,7 @@ class Trainer:
         self._introduce()
         untrained = self._measure_knn() if self.step == 0 else {}  # before any update, logged with the first step
         profile = profiled(self.config.profile, self.run_dir.path, self.context.rank, self.say)
-        with self.progress, profile as step_profiler:
+        with self.progress, contextlib.closing(self.loader), profile as step_profiler:
             for batch, elapsed in self._timed_batches():
                 hyperparams = self.schedules.values_at(self.step)
                 metrics = train_step(self.state, batch, hyperparams, self.step)  # on a GPU started, not finished
@@ -153,8 +207,7 @@ class Trainer:
                 if self._save_is_due(knn) or signal:
                     self.save_checkpoint(knn)
                 if signal:
-                    self.checkpointer.wait()
-                    raise Interrupted(signal, f"interrupted at step {self.step} and saved. {self._how_to_resume()}")
+                    self._interrupt(signal)
             self.flush_metrics()
 
     def _timed_batches(self) -> Iterator[tuple[Batch, Callable[[], dict[str, float]]]]:
@@ -190,14 +243,22 @@ class Trainer:
         if self.step <= max(self.saved_step, 0):
             raise reason
         self.save_checkpoint({})
+        if signal := self._signal():  # sent to the workers as well, which it ended
+            self._interrupt(signal)
         self.checkpointer.wait()
         raise UserError(f"{reason}. Saved at step {self.step}. {self._how_to_resume()}") from failure
+
+    def _interrupt(self, signal: int) -> NoReturn:
+        """Raises Interrupted once the checkpoint is on disk."""
+        self.checkpointer.wait()
+        raise Interrupted(signal, f"interrupted at step {self.step} and saved. {self._how_to_resume()}")
 
     def _batches(self) -> Iterator[Batch]:
         """The loader's batches from the current step on."""
         self.loader.start = divmod(self.step, self.loader.batches_per_epoch)
         batches = iter(self.loader)
         # Workers are forked here and inherit the signal mask: this process alone handles a Ctrl-C sent to the group.
+        # They unblock SIGTERM, by which they are ended.
         # The loader's iterator draws from the global generator when it is made, which must leave no trace.
         with block_signals(), torch.random.fork_rng(devices=[]):
             first = next(batches, None)
@@ -291,32 +352,19 @@ class Trainer:
 
     # ---- checkpoints ----
 
-    def resume(self) -> bool:
-        """With `--resume` loads the newest whole checkpoint. Returns False if the run was already finished."""
+    def resume(self, newest: Newest) -> bool:
+        """With `--resume` takes over the newest whole checkpoint. Returns False if the run was already finished."""
         if not self.config.resume:
             return True
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            newest = checkpoint.load(self.run_dir.checkpoints) if self.context.first else None
-            loaded = broadcast_state(self.context, newest)
-        for warning in caught:
-            self.say(f"note: {warning.message}")
+        loaded, newest.found = broadcast_state(self.context, newest.found), None
+        for note in newest.notes:
+            self.say(f"note: {note}")
         path = self.run_dir.path
         if loaded is None:
-            if self.state.config != self.config:
-                raise UserError(
-                    f"no checkpoint of {path} is whole, and it began from {self.config.init_from}; start a new run "
-                    "with another --out"
-                )
             self.run_dir.truncate_metrics(-1)
-            self.say(f"{path} has no whole checkpoint yet: starting over")
+            self.say(f"{path} has no checkpoint yet: starting over")
             return True
         self.step, saved = loaded
-        if saved["images"] != len(self.data.train):
-            raise UserError(
-                f"the run in {path} trains on {saved['images']} images, and {self.config.data} has "
-                f"{len(self.data.train)}; give the same images with --data, or start a new run with another --out"
-            )
         self.state.load_state_dict(saved, str(path))
         self.best_knn, self.saved_step = saved["best"], self.step
         if self.step >= self.end:
@@ -340,6 +388,7 @@ class Trainer:
             **self.state.state_dict(),
             "config": to_dict(self.config),
             "images": len(self.data.train),
+            "fingerprint": self.fingerprint,
             "num_heads": getattr(self.state.teacher.backbone, "num_heads", None),
             "best": self.best_knn,
         }

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dino_fast.dtensor import to_local
 from dino_fast.errors import UserError
 from dino_fast.models.vit import Linear, init_linear
 
@@ -19,7 +21,9 @@ class DINOHead(nn.Module):
     `norm_last_layer` the prototypes keep length 1 (`last_layer.weight_g` is frozen).
 
     With `predictor` two more layers, `bottleneck_dim -> hidden_dim -> bottleneck_dim`, follow the MLP while `predicts`
-    is true. A teacher has them too, for its weights to follow the student's name by name, and sets `predicts` to False.
+    is true. A teacher has them too, so that its parameters match the student's by name, and sets `predicts` to False.
+
+    Raises UserError for `nlayers` or `out_dim` below 1.
     """
 
     def __init__(
@@ -46,13 +50,14 @@ class DINOHead(nn.Module):
         if predictor:
             self.predictor = nn.Sequential(*_layers([bottleneck_dim, hidden_dim, bottleneck_dim], use_bn))
         self.apply(init_linear)
-        # Made after the initialisation, so it keeps that of torch's linear layer.
+        # Built after init_linear, so that it keeps that of torch's linear layer.
         self.last_layer = WeightNormLinear(bottleneck_dim, out_dim)
         self.norm_last_layer = norm_last_layer
         self.last_layer.weight_g.requires_grad_(not norm_last_layer)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last_layer(self.bottleneck(x))
+        """Prototype logits `[rows, out_dim]` of features `[rows, in_dim]`."""
+        return cast(Tensor, self.last_layer(self.bottleneck(x)))
 
     def bottleneck(self, x: Tensor) -> Tensor:
         """`[rows, in_dim]` -> unit vectors `[rows, bottleneck_dim]`."""
@@ -73,7 +78,10 @@ def _layers(widths: list[int], use_bn: bool) -> list[nn.Module]:
 
 
 class WeightNormLinear(nn.Module):
-    """`x W^T` with W = g v / |v| row by row: `weight_v` `[out, in]`, `weight_g` `[out, 1]`, filled with 1. No bias."""
+    """Weight-normalized linear layer without bias: `x W^T` with W = g v / |v| row by row.
+
+    Parameters, float32: `weight_v` `[out, in]`, initialized as torch's linear layer; `weight_g` `[out, 1]`, ones.
+    """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -83,20 +91,22 @@ class WeightNormLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The matrix that multiplies, `[out, in]`."""
+        """The weight matrix `[out, in]`; differentiable."""
         return torch._weight_norm(self.weight_v, self.weight_g, 0)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Inputs `[rows, in]` -> `[rows, out]`."""
         return F.linear(x, self.weight)
 
-    def of_mean(self, mean: Tensor) -> Tensor:
-        """The mean of the logits `[out]` of rows whose mean is `mean` `[in]`, without making the matrix.
+    def mean_logits(self, mean: Tensor) -> Tensor:
+        """Mean float32 logits `[out]` of inputs whose mean is `mean` `[in]`: the layer is linear.
 
-        Where the parameters are cut over processes, of this process's prototypes.
+        The weight matrix is not made. With sharded parameters the result is that of this process's rows.
         """
-        v, g = (x.to_local() if hasattr(x, "to_local") else x for x in (self.weight_v, self.weight_g))
-        v, g = v.float(), g.float()
-        return torch.mv(v, mean.float()) * (g[:, 0] / torch.linalg.vector_norm(v, dim=1))
+        v, g = to_local(self.weight_v).float(), to_local(self.weight_g).float()
+        logits: Tensor = torch.mv(v, mean.float()) * (g[:, 0] / torch.linalg.vector_norm(v, dim=1))
+        return logits
 
     def extra_repr(self) -> str:
+        """Sizes, for `print(model)`."""
         return f"in_features={self.weight_v.shape[1]}, out_features={self.weight_v.shape[0]}"

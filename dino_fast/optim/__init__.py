@@ -2,6 +2,23 @@
 
 from __future__ import annotations
 
-from dino_fast.optim.adamw_ema import CLIP_MODES, AdamWEMA, as_found_inf, ema_update
+from typing import Any
 
-__all__ = ["CLIP_MODES", "AdamWEMA", "as_found_inf", "ema_update"]
+from dino_fast.optim.adamw_ema import CLIP_MODES, AdamWEMA, as_found_inf, ema_update
+from dino_fast.optim.lars import LARSEMA
+from dino_fast.optim.sgd import SGDEMA
+
+__all__ = ["CLIP_MODES", "LARSEMA", "SGDEMA", "AdamWEMA", "as_found_inf", "build_optimizer", "ema_update"]
+
+Optimizer = AdamWEMA | SGDEMA | LARSEMA
+
+
+def build_optimizer(
+    name: str, groups: list[dict[str, Any]], lr: float, weight_decay: float, clip_grad: float
+) -> Optimizer:
+    """The optimizer called `adamw`, `sgd` or `lars` over groups of `params` and `teacher_params`."""
+    if name == "adamw":
+        return AdamWEMA(groups, None, lr=lr, weight_decay=weight_decay, clip_grad=clip_grad)
+    if name == "sgd":
+        return SGDEMA(groups, lr, weight_decay, clip_grad)
+    return LARSEMA(groups, lr, weight_decay, clip_grad)

@@ -105,7 +105,7 @@ def test_every_test_that_needs_a_gpu_is_marked():
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.skipif"
         if any(word in ast.unparse(node) for word in ("cuda_missing", "is_available", "missing is not None"))
     }
-    assert {"tests/ops/test_multi_crop_cuda.py", "tests/data/test_on_gpu.py"} <= need
+    assert {"tests/ops/test_multi_crop_cuda.py", "tests/data/test_gpu_crops.py"} <= need
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", "-m", "gpu"]
     text = subprocess.run([*command, *sorted(need)], cwd=gpu.ROOT, capture_output=True, text=True).stdout
     marked = [line for line in text.split() if "::" in line]

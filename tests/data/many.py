@@ -16,7 +16,7 @@ from pathlib import Path
 from dino_fast.data import index_cache as index
 from dino_fast.data import open_source
 from dino_fast.data.formats import folder
-from dino_fast.data.loader import epoch_order
+from dino_fast.data.train_loader import epoch_order
 
 
 def made_up(root: Path, count: int, folders: int) -> Iterator[folder.Folder]:

@@ -17,8 +17,7 @@ from dino_fast.augment import MultiCrop
 from dino_fast.data import ImageError, open_source, train_loader
 from dino_fast.errors import UserError
 
-from .test_sources import picture, png, save
-from .test_tars import shard
+from .example_files import picture, png, save, shard
 
 CROPS = MultiCrop(global_size=16, local_size=8, n_local=2)
 

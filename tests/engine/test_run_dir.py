@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -63,6 +64,37 @@ def test_resume_where_nothing_is_starts_a_run_and_other_files_do_not_matter(tmp_
     (tmp_path / "notes.txt").write_text("mine")
     open_run(tmp_path, CONFIG, resume=False)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_two_runs_do_not_share_a_directory(tmp_path: Path) -> None:
+    with open_run(tmp_path, CONFIG, resume=False):
+        for resume in (False, True):
+            with pytest.raises(UserError, match=rf"another process is writing.*process {os.getpid()} on "):
+                open_run(tmp_path, CONFIG, resume)
+    open_run(tmp_path, CONFIG, resume=True).close()
+
+
+def test_a_disk_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.warns(UserWarning, match=r"has no locks \(No locks available\): start no second run"):
+        run = open_run(tmp_path, CONFIG, resume=False)
+    run.log({"step": 0})
+    run.close()
+    assert len(read_metrics(tmp_path)) == 1
+
+
+def test_what_a_check_refuses_is_left_as_it_is(tmp_path: Path) -> None:
+    def refuse(path: Path) -> None:
+        raise UserError("other images")
+
+    open_run(tmp_path, CONFIG, resume=False).close()
+    with pytest.raises(UserError, match="other images"):
+        open_run(tmp_path, {**CONFIG, "epochs": 9}, resume=True, check=refuse)
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["epochs"] == 2
+    assert not (tmp_path / "log.txt").exists()
 
 
 def test_bad_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -220,6 +221,54 @@ def test_a_truncated_checkpoint_is_named_and_the_previous_used(
     assert [row["step"] for row in read_metrics(out)] == list(range(8))
 
 
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_whose_only_checkpoint_is_damaged_is_left_as_it_is(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(_config(images, out, max_steps=4))
+    with open(out / "checkpoints" / "step-00000004" / "tensors.safetensors", "r+b") as file:
+        file.truncate(1000)
+    before = _contents(out)
+    with pytest.raises(UserError, match=r"no whole checkpoint.*step-00000004 is damaged.*start anew.*another --out"):
+        train(_config(images, out, max_steps=8, resume=True))
+    assert _contents(out) == before
+
+
+def test_a_second_process_is_refused_and_a_killed_one_lets_go(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(_config(images, out, max_steps=2))
+    first = _start(images, out, "--resume", "--max-steps", "100000", "--epochs", "18", workers=1)
+    while first.poll() is None and (out / "metrics.jsonl").read_bytes().count(b"\n") < 4:
+        time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)  # so that it does not end meanwhile
+    before = (out / "config.yaml").read_bytes()
+    with pytest.raises(UserError, match=rf"another process is writing .*process {first.pid} on {socket.gethostname()}"):
+        train(_config(images, out, max_steps=7, resume=True))
+    assert (out / "config.yaml").read_bytes() == before
+    first.kill()  # not its worker
+    _finish(first)
+    train(_config(images, out, max_steps=STEPS, resume=True))
+    assert [row["step"] for row in read_metrics(out)] == list(range(STEPS))
+
+
+def test_a_start_that_failed_does_not_block_the_next(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+
+    def fail(*_: object) -> None:
+        raise UserError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "fit", fail)
+        with pytest.raises(UserError, match="no memory"):
+            train(_config(images, out))
+    train(_config(images, out, max_steps=2))
+    assert len(read_metrics(out)) == 2
+
+
 def test_a_directory_with_a_run_is_refused(images: Path, tmp_path: Path) -> None:
     train(_config(images, tmp_path / "run", max_steps=1))
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
@@ -244,8 +293,44 @@ def test_resuming_as_another_run_is_refused(images: Path, tmp_path: Path) -> Non
 def test_other_images_on_resume_are_refused(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(_config(images, out, max_steps=2))
+    before = (out / "config.yaml").read_bytes()
     with pytest.raises(UserError, match="trains on 40 images"):
         train(_config(images / "dark", out, resume=True, max_steps=4))
+    others = tmp_path / "others"
+    shutil.copytree(images, others)
+    for path in others.rglob("*.png"):
+        Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
+    with pytest.raises(UserError, match=r"trains on other images.*100% of a sample differ"):
+        train(_config(others, out, resume=True, max_steps=4))
+    assert (out / "config.yaml").read_bytes() == before
+
+
+def test_the_same_images_elsewhere_continue(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(images, tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    train(_config(Path("photos"), Path("run"), max_steps=2))
+    assert f"data: {tmp_path / 'photos'}" in (tmp_path / "run" / "config.yaml").read_text()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    train(build_config({"out": "../run", "resume": True, "max_steps": 4}))  # a whole path: found from here
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    first = sorted((tmp_path / "moved").rglob("*.png"))[0]
+    Image.open(first).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(first)  # one was repaired
+    train(build_config({"out": "../run", "resume": True, "max_steps": 6, "data": str(tmp_path / "moved")}))
+    assert len(read_metrics(tmp_path / "run")) == 6
+
+    folder = tmp_path / "run" / "checkpoints" / "step-00000006"
+    step, state = checkpoint.read(folder)
+    del state["fingerprint"]  # as earlier versions wrote it
+    checkpoint.save(folder.parent, step, state)
+    train(build_config({"out": "../run", "resume": True, "max_steps": 8}))
+    assert len(read_metrics(tmp_path / "run")) == 8
+    file = tmp_path / "run" / "config.yaml"
+    file.write_text(file.read_text().replace(str(tmp_path / "moved"), "moved"))
+    with pytest.raises(UserError, match=r"'moved', which is not in this folder.*--data"):
+        train(build_config({"out": "../run", "resume": True, "max_steps": 9}))
 
 
 def test_a_loss_that_is_not_finite_leaves_its_inputs(
@@ -406,8 +491,8 @@ def test_a_hostile_pickle_in_a_run_is_never_opened(images: Path, tmp_path: Path)
     for name in ("tensors.safetensors", "state.json"):
         (folder / name).write_bytes(pickle.dumps(Hostile()))
     (folder / ".metadata").write_bytes(pickle.dumps(Hostile()))
-    with pytest.warns(UserWarning, match="is damaged"):
-        assert checkpoint.load(out / "checkpoints") is None
+    with pytest.raises(UserError, match="is damaged"):
+        checkpoint.load(out / "checkpoints")
     file = tmp_path / "weights.pth"
     torch.save({"teacher": Hostile()}, file)
     with pytest.raises(UserError, match="could run code"):

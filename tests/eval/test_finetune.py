@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 
 from dino_fast.cli import main as cli
 from dino_fast.data import open_source
-from dino_fast.data.loader import mix
 from dino_fast.errors import UserError
 from dino_fast.eval import finetune
 from dino_fast.eval.common.crops import random_crop
 from dino_fast.models.weights.read import load_backbone
+from dino_fast.seeding import derive_seed
 
 PLAIN = finetune.Recipe(
     epochs=3, batch_size=4, lr=0.05, warmup_epochs=1, drop_path=0.0, mixup=0, cutmix=0, operations=0, erase=0.0, seed=5
@@ -38,7 +38,9 @@ def colours(tmp_path):
 def by_hand(backbone, source, recipe):
     """The same images in the same order through torch's loss, AdamW and LambdaLR."""
     head = torch.nn.Linear(16, 3)
-    torch.nn.init.trunc_normal_(head.weight, std=0.02, generator=torch.Generator().manual_seed(mix(recipe.seed, 14)))
+    torch.nn.init.trunc_normal_(
+        head.weight, std=0.02, generator=torch.Generator().manual_seed(derive_seed(recipe.seed, 14))
+    )
     torch.nn.init.zeros_(head.bias)
     backbone.requires_grad_(True).train()
     named = [*((f"backbone.{n}", p) for n, p in backbone.named_parameters()), ("w", head.weight), ("b", head.bias)]
@@ -47,10 +49,12 @@ def by_hand(backbone, source, recipe):
     optimizer = torch.optim.AdamW([{"params": decayed}, {"params": free, "weight_decay": 0.0}], weight_decay=0.05)
     top, steps, losses = recipe.lr * 4 / 512, 5, []
     for epoch in range(3):
-        order = torch.randperm(18, generator=torch.Generator().manual_seed(mix(recipe.seed, 0, epoch)))
+        order = torch.randperm(18, generator=torch.Generator().manual_seed(derive_seed(recipe.seed, 0, epoch)))
         total = []
         for number, part in enumerate(order.split(4)):
-            images = [random_crop(source.read(i), (32, 32), mix(recipe.seed, 11, epoch, i)) for i in part.tolist()]
+            images = [
+                random_crop(source.read(i), (32, 32), derive_seed(recipe.seed, 11, epoch, i)) for i in part.tolist()
+            ]
             x = (torch.stack(images).float() / 255 - 0.5) / 0.5
             y = torch.tensor([source.label(i) for i in part.tolist()])
             step = epoch * steps + number

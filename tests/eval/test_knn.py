@@ -11,12 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
+from dino_fast import knn
 from dino_fast.cli import eval_knn
 from dino_fast.data import eval_batches, open_source
 from dino_fast.errors import UserError
-from dino_fast.eval import knn
 from dino_fast.eval.common import features
 from dino_fast.eval.common.backbone import open_backbone
+from dino_fast.eval.knn import evaluate
 from dino_fast.models import VisionTransformer
 from dino_fast.models.weights.read import export_backbone, load_backbone
 from tests.original import knn as original
@@ -98,11 +99,11 @@ def test_a_grid_equals_its_single_pairs():
 
 @pytest.mark.parametrize("k", [1, 5, 60])
 @pytest.mark.parametrize("chunk", [1 << 24, 1 << 15])
-def test_neighbours_are_the_largest_products(k, chunk, monkeypatch):
+def test_neighbors_are_the_largest_products(k, chunk, monkeypatch):
     monkeypatch.setattr(knn, "_SIMILARITIES", chunk)
     torch.manual_seed(k)
     bank, queries = torch.randn(4100, 8, dtype=torch.float64), torch.randn(70, 8, dtype=torch.float64)
-    values, index = knn.neighbours(bank, queries, k)
+    values, index = knn.neighbors(bank, queries, k)
     expected = (queries @ bank.T).topk(k, dim=1)
     assert torch.equal(index, expected.indices)
     torch.testing.assert_close(values, expected.values)
@@ -174,15 +175,15 @@ def test_the_command_matches_classes_by_name(tmp_path, checkpoint, capsys):
 def test_data_without_labels_or_with_other_classes(tmp_path, checkpoint):
     data = folder(tmp_path / "data", {"red": (200, 9, 9), "blue": (9, 9, 200)}, 4)
     with pytest.raises(UserError, match="no labels"):
-        knn.evaluate(checkpoint, data / "red", k=1)
+        evaluate(checkpoint, data / "red", k=1)
     other = folder(tmp_path / "other", {"reds": (200, 9, 9), "blue": (9, 9, 200)}, 1)
     with pytest.raises(UserError, match=r"class 'reds'.*did you mean 'red'"):
-        knn.evaluate(checkpoint, data, other, k=1)
+        evaluate(checkpoint, data, other, k=1)
 
 
 def test_cifar_with_kept_features(cifar, checkpoint, tmp_path, monkeypatch):
     given = {"k": [1, 20], "temperature": [0.07, 0.5], "features": tmp_path / "kept", "image_size": 32, "device": "cpu"}
-    first = knn.evaluate(checkpoint, cifar / "train.parquet", cifar / "test.parquet", **given)
+    first = evaluate(checkpoint, cifar / "train.parquet", cifar / "test.parquet", **given)
     assert (first["bank"], first["queries"], len(first["results"])) == (500, 250, 4)
     assert first["top1"] == max(row["top1"] for row in first["results"]) > 0.13  # 0.1 is chance
     model = load_backbone(checkpoint).eval()
@@ -194,18 +195,18 @@ def test_cifar_with_kept_features(cifar, checkpoint, tmp_path, monkeypatch):
         expected = by_hand(*parts, row["k"], row["temperature"], 10)
         assert (row["top1"], row["top5"]) == pytest.approx(expected, abs=0.0041)  # one image of 250 at equal votes
     monkeypatch.setattr(features, "eval_batches", None)  # a second time nothing is computed
-    assert knn.evaluate(checkpoint, cifar / "train.parquet", cifar / "test.parquet", **given) == first
+    assert evaluate(checkpoint, cifar / "train.parquet", cifar / "test.parquet", **given) == first
     monkeypatch.undo()
     damaged = next((tmp_path / "kept").iterdir())
     damaged.write_bytes(damaged.read_bytes()[:100])
     with pytest.raises(UserError, match=r"damaged.*delete the file"):
-        knn.evaluate(checkpoint, cifar / "train.parquet", cifar / "test.parquet", **given)
+        evaluate(checkpoint, cifar / "train.parquet", cifar / "test.parquet", **given)
 
 
 def test_a_bank_smaller_than_k_is_said_before_the_checkpoint_is_read(tmp_path):
     data = folder(tmp_path / "data", {"red": (200, 9, 9), "blue": (9, 9, 200)}, 4)
     with pytest.raises(UserError, match="k is 20 and the bank has 8 images"):
-        knn.evaluate(tmp_path / "none", data, data)
+        evaluate(tmp_path / "none", data, data)
 
 
 def test_other_peoples_checkpoints(tmp_path, monkeypatch):
@@ -239,7 +240,7 @@ def test_a_full_checkpoint_of_the_original(cifar, tmp_path):
     for key, net in nets.items():
         alone = export_backbone(net, tmp_path / f"{key}.safetensors")
         pair = [
-            knn.evaluate(path, cifar / "train.parquet", cifar / "test.parquet", which=key, device="cpu")
+            evaluate(path, cifar / "train.parquet", cifar / "test.parquet", which=key, device="cpu")
             for path in (tmp_path / "checkpoint.pth", alone)
         ]
         assert pair[0]["top1"] == pair[1]["top1"] and pair[0]["results"] == pair[1]["results"]

@@ -14,11 +14,11 @@ from torchvision.transforms import Compose, RandomHorizontalFlip, RandomResizedC
 
 from dino_fast.cli import main as cli
 from dino_fast.data import eval_batches, open_source
-from dino_fast.data.loader import mix
 from dino_fast.errors import UserError
 from dino_fast.eval import linear
 from dino_fast.eval.common.backbone import tokens_feature
 from dino_fast.eval.common.crops import random_batches, random_crop
+from dino_fast.seeding import derive_seed
 
 
 def by_torch(x, y, classes, rate, epochs, batch_size, seed):
@@ -30,7 +30,7 @@ def by_torch(x, y, classes, rate, epochs, batch_size, seed):
     optimizer = torch.optim.SGD(layer.parameters(), lr=rate * batch_size / 256, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs, eta_min=0)
     for epoch in range(epochs):
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(mix(seed, 3, epoch)))
+        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(derive_seed(seed, 3, epoch)))
         for index in order.split(batch_size):
             optimizer.zero_grad()
             nn.functional.cross_entropy(layer(x[index]), y[index]).backward()
@@ -98,6 +98,7 @@ def test_the_command(tmp_path, checkpoint, capsys):
     assert len(list((tmp_path / "kept").iterdir())) == 1  # the training and the test images are the same here
     assert cli.main(words) == 0  # now from the kept features
     output = capsys.readouterr().out
+    assert "the best epoch on the test images, as the original reports: 100.00 %" in output
     assert "linear top-1 100.00 %" in output and "1 of train" in output
 
 
@@ -128,6 +129,16 @@ def test_the_command_with_random_crops(tmp_path, checkpoint):
     data = coloured(tmp_path / "data", ("red", "blue"))
     result, _ = linear.evaluate(checkpoint, data, data, blocks=1, epochs=3, crops="random", rates=[0.1], device="cpu")
     assert (result["top1"], result["crops"]) == (1.0, "random")
+
+
+def test_the_last_and_the_best_epoch_are_reported(tmp_path, checkpoint, monkeypatch):
+    shares = iter([[(0.25, 1.0), (0.5, 1.0)], [(1.0, 1.0), (0.25, 1.0)], [(0.5, 1.0), (0.75, 1.0)]])
+    monkeypatch.setattr(linear, "accuracy", lambda heads, features, labels: next(shares))
+    data = coloured(tmp_path / "data", ("red", "blue"))
+    result, _ = linear.evaluate(checkpoint, data, data, blocks=1, epochs=3, rates=[0.1, 0.2], device="cpu")
+    assert (result["rate"], result["top1"], result["best_epoch_top1"], result["best_epoch"]) == (0.2, 0.75, 0.75, 2)
+    first = result["results"][0]
+    assert (first["rate"], first["top1"], first["best_epoch_top1"], first["best_epoch"]) == (0.1, 0.5, 1.0, 1)
 
 
 def test_cifar(cifar, checkpoint, tiny):

@@ -24,7 +24,8 @@ from dino_fast.augment import MultiCrop
 from dino_fast.backends import BackendError
 from dino_fast.cli import info
 from dino_fast.data.decode import decode
-from dino_fast.ops.multi_crop import from_pillow, planar, to_pillow
+from dino_fast.ops.multi_crop import from_pillow, to_pillow
+from dino_fast.ops.multi_crop.tables import planar
 
 SMALL = {"global_size": 48, "local_size": (20, 37), "n_local": 3, "mean": (0.5,), "std": (0.25,)}
 OFF = {"flip_p": 0.0, "jitter_p": 0.0, "grey_p": 0.0, "blur_p": (0.0, 0.0, 0.0), "solarize_p": (0.0, 0.0, 0.0)}
@@ -134,7 +135,7 @@ def test_photographs(case, photographs):
 def test_order_of_the_passes(extent, down_first, may, isa, monkeypatch):
     """Columns are resized before rows where the height loses more than twice what the width does, else rows before; as
     before Pillow 13, rows always before."""
-    monkeypatch.setattr("dino_fast.ops.multi_crop.MAY_GO_DOWN_FIRST", may)
+    monkeypatch.setattr("dino_fast.ops.multi_crop.tables.MAY_GO_DOWN_FIRST", may)
     height, width = 48, 40
     image = pictures(3, extent)[0]
     crops = MultiCrop(global_size=(height, width), n_local=0, **OFF)
@@ -288,12 +289,12 @@ def test_opcheck_and_refusals():
 def test_crops_are_written_only_where_they_fit():
     crops = MultiCrop(24, 12, 2)
     images = pictures(3, (40, 50), (30, 30))
-    cuts = crops.cuts(crops.sample(2, torch.Generator().manual_seed(0)), [(40, 50), (30, 30)])
-    expected = crops.cut(images, cuts)
+    table = crops.crop_table(crops.sample(2, torch.Generator().manual_seed(0)), [(40, 50), (30, 30)])
+    expected = crops.crop(images, table)
 
     def written(*shapes, dtypes=(torch.float32, torch.float32)):
         out = tuple(torch.full(shape, float("nan"), dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True))
-        return crops.cut(images, cuts, out=out)
+        return crops.crop(images, table, out=out)
 
     right = (2, 2, 3, 24, 24), (2, 2, 3, 12, 12)
     assert all(map(torch.equal, written(*right), expected))
@@ -308,7 +309,7 @@ def test_crops_are_written_only_where_they_fit():
     with pytest.raises(ValueError, match="of one dtype"):
         written(*right, dtypes=(torch.float32, torch.bfloat16))
     with pytest.raises(ValueError, match="contiguous"):
-        crops.cut(images, cuts, out=(torch.zeros(2, 2, 3, 24, 24).transpose(0, 1), torch.zeros(right[1])))
+        crops.crop(images, table, out=(torch.zeros(2, 2, 3, 24, 24).transpose(0, 1), torch.zeros(right[1])))
 
 
 def test_encoded_photograph_in_grey():

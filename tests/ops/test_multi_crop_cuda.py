@@ -7,7 +7,7 @@ import torch
 
 from dino_fast.augment import MultiCrop
 from dino_fast.backends import choose, cuda_missing
-from dino_fast.ops import multi_crop
+from dino_fast.ops.multi_crop import tables
 
 from .test_multi_crop import CASES, OFF, SMALL, pictures
 
@@ -33,7 +33,7 @@ def test_equals_native(case, channels):
 @pytest.mark.parametrize("down_first", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_published_sizes(dtype, down_first, monkeypatch):
-    monkeypatch.setattr(multi_crop, "MAY_GO_DOWN_FIRST", down_first)
+    monkeypatch.setattr(tables, "MAY_GO_DOWN_FIRST", down_first)
     assert_equals_native(MultiCrop(), pictures(3, *EXTENTS, (900, 375)) * 4, dtype=dtype)
 
 

@@ -18,6 +18,7 @@ import torch
 from dino_fast.augment import MultiCrop
 from dino_fast.ops import multi_crop
 from dino_fast.ops.multi_crop import cuda as multi_crop_cuda
+from dino_fast.ops.multi_crop import tables
 
 from .test_multi_crop import CASES, OFF, SMALL, pictures
 
@@ -112,7 +113,7 @@ def test_equals_native(case, channels, kernels, poisoned):
 @pytest.mark.parametrize("down_first", [False, True])
 @pytest.mark.parametrize("extents", [[(1, 1)], [(1, 50)], [(3000, 20)], [(20, 3000)], [(900, 375)]])
 def test_extreme_sizes_in_either_order_of_the_passes(extents, down_first, kernels, poisoned, monkeypatch):
-    monkeypatch.setattr(multi_crop, "MAY_GO_DOWN_FIRST", down_first)
+    monkeypatch.setattr(tables, "MAY_GO_DOWN_FIRST", down_first)
     flat = MultiCrop(**SMALL, ratio=(0.1, 0.3))
     for crops in (MultiCrop(**SMALL), flat):
         assert_equals_native(crops, pictures(3, *extents))

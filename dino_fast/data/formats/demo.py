@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from dino_fast.data.formats.parquet import ParquetSource
-from dino_fast.data.sources import ArraySource
+from dino_fast.data.source import ArraySource
 
 DEMO_FILES = {part: Path(__file__).parents[1].joinpath(f"demo-{part}.parquet") for part in ("train", "test")}
 

@@ -14,24 +14,9 @@ import numpy as np
 
 from dino_fast.data.decode import ImageError
 from dino_fast.data.index_cache import Index, cached, stamp, watch
-from dino_fast.data.sources import Source
+from dino_fast.data.source import EXTENSIONS, Source
 from dino_fast.errors import UserError
 
-EXTENSIONS = {
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".png",
-    ".bmp",
-    ".gif",
-    ".webp",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
-    ".jp2",
-    ".avif",
-}
 _CHECKED = 1000  # entries of a file list that are looked for when it is opened; a missing later one is an ImageError
 
 

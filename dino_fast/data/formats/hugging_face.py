@@ -7,7 +7,7 @@ from typing import Any
 
 from dino_fast.data.decode import ImageError
 from dino_fast.data.formats.parquet import IMAGE_COLUMNS, LABEL_COLUMNS, numbers
-from dino_fast.data.sources import Source
+from dino_fast.data.source import Source
 from dino_fast.errors import UserError
 
 
@@ -50,7 +50,7 @@ class DatasetSource(Source):
         return value
 
 
-def saved(folder: Path) -> Any:
+def load_saved(folder: Path) -> Any:
     """The dataset, or the dictionary of them, that `save_to_disk` wrote."""
     try:
         from datasets import load_from_disk

@@ -2,8 +2,7 @@
 
 Parquet is read by row groups of many images, so a random order would read and decompress a hundred images for each one
 used. What fits is therefore held in memory, still encoded; of more, the images are copied once, in order, into one flat
-file in the cache folder, from which an image is a read at an offset. Where that file has no room, row groups are read
-as they are asked for: slow, and said so.
+file in the cache folder, from which an image is a read at an offset.
 """
 
 from __future__ import annotations
@@ -12,32 +11,22 @@ import contextlib
 import json
 import os
 import shutil
-import threading
 import warnings
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from dino_fast.data import index_cache as kept
 from dino_fast.data.decode import ImageError
-from dino_fast.data.sources import Source
+from dino_fast.data.index_cache import Index, cache_file, holds, load, save, watch
+from dino_fast.data.source import Source
 from dino_fast.errors import UserError
 
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels", "fine_label")
 IN_MEMORY = 1 << 30  # encoded bytes held in memory; forked workers share them
 _SPARE = 1 << 30  # bytes left free on the disk of the cache
-_GROUPS = 256 << 20  # bytes of row groups that a process keeps where there is no room for a copy
 _BYTES, _PATH, _NULL = range(3)  # what a row holds
-
-
-class Rows(Protocol):
-    """The encoded images of all rows."""
-
-    def __getitem__(self, row: int) -> tuple[int, bytes]:
-        """(what it is, the image's bytes or the path of its file). Raises OSError."""
 
 
 class ParquetSource(Source):
@@ -75,7 +64,7 @@ class ParquetSource(Source):
             raise ImageError(f"{self.name(index)}: {os.fsdecode(data)}: {error.strerror or error}") from error
 
 
-class Packed:
+class EncodedRows:
     """Rows one after the other, in memory or in a file: row i ends at `ends[i]` and is of `kinds[i]`."""
 
     def __init__(self, ends: np.ndarray, kinds: np.ndarray, data: bytes | Path) -> None:
@@ -92,42 +81,6 @@ class Packed:
         if len(data) < end - start:
             raise OSError(f"{self._file.name} is cut off; delete it, and it is made again")
         return int(self._kinds[row]), data
-
-
-class RowGroups:
-    """Row groups read as they are asked for; the latest are kept."""
-
-    def __init__(self, files: Sequence[Any]) -> None:
-        self._files, self._places = files, [(f, g) for f, file in enumerate(files) for g in range(file.num_row_groups)]
-        counts = [files[f].metadata.row_group(g).num_rows for f, g in self._places]
-        self._starts = np.cumsum([0, *counts])
-        self._recent: OrderedDict[int, Packed] = OrderedDict()
-        self._sizes: dict[int, int] = {}
-        self._lock = threading.Lock()
-
-    def __getitem__(self, row: int) -> tuple[int, bytes]:
-        number = int(np.searchsorted(self._starts, row, side="right")) - 1
-        with self._lock:
-            if number not in self._recent:
-                self._read(number)
-            self._recent.move_to_end(number)
-            group = self._recent[number]
-        return group[row - int(self._starts[number])]
-
-    def _read(self, number: int) -> None:
-        import pyarrow
-
-        f, g = self._places[number]
-        file = self._files[f]
-        try:
-            table = file.read_row_group(g, columns=[_image(file)], use_threads=False)  # Arrow's threads end at a fork
-        except pyarrow.ArrowException as error:
-            raise OSError(f"row group {g} cannot be read ({error})") from error
-        data, lengths, kinds = _pack(table.column(0).combine_chunks())
-        self._recent[number] = Packed(np.cumsum(lengths), kinds, data)
-        self._sizes[number] = len(data)
-        while len(self._recent) > 1 and sum(self._sizes.values()) > _GROUPS:
-            del self._sizes[self._recent.popitem(last=False)[0]]
 
 
 def _open(path: Path) -> Any:
@@ -154,43 +107,49 @@ def _open(path: Path) -> Any:
     return file
 
 
-def _rows(paths: Sequence[Path], files: Sequence[Any]) -> Rows:
+def _rows(paths: Sequence[Path], files: Sequence[Any]) -> EncodedRows:
     size = sum(_size(file) for file in files)
     if size <= IN_MEMORY:
         parts = list(_batches(paths, files))
         lengths, kinds = (np.concatenate([part[i] for part in parts]) for i in (1, 2))
         if (kinds == _NULL).all():
             raise UserError(f"{paths[0]}: every value of the column '{_image(files[0])}' is null")
-        return Packed(np.cumsum(lengths), kinds, b"".join(part[0] for part in parts))
-    packed = kept.cache_file("parquet", paths, ".bin")
+        return EncodedRows(np.cumsum(lengths), kinds, b"".join(part[0] for part in parts))
+    packed = cache_file("parquet", paths, ".bin")
     copy = _copy(paths, files, packed, size)
     if copy is not None:
-        return Packed(copy.arrays["ends"], copy.arrays["kinds"], packed)
-    warnings.warn(
-        f"{paths[0].parent}: {size / 1e9:.1f} GB of images do not fit into the cache folder {packed.parent}, so whole "
-        "row groups are read for single images, which is slow. Name a larger folder in DINO_FAST_CACHE",
-        stacklevel=2,
+        return EncodedRows(copy.arrays["ends"], copy.arrays["kinds"], packed)
+    raise UserError(
+        f"{paths[0].parent}: {size / 1e9:.1f} GB of images must be copied once to be read in any order, and the cache "
+        f"folder {packed.parent} has no room for them ({_free(packed.parent) / 1e9:.1f} GB are free). Name a larger "
+        "folder in DINO_FAST_CACHE"
     )
-    return RowGroups(files)
 
 
-def _copy(paths: Sequence[Path], files: Sequence[Any], packed: Path, size: int) -> kept.Index | None:
+def _free(folder: Path) -> int:
+    """Bytes that are free where `folder` is or would be made."""
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _copy(paths: Sequence[Path], files: Sequence[Any], packed: Path, size: int) -> Index | None:
     """The index of the flat copy, which is made where there is none; None where it has no room."""
     described = packed.with_suffix(".safetensors")
-    made = kept.load(described)
-    if made is not None and kept.holds(made) and packed.is_file() and packed.stat().st_size == made.facts["size"]:
+    made = load(described)
+    if made is not None and holds(made) and packed.is_file() and packed.stat().st_size == made.facts["size"]:
         return made
     temporary = packed.with_name(f"{packed.name}.{os.getpid()}.part")
     try:
         packed.parent.mkdir(parents=True, exist_ok=True)
-        if shutil.disk_usage(packed.parent).free < size + _SPARE:
+        if _free(packed.parent) < size + _SPARE:
             return None
         warnings.warn(
             f"copying {size / 1e9:.1f} GB of images to {packed} once, so that they can be read in any order "
             "(DINO_FAST_CACHE names another folder)",
             stacklevel=3,
         )
-        watched = kept.watch(paths)
+        watched = watch(paths)
         lengths, kinds = [], []
         with open(temporary, "wb") as out:
             for data, part_lengths, part_kinds in _batches(paths, files):
@@ -198,11 +157,9 @@ def _copy(paths: Sequence[Path], files: Sequence[Any], packed: Path, size: int) 
                 lengths.append(part_lengths)
                 kinds.append(part_kinds)
         ends = np.cumsum(np.concatenate(lengths))
-        index = kept.Index(
-            {"ends": ends, "kinds": np.concatenate(kinds)}, {"size": temporary.stat().st_size}, **watched
-        )
+        index = Index({"ends": ends, "kinds": np.concatenate(kinds)}, {"size": temporary.stat().st_size}, **watched)
         temporary.replace(packed)
-        kept.save(described, index)
+        save(described, index)
         return index
     except OSError:  # a full disk, a quota, no permission
         return None
@@ -249,7 +206,7 @@ def _field(column: Any, name: str) -> Any:
 def _is_bytes(kind: Any) -> bool:
     import pyarrow
 
-    return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+    return bool(pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind))
 
 
 def _image(file: Any) -> str:

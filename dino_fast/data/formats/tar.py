@@ -1,13 +1,14 @@
 """Images in tar files, as WebDataset writes them or as a folder was packed, read at any place without unpacking.
 
-One walk over the headers finds where each image's bytes lie; that index is kept (see index.py), and an image is then a
-read at an offset. So the order is a full permutation and a crop stays a function of (seed, epoch, index), which a
-reader that streams its shards cannot offer; the layout on disk is the same.
+One walk over the headers finds where each image's bytes lie; that index is kept (see index_cache.py), and an image is
+then a read at an offset. So the order is a full permutation and a crop stays a function of (seed, epoch, index), which
+a reader that streams its shards cannot offer; the layout on disk is the same.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import tarfile
 import warnings
 from array import array
@@ -18,12 +19,11 @@ from pathlib import Path
 import numpy as np
 
 from dino_fast.data.decode import ImageError
-from dino_fast.data.formats.folder import EXTENSIONS
 from dino_fast.data.index_cache import Index, cached, watch
-from dino_fast.data.sources import TEST_DIRS, TRAIN_DIRS, Source, Subset, share_classes
+from dino_fast.data.source import EXTENSIONS, TEST_DIRS, TRAIN_DIRS, Source, Subset, share_classes
 from dino_fast.errors import UserError
 
-_OPEN = 256  # tar files kept open; beyond that one is opened for each read
+_OPEN = 256  # tar files kept open, or a quarter of what the process may open; beyond, one is opened for each read
 
 
 class TarSource(Source):
@@ -35,6 +35,8 @@ class TarSource(Source):
         self._arrays, self.notes = index.arrays, list(index.facts["notes"])
         self.labels, self.classes = index.arrays.get("labels"), index.facts["classes"]
         self._files: dict[int, int] = {}
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._open = _OPEN if limit == resource.RLIM_INFINITY else min(_OPEN, limit // 4)
 
     def __len__(self) -> int:
         return len(self._arrays["ends"])
@@ -65,7 +67,7 @@ class TarSource(Source):
         if file is not None:
             return os.pread(file, size, offset)
         file = os.open(self.paths[shard], os.O_RDONLY)
-        if len(self._files) < _OPEN and self._files.setdefault(shard, file) == file:
+        if len(self._files) < self._open and self._files.setdefault(shard, file) == file:
             return os.pread(file, size, offset)
         try:
             return os.pread(file, size, offset)

@@ -7,45 +7,17 @@ list of images with their sizes and times. Anything else is another file, so a s
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dino_fast.atomic import atomic_write
 from dino_fast.data import ArraySource, ImageError, Source, Subset, eval_batches
 from dino_fast.data.formats.folder import FileSource
 from dino_fast.errors import UserError
 from dino_fast.eval.common.backbone import Feature, Frozen
+from dino_fast.knn import extract_features
 from dino_fast.progress import watched
-
-
-@torch.no_grad()
-def extract_features(
-    backbone: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], feature: Feature | None = None
-) -> tuple[Tensor, Tensor]:
-    """Batches (images `[B, C, H, W]`, labels `[B]`) -> (float32 features `[N, dim]`, int64 labels `[N]`), on the CPU.
-
-    `feature` is what to take of the images, by default `backbone` itself, which is put in evaluation mode for the time.
-    Raises UserError for features that are not finite.
-    """
-    training = backbone.training
-    device = next(backbone.parameters()).device
-    features, labels = [], []
-    backbone.eval()
-    try:
-        for images, label in batches:
-            features.append((feature or backbone)(images.to(device)).float().cpu())
-            labels.append(label)
-    finally:
-        backbone.train(training)
-    if not features:
-        raise UserError("no images to extract features from")
-    stacked = torch.cat(features)
-    if not stacked.isfinite().all():
-        raise UserError("the backbone gives features that are not finite: its weights are damaged or have diverged")
-    return stacked, torch.cat(labels)
 
 
 def labelled_features(

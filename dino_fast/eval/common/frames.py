@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dino_fast.data import ImageError
 from dino_fast.data.decode import decode
-from dino_fast.data.formats.folder import EXTENSIONS
+from dino_fast.data.source import EXTENSIONS
 from dino_fast.errors import UserError, unwritable
 from dino_fast.ops.multi_crop import from_pillow, to_pillow
 
@@ -97,8 +97,11 @@ def can_write_video() -> str:
 
 
 def write_video(path: Path, frames: Iterable[np.ndarray], fps: float) -> int:
-    """Writes uint8 `[H, W, 3]` frames of one size as H.264; an odd side loses its last row or column, which the format
-    cannot hold. Returns their number."""
+    """Writes uint8 `[H, W, 3]` frames of one size as H.264 and returns their number.
+
+    An odd side loses its last row or column, which the format cannot hold. Raises UserError if the file cannot be
+    written or PyAV is missing.
+    """
     from fractions import Fraction
 
     av = _av(f"writing {path}")

@@ -1,4 +1,4 @@
-"""Labelled images to learn from and to classify: one numbering of the classes, and nothing left out without a word."""
+"""Labeled images to learn from and to classify, with one numbering of their classes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dino_fast.data import Source, open_source
-from dino_fast.data.sources import split
+from dino_fast.data.open import split
 from dino_fast.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def _same_numbers(bank: Source, queries: Source) -> np.ndarray:
         if name not in bank.classes:
             raise UserError(f"the test data has a class '{name}' that --data lacks{nearest(name, bank.classes)}")
     numbers = np.asarray([*(bank.classes.index(name) for name in queries.classes), -1], dtype=np.int64)
-    return numbers[queries.labels]  # -1 takes the last entry, which is -1
+    return np.asarray(numbers[queries.labels])  # -1 takes the last entry, which is -1
 
 
 def _class(source: Source, label: int) -> str:

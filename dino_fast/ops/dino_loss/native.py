@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dino_fast.ops.dino_loss.common import KERNEL_DTYPES, contiguous_rows, pair_weights
+from dino_fast.ops.dino_loss.common import KERNEL_DTYPES, pair_weights
+from dino_fast.ops.layout import contiguous_rows
 
 
 def unsupported_reason(student: Tensor | None = None, *others: Tensor) -> str | None:
@@ -44,7 +45,7 @@ def _problem(
     student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float
 ) -> tuple[tuple, tuple]:
     """The arguments that describe a problem to the native code, and the tensors that must outlive the call."""
-    rows = contiguous_rows(student, teacher)
+    rows = contiguous_rows(student), contiguous_rows(teacher)
     if center.dtype != torch.float32 or center.stride(0) != 1:
         center = center.to(torch.float32).contiguous()
     logits = [(x.data_ptr(), KERNEL_DTYPES.index(x.dtype), x.stride(0), x.stride(1)) for x in rows]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from dino_fast import gpu
-from dino_fast.ops.dino_loss.common import KERNEL_DTYPES, contiguous_rows
+from dino_fast.ops.dino_loss.common import KERNEL_DTYPES
+from dino_fast.ops.layout import contiguous_rows
 
 
 def unsupported_reason(student: Tensor | None = None, *others: Tensor) -> str | None:
@@ -36,7 +37,7 @@ def forward(student, teacher, center, student_temp, teacher_temp, outputs):
     from dino_fast.kernels import dino_loss as kernels
 
     *_, grad, row_statistics, kept_center = outputs
-    student, teacher = contiguous_rows(student, teacher)
+    student, teacher = contiguous_rows(student), contiguous_rows(teacher)
     center = center.to(torch.float32).contiguous()
     loss, entropy = kernels.statistics(student, teacher, center, student_temp, teacher_temp, row_statistics)
     if grad.numel() > 0:
@@ -53,7 +54,7 @@ def sweep_forward(student, teacher, center, student_temp, teacher_temp, outputs)
         return forward(student, teacher, center, student_temp, teacher_temp, outputs)
     from dino_fast.kernels import dino_loss_sweep
 
-    rows = contiguous_rows(student, teacher)
+    rows = contiguous_rows(student), contiguous_rows(teacher)
     center = center.to(torch.float32).contiguous()
     loss, entropy, mean = dino_loss_sweep.sweep(*rows, center, student_temp, teacher_temp, row_statistics, grad)
     return loss, mean, entropy, grad, row_statistics, kept_center
@@ -63,7 +64,7 @@ def gradient(student, teacher, center, row_statistics, upstream, student_temp, t
     from dino_fast.kernels import dino_loss as kernels
 
     grad = student.new_empty(student.shape)
-    student, teacher = contiguous_rows(student, teacher)
+    student, teacher = contiguous_rows(student), contiguous_rows(teacher)
     center = center.to(torch.float32).contiguous()
     statistics = row_statistics.contiguous()
     kernels.gradient(student, teacher, center, statistics, upstream, grad, student_temp, teacher_temp)

@@ -15,21 +15,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import cast
 
 import numpy as np
-import PIL
 import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from dino_fast import gpu
 from dino_fast.backends import Backend, choose, cuda_missing, native_missing, register
+from dino_fast.ops import autograd
+from dino_fast.ops.multi_crop import cuda, native
 
-MAY_GO_DOWN_FIRST = int(PIL.__version__.split(".")[0]) >= 13  # see above
 
-
-@torch.library.custom_op("dino_fast::multi_crop", mutates_args=())
 def multi_crop(
     images: list[Tensor],
     boxes: Tensor,
@@ -55,9 +52,13 @@ def multi_crop(
     dtype float32 or bfloat16. Raises ValueError for another dtype or device, shapes that disagree and boxes outside
     their image. On a GPU all work is queued on the current stream and nothing is waited for.
     """
-    crops = _empty(images, boxes, n_global, global_size, local_size, dtype)
-    multi_crop_into(crops, images, boxes, switches, order, factors, radius, mean, std, backend)
-    return crops
+    return cast(
+        "tuple[Tensor, Tensor]",
+        torch.ops.dino_fast.multi_crop(
+            images, boxes, switches, order, factors, radius,
+            n_global, global_size, local_size, mean, std, dtype, backend,
+        ),
+    )  # fmt: skip
 
 
 def multi_crop_into(
@@ -73,18 +74,58 @@ def multi_crop_into(
     backend: str = "auto",
 ) -> None:
     """`multi_crop`, its results written to `crops`: contiguous, of the shapes that it returns, on the images' device
-    and of one dtype. Raises ValueError for others."""
+    and of one dtype. Raises ValueError for others, and RuntimeError where autograd would have to differentiate them."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in crops):
+        raise RuntimeError("multi_crop: the crops to write require gradients; call it under torch.no_grad()")
+    if autograd.is_plain(*crops, *images, boxes, switches, order, factors, radius, mean, std):
+        _fill(crops, images, boxes, switches, order, factors, radius, mean, std, backend)
+        autograd.increment_versions(crops)
+        return
+    _check_images(images, boxes)
+    _check_results(crops, images, boxes.shape[1])
+    global_size, local_size = (list(x.shape[3:]) for x in crops)
+    made = multi_crop(
+        images, boxes, switches, order, factors, radius,
+        len(crops[0]), global_size, local_size, mean, std, crops[0].dtype, backend,
+    )  # fmt: skip
+    for given, crop in zip(crops, made, strict=True):
+        given.copy_(crop)
+
+
+def _run(
+    images: list[Tensor],
+    boxes: Tensor,
+    switches: Tensor,
+    order: Tensor,
+    factors: Tensor,
+    radius: Tensor,
+    n_global: int,
+    global_size: list[int],
+    local_size: list[int],
+    mean: Tensor,
+    std: Tensor,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    crops = _empty(images, boxes, n_global, global_size, local_size, dtype)
+    _fill(crops, images, boxes, switches, order, factors, radius, mean, std, backend)
+    return crops
+
+
+def _fake(images, boxes, switches, order, factors, radius, n_global, global_size, local_size, mean, std,
+          dtype=torch.float32, backend="auto"):  # type: ignore[no-untyped-def]  # fmt: skip
+    return _empty(images, boxes, n_global, global_size, local_size, dtype)
+
+
+autograd.define_operator("multi_crop", _run, _fake, alternative="the same distortions written in PyTorch")
+
+
+def _fill(crops, images, boxes, switches, order, factors, radius, mean, std, backend) -> None:  # type: ignore[no-untyped-def]
     _check_images(images, boxes)
     _check_results(crops, images, boxes.shape[1])
     _check(images, boxes, switches, order, factors, radius, mean, std, crops[0].dtype)
     run = _RUN[choose("multi_crop", *images, backend=backend)]
     run(images, boxes, switches, order, factors, radius, mean, std, *crops)
-
-
-@multi_crop.register_fake
-def _(images, boxes, switches, order, factors, radius, n_global, global_size, local_size, mean, std,
-      dtype=torch.float32, backend="auto"):  # fmt: skip
-    return _empty(images, boxes, n_global, global_size, local_size, dtype)
 
 
 def _empty(
@@ -178,61 +219,6 @@ def _check(images, boxes, switches, order, factors, radius, mean, std, dtype) ->
         raise ValueError("multi_crop: a box is empty or reaches outside its image")
 
 
-def planar(image: Tensor) -> Tensor:
-    """The image, contiguous. Decoders write pixel by pixel, of which PyTorch's strided copy makes planes slowly."""
-    channels, height, width = image.shape
-    if image.is_contiguous() or image.is_cuda or channels != 3 or image.stride() != (1, 3 * width, 3):
-        return image.contiguous()
-    from dino_fast import _C
-
-    planes = torch.empty((3, height, width), dtype=torch.uint8, device="cpu")
-    _C.multi_crop_planes(image.data_ptr(), planes.data_ptr(), height * width)
-    return planes
-
-
-class Tasks(NamedTuple):
-    """What the compiled backends take; `keep` are the tensors that the addresses are of."""
-
-    arguments: tuple  # type: ignore[type-arg]
-    keep: tuple  # type: ignore[type-arg]
-
-
-def tasks(images, boxes, switches, order, factors, radius, mean, std, global_crops, local_crops) -> Tasks:  # type: ignore[no-untyped-def]
-    """Tables of V n crops, see csrc/bindings.cpp."""
-    images = [planar(image) for image in images]
-    mean, std = mean.float().contiguous(), std.float().contiguous()
-    (n, V), (C, T) = boxes.shape[:2], (images[0].shape[0], len(global_crops))
-    source = np.array([(image.data_ptr(), image.shape[1], image.shape[2]) for image in images], dtype=np.int64)
-    table = np.empty((V, n, 18), dtype=np.int64)  # crop-major: the large crops come first and balance the threads
-    table[..., 0:3] = source
-    table[..., 3:7] = boxes.numpy().swapaxes(0, 1)
-    for crops, views in ((global_crops, slice(0, T)), (local_crops, slice(T, V))):
-        table[views, :, 7:9] = crops.shape[3:]
-        rows = np.arange(crops.shape[0] * n, dtype=np.int64).reshape(-1, n)
-        table[views, :, 9] = crops.data_ptr() + rows * (C * crops.shape[3] * crops.shape[4] * crops.element_size())
-    table[..., 10:14] = switches.numpy().swapaxes(0, 1)
-    table[..., 14:18] = order.numpy().swapaxes(0, 1)
-    numbers = np.empty((V, n, 5), dtype=np.float32)
-    numbers[..., :4] = factors.numpy().swapaxes(0, 1)
-    numbers[..., 4] = radius.numpy().T
-    half = global_crops.dtype == torch.bfloat16
-    arguments = (V * n, table, numbers, C, half, MAY_GO_DOWN_FIRST, mean.data_ptr(), std.data_ptr())
-    return Tasks(arguments, (images, mean, std))
-
-
-def _native(*arguments) -> None:  # type: ignore[no-untyped-def]
-    from dino_fast import _C
-
-    given = tasks(*arguments)
-    _C.multi_crop(*given.arguments, torch.get_num_threads())
-
-
-def _cuda(*arguments) -> None:  # type: ignore[no-untyped-def]
-    from dino_fast.ops.multi_crop import cuda as multi_crop_cuda
-
-    multi_crop_cuda.multi_crop(*arguments)
-
-
 def multi_crop_reference(images, boxes, switches, order, factors, radius, mean, std, global_crops, local_crops) -> None:  # type: ignore[no-untyped-def]
     """Fills global_crops and local_crops by way of Pillow; the arguments are the operator's."""
     views = [*global_crops.unbind(), *local_crops.unbind()]  # V of [n, C, h, w]
@@ -323,25 +309,17 @@ _JITTER: tuple[Callable[[list[Image.Image], float], list[Image.Image]], ...] = (
 )
 
 
-def _cuda_rejects(*images: Tensor) -> str | None:
-    other = next((image.device for image in images if not image.is_cuda), None)
-    return (
-        gpu.too_old(images[0].device) if other is None else f"the CUDA kernels take images on a GPU; one is on {other}"
-    )
-
-
-def _native_rejects(*images: Tensor) -> str | None:
-    other = next((image.device for image in images if image.device.type != "cpu"), None)
-    return None if other is None else f"the native code takes images on the CPU; one is on {other}"
-
-
-_RUN = {"cuda": _cuda, "native": _native, "reference": lambda *arguments: multi_crop_reference(*arguments)}
+_RUN = {
+    "cuda": cuda.multi_crop,
+    "native": native.multi_crop,
+    "reference": lambda *arguments: multi_crop_reference(*arguments),
+}
 
 # Each device has its own; the CPU's first, so that forked workers need not ask for a GPU, which they cannot.
 register(
     "multi_crop",
-    Backend("native", native_missing, _native_rejects),
-    Backend("cuda", cuda_missing, _cuda_rejects),
+    Backend("native", native_missing, native.unsupported_reason),
+    Backend("cuda", cuda_missing, cuda.unsupported_reason),
     Backend("reference"),
     example=lambda device: (torch.empty((3, 256, 256), dtype=torch.uint8, device=device),),
 )

@@ -7,8 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino_fast.gpu import on_device
-from dino_fast.ops.multi_crop import tasks
+from dino_fast.gpu import on_device, too_old
+from dino_fast.ops.multi_crop.tables import tasks
+
+
+def unsupported_reason(*images: Tensor) -> str | None:
+    """Why the kernels cannot take these images, or None."""
+    other = next((image.device for image in images if not image.is_cuda), None)
+    return too_old(images[0].device) if other is None else f"the CUDA kernels take images on a GPU; one is on {other}"
 
 
 def multi_crop(*arguments: Any) -> None:

@@ -19,19 +19,15 @@ Nothing here reads a device tensor on the host: coefficients, `found_inf` and st
 
 from __future__ import annotations
 
-import math
-from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dino_fast import gpu
 from dino_fast.backends import Backend, choose, cuda_missing, native_missing, register
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
+from dino_fast.ops.autograd import define_operator
+from dino_fast.ops.multi_tensor import cuda, native
 
 # ---- reference: the specification ----
 
@@ -122,6 +118,20 @@ def run_ema_update(
     _EMA_UPDATE[name](teacher, student, momentum, copies, found_inf)
 
 
+def run_ema_update_by(
+    teacher: list[Tensor],
+    student: list[Tensor],
+    momentum: Tensor,
+    copies: list[Tensor],
+    backend: str = "auto",
+    found_inf: Tensor | None = None,
+) -> None:
+    """`run_ema_update` by a momentum in a scalar tensor on the CPU: a compiled program takes it as an input, where a
+    number would be a constant of it, and another number another program."""
+    _check_momentum_tensor(momentum)
+    run_ema_update(teacher, student, momentum.item(), copies, backend, found_inf)
+
+
 def run_grad_norms(grads: list[Tensor], backend: str = "auto") -> Tensor:
     """The 2-norm of each gradient, float32 [n] on the gradients' device (float64 where any gradient is).
 
@@ -175,32 +185,51 @@ def run_adamw_ema(
     )  # fmt: skip
 
 
-ema_update = torch.library.custom_op("dino_fast::ema_update", run_ema_update, mutates_args=("teacher", "copies"))
-grad_norms = torch.library.custom_op("dino_fast::grad_norms", run_grad_norms, mutates_args=())
-adamw_ema = torch.library.custom_op(
-    "dino_fast::adamw_ema",
-    run_adamw_ema,
-    mutates_args=("params", "exp_avgs", "exp_avg_sqs", "steps", "teachers", "param_copies", "teacher_copies"),
-)
-
-
-@ema_update.register_fake
-def _(teacher, student, momentum, copies, backend="auto", found_inf=None):
+def _fake_ema_update(teacher, student, momentum, copies, backend="auto", found_inf=None):
     _check_ema(teacher, student, momentum, copies)
 
 
-@grad_norms.register_fake
-def _(grads, backend="auto"):
+def _fake_ema_update_by(teacher, student, momentum, copies, backend="auto", found_inf=None):
+    _check_momentum_tensor(momentum)
+    _check_ema(teacher, student, 1.0, copies)  # its value is checked where it is known
+
+
+def _fake_grad_norms(grads, backend="auto"):
     wide = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
     return grads[0].new_empty(len(grads), dtype=wide)
 
 
-@adamw_ema.register_fake
-def _(
+def _fake_adamw_ema(
     params, grads, exp_avgs, exp_avg_sqs, steps, teachers, param_copies, teacher_copies, multipliers, *rest, **options
 ):
     _check_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, teachers, param_copies, teacher_copies)
     _check_multipliers(params, multipliers)
+
+
+define_operator(
+    "ema_update",
+    run_ema_update,
+    _fake_ema_update,
+    alternative="dino_fast.ops.multi_tensor.ema_update_reference",
+    mutates_args=("teacher", "copies"),
+)
+define_operator(
+    "ema_update_by",
+    run_ema_update_by,
+    _fake_ema_update_by,
+    alternative="dino_fast.ops.multi_tensor.ema_update_reference",
+    mutates_args=("teacher", "copies"),
+)
+define_operator(
+    "grad_norms", run_grad_norms, _fake_grad_norms, alternative="dino_fast.ops.multi_tensor.grad_norms_reference"
+)
+define_operator(
+    "adamw_ema",
+    run_adamw_ema,
+    _fake_adamw_ema,
+    alternative="dino_fast.ops.multi_tensor.adamw_ema_reference",
+    mutates_args=("params", "exp_avgs", "exp_avg_sqs", "steps", "teachers", "param_copies", "teacher_copies"),
+)
 
 
 # ---- what is accepted ----
@@ -212,6 +241,14 @@ def _check_ema(teacher: list[Tensor], student: list[Tensor], momentum: float, co
     _check_same({"teacher": teacher, "student": student})
     _check_copies("copies", copies, teacher)
     _check_devices([*teacher, *student, *copies])
+
+
+def _check_momentum_tensor(momentum: Tensor) -> None:
+    if momentum.numel() != 1 or not momentum.is_cpu:
+        raise ValueError(
+            f"momentum must be a number, or a tensor of one on the CPU, where reading it waits for nothing; "
+            f"got a tensor of shape {tuple(momentum.shape)} on {momentum.device}"
+        )
 
 
 def _check_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, teachers, param_copies, teacher_copies) -> None:
@@ -303,152 +340,26 @@ def _kinds(*lists: Sequence[Tensor]) -> list[Tensor]:
     return list({t.dtype: t for tensors in lists for t in tensors}.values())
 
 
-def _native_rejects(*tensors: Tensor) -> str | None:
-    for t in tensors:
-        if not t.is_cpu:
-            return f"the C++ kernels run on CPU tensors; one is on {t.device}"
-        if t.dtype not in FLOATS:
-            return f"the C++ kernels take float32, bfloat16 and float16; one tensor is {t.dtype}"
-    return None
-
-
-def _native_ema_update(
-    teacher: Sequence[Tensor],
-    student: Sequence[Tensor],
-    momentum: float,
-    copies: Sequence[Tensor],
-    found_inf: Tensor | None,
-) -> None:
-    from dino_fast import _C
-
-    if found_inf is not None and found_inf.item() == math.inf:
-        return
-    n = len(teacher)
-    (t, p, c), written = flat_memory((teacher, student, copies), mutated=(True, False, True))
-    table = array("q", [x.numel() for x in t] + _addresses(t, n) + _addresses(p, n) + _addresses(c, n))
-    table.extend([_CODES[x.dtype] for x in t] + [_CODES[x.dtype] for x in p])
-    _C.multi_tensor_ema_update(n, table, momentum, torch.get_num_threads())
-    _write_back(written)
-
-
-def _native_grad_norms(grads: Sequence[Tensor]) -> Tensor:
-    from dino_fast import _C
-
-    n = len(grads)
-    norms = torch.empty(n, dtype=torch.float32, device="cpu")
-    ((g,), _) = flat_memory((grads,), mutated=(False,))
-    table = array("q", [x.numel() for x in g] + _addresses(g, n) + [_CODES[x.dtype] for x in g])
-    _C.multi_tensor_grad_norms(n, table, norms.data_ptr(), torch.get_num_threads())
-    return norms
-
-
-def _native_adamw_ema(
-    params, grads, exp_avgs, exp_avg_sqs, steps, teachers, param_copies, teacher_copies,
-    multipliers, found_inf, lrs, weight_decays, beta1, beta2, eps, momentum,
-) -> None:  # fmt: skip
-    from dino_fast import _C
-
-    n, overflow = len(params), 0.0 if found_inf is None else found_inf.item()
-    if overflow == math.inf:
-        return
-    lists = (params, grads, exp_avgs, exp_avg_sqs, teachers, param_copies, teacher_copies)
-    columns, written = flat_memory(lists, mutated=(True, False, True, True, True, True, True))
-    table = array("q", [x.numel() for x in params])
-    for column in (*columns, steps):
-        table.extend(_addresses(column, n))
-    table.extend([_CODES[x.dtype] for x in grads])
-    if multipliers is not None:
-        multipliers = multipliers.float().contiguous()
-    _C.multi_tensor_adamw_ema(
-        n, table, array("d", [*lrs, *weight_decays]), 0 if multipliers is None else multipliers.data_ptr(),
-        beta1, beta2, eps, momentum, overflow > 0, torch.get_num_threads(),
-    )  # fmt: skip
-    _write_back(written)
-
-
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-def _addresses(tensors: Sequence[Tensor], n: int) -> list[int]:
-    """Zero where there is no tensor, or none with elements."""
-    return [t.data_ptr() for t in tensors] if tensors else [0] * n
-
-
-def flat_memory(
-    lists: Sequence[Sequence[Tensor]], mutated: Sequence[bool]
-) -> tuple[list[Sequence[Tensor]], list[tuple[Tensor, Tensor]]]:
-    """The lists with each row (the i-th tensors of all lists) in one memory order without gaps, as flat kernels need.
-
-    Rows that are so already stay; of others, the tensors that are not contiguous are replaced by contiguous copies.
-    Returns the lists, and (original, copy) for the copies that must be written back.
-    """
-    columns: list[Sequence[Tensor]] = list(lists)
-    written: list[tuple[Tensor, Tensor]] = []
-    if all(t.is_contiguous() for column in columns for t in column):
-        return columns, written
-    columns = [list(column) for column in columns]
-    for i in range(len(columns[0])):
-        row = [column[i] for column in columns if column and column[i].numel()]
-        if not row or (all(t.stride() == row[0].stride() for t in row) and _without_gaps(row[0])):
-            continue
-        for column, mutable in zip(columns, mutated, strict=True):
-            if column and not column[i].is_contiguous():
-                original, copy = column[i], column[i].contiguous()
-                column[i] = copy  # type: ignore[index]
-                if mutable:
-                    written.append((original, copy))
-    return columns, written
-
-
-def _without_gaps(tensor: Tensor) -> bool:
-    """Whether some order of its dimensions makes it contiguous."""
-    order = sorted(range(tensor.dim()), key=lambda d: (tensor.stride(d), tensor.size(d)), reverse=True)
-    return tensor.permute(order).is_contiguous()
-
-
-def _write_back(written: list[tuple[Tensor, Tensor]]) -> None:
-    for original, copy in written:
-        original.copy_(copy)
-
-
-def _cuda_rejects(*tensors: Tensor) -> str | None:
-    for t in tensors:
-        if not t.is_cuda:
-            return f"the CUDA kernels run on CUDA tensors; one is on {t.device}"
-        if t.dtype not in FLOATS:
-            return f"the CUDA kernels take float32, bfloat16 and float16; one tensor is {t.dtype}"
-    return gpu.too_old(tensors[0].device) if tensors else None
-
-
-def _cuda(operation: str) -> Callable[..., Any]:
-    def run(*arguments: Any) -> Any:
-        from dino_fast.ops.multi_tensor import cuda as multi_tensor_cuda
-
-        return getattr(multi_tensor_cuda, operation)(*arguments)
-
-    return run
-
-
 _EMA_UPDATE: dict[str, Callable[..., None]] = {
-    "cuda": _cuda("ema_update"),
-    "native": _native_ema_update,
+    "cuda": cuda.ema_update,
+    "native": native.ema_update,
     "reference": ema_update_reference,
 }
 _GRAD_NORMS: dict[str, Callable[..., Tensor]] = {
-    "cuda": _cuda("grad_norms"),
-    "native": _native_grad_norms,
+    "cuda": cuda.grad_norms,
+    "native": native.grad_norms,
     "reference": grad_norms_reference,
 }
 _ADAMW_EMA: dict[str, Callable[..., Any]] = {
-    "cuda": _cuda("adamw_ema"),
-    "native": _native_adamw_ema,
+    "cuda": cuda.adamw_ema,
+    "native": native.adamw_ema,
     "reference": adamw_ema_reference,
 }
 
 register(
     "multi_tensor",
-    Backend("cuda", cuda_missing, _cuda_rejects),
-    Backend("native", native_missing, _native_rejects),
+    Backend("cuda", cuda_missing, cuda.unsupported_reason),
+    Backend("native", native_missing, native.unsupported_reason),
     Backend("reference"),
     example=lambda device: (torch.empty(384, dtype=torch.float32, device=device),),
 )

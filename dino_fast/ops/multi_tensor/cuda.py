@@ -21,14 +21,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino_fast.gpu import on_device
-from dino_fast.ops.multi_tensor import flat_memory
-
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+from dino_fast.gpu import on_device, too_old
+from dino_fast.ops.multi_tensor.memory import DTYPE_CODES, flat_memory, write_back
 
 # Plans kept of lists that have not been captured. An optimizer needs one for its norms, one for its step and one for
 # teachers of parameters at rest, for each device and setting of AdamW.
 KEPT = 32
+
+
+def unsupported_reason(*tensors: Tensor) -> str | None:
+    """Why the kernels cannot take these tensors, or None."""
+    for t in tensors:
+        if not t.is_cuda:
+            return f"the CUDA kernels run on CUDA tensors; one is on {t.device}"
+        if t.dtype not in DTYPE_CODES:
+            return f"the CUDA kernels take float32, bfloat16 and float16; one tensor is {t.dtype}"
+    return too_old(tensors[0].device) if tensors else None
 
 
 @dataclass
@@ -50,7 +58,7 @@ class Plan:
             self.hyper = data
 
     def write_gradients(self, grads: Sequence[Tensor], stream: int) -> None:
-        data = array("Q", chain.from_iterable((_address(g), KINDS[g.dtype]) for g in grads)).tobytes()
+        data = array("Q", chain.from_iterable((_address(g), DTYPE_CODES[g.dtype]) for g in grads)).tobytes()
         # A capture records the write, since its gradients have addresses of their own and steps outside may change the
         # table; and a replay changes it unseen, so from then on every step writes it.
         if data != self.gradients or self.captured:
@@ -86,7 +94,7 @@ def ema_update(
 ) -> None:
     """The operation `ema_update` on CUDA tensors."""
     (t, s, c), written = flat_memory((teacher, student, copies), mutated=(True, False, True))
-    kinds = [KINDS[x.dtype] | KINDS[y.dtype] << 16 for x, y in zip(s, t, strict=True)]
+    kinds = [DTYPE_CODES[x.dtype] | DTYPE_CODES[y.dtype] << 16 for x, y in zip(s, t, strict=True)]
     with on_device(t[0].device):
         stream = _stream(t[0])
         plan = _plan(t[0], (s, (), (), t, (), c, ()), kinds, stream)
@@ -94,7 +102,7 @@ def ema_update(
         if not _hyper_only:
             found_inf = None if found_inf is None else found_inf.float()
             _kernels().cuda_multi_tensor_ema_update(*plan.place, _address(found_inf), stream)
-    _write_back(written)
+    write_back(written)
 
 
 def grad_norms(grads: Sequence[Tensor]) -> Tensor:
@@ -133,7 +141,7 @@ def adamw_ema(
             if found_inf is not None:
                 found_inf = found_inf.float()
             _kernels().cuda_multi_tensor_adamw_ema(*plan.place, _address(multipliers), _address(found_inf), stream)
-    _write_back(written)
+    write_back(written)
 
 
 def _plan(
@@ -183,11 +191,6 @@ def _forget() -> None:
 
 def _address(tensor: Tensor | None) -> int:
     return tensor.data_ptr() if tensor is not None and tensor.numel() > 0 else 0
-
-
-def _write_back(written: Sequence[tuple[Tensor, Tensor]]) -> None:
-    for original, copy in written:
-        original.copy_(copy)
 
 
 # ---- the device; tests put the host in its place ----

@@ -30,6 +30,7 @@ from torch import Tensor
 from dino_fast import gpu
 from dino_fast.backends import Backend, Preference, choose, native_missing, register, triton_missing
 from dino_fast.ops import autograd
+from dino_fast.ops.layout import contiguous_rows
 from dino_fast.ops.packed_attention import by_length as grouped
 from dino_fast.ops.packed_attention import native as packed_attention_cpu
 
@@ -164,7 +165,7 @@ def _validate_backward(grad, qkv, cu_seqlens, out, statistics, max_seqlen) -> No
 
 
 def _run_backward(grad, qkv, cu_seqlens, out, statistics, max_seqlen, backend) -> Tensor:
-    _check_ends(qkv, cu_seqlens, max_seqlen)  # again: numpy may have changed them since, which autograd does not see
+    _check_ends(qkv, cu_seqlens, max_seqlen)  # compiled code saves the caller's, which numpy may have changed
     chosen = choose("packed_attention", qkv, max_seqlen, backend=backend)
     return BACKWARD[chosen](grad, qkv, cu_seqlens, out, statistics, max_seqlen)
 
@@ -179,7 +180,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _keep_for_backward(ctx, qkv, cu_seqlens, out, statistics, max_seqlen, backend) -> None:
     ctx.max_seqlen, ctx.backend = max_seqlen, backend
-    ctx.save_for_backward(qkv, autograd.savable(cu_seqlens), out, statistics)
+    # numpy may write new ends between forward and backward, and autograd would not see it: on the host, a copy is kept.
+    ends = cu_seqlens.clone() if cu_seqlens.device.type == "cpu" else autograd.savable(cu_seqlens)
+    ctx.save_for_backward(qkv, ends, out, statistics)
 
 
 @autograd.once_differentiable("packed_attention", REFERENCE)
@@ -326,7 +329,7 @@ def _triton_forward(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[T
     from dino_fast.kernels import packed_attention as kernels
 
     out, statistics = grouped.empty_outputs(qkv)
-    kernels.forward(grouped.contiguous_rows(qkv), cu_seqlens.contiguous(), max_seqlen, out, *statistics)
+    kernels.forward(contiguous_rows(qkv), cu_seqlens.contiguous(), max_seqlen, out, *statistics)
     return out, statistics
 
 
@@ -335,7 +338,7 @@ def _triton_backward(
 ) -> Tensor:
     from dino_fast.kernels import packed_attention as kernels
 
-    gradient, (grad, qkv) = qkv.new_empty(qkv.shape), (grouped.contiguous_rows(grad), grouped.contiguous_rows(qkv))
+    gradient, (grad, qkv) = qkv.new_empty(qkv.shape), (contiguous_rows(grad), contiguous_rows(qkv))
     kernels.backward(grad, qkv, cu_seqlens.contiguous(), max_seqlen, out, *statistics, gradient)
     return gradient
 

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dino_fast.ops.layout import contiguous_rows
+
 
 def wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -63,11 +65,6 @@ def by_length(cu_seqlens: Tensor) -> Iterator[Group]:
 def _heads(group: Group, qkv: Tensor) -> tuple[Tensor, ...]:
     """q, k, v of a group, each [n, H, L, d]."""
     return group.read(qkv).permute(2, 0, 3, 1, 4).unbind(0)
-
-
-def contiguous_rows(x: Tensor) -> Tensor:
-    """x, copied where the elements of a row of d do not lie side by side: the kernels assume that they do."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def per_length(forward):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dino_fast import gpu
+from dino_fast.ops.layout import contiguous_rows
 
 HALF = (torch.bfloat16, torch.float16)
 WIDEST = 256  # elements of a head that PyTorch's flash attention takes
@@ -57,7 +58,7 @@ def _flash(q: Tensor) -> bool:
 
 def _parts(qkv: Tensor) -> list[Tensor]:
     """q, k, v [tokens, H, d], views where the elements of a row lie side by side."""
-    return list((qkv if qkv.stride(-1) == 1 else qkv.contiguous()).unbind(1))
+    return list(contiguous_rows(qkv).unbind(1))
 
 
 def _with_zeros(logsumexp: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dino_fast.ops.layout import contiguous_rows
+
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -22,7 +24,7 @@ def forward(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, T
     """(out [tokens, H, d], statistics [2, H, tokens]): see the operator."""
     from dino_fast import _C
 
-    qkv, ends = _contiguous_rows(qkv), cu_seqlens.contiguous()
+    qkv, ends = contiguous_rows(qkv), cu_seqlens.contiguous()
     tokens, _, H, d = qkv.shape
     out, statistics = qkv.new_empty((tokens, H, d)), qkv.new_empty((2, H, tokens), dtype=torch.float32)
     statistics[1] = 0
@@ -35,15 +37,11 @@ def backward(grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, out: Tensor, statist
     """The gradient w.r.t. qkv [tokens, 3, H, d]; the softmax is taken anew, without rounding in between."""
     from dino_fast import _C
 
-    grad, qkv, ends = grad.to(qkv.dtype).contiguous(), _contiguous_rows(qkv), cu_seqlens.contiguous()
+    grad, qkv, ends = grad.to(qkv.dtype).contiguous(), contiguous_rows(qkv), cu_seqlens.contiguous()
     gradient = torch.empty(qkv.shape, dtype=qkv.dtype, device="cpu")
     sequences = _description(qkv, ends)
     _C.packed_attention_backward(sequences, grad.data_ptr(), gradient.data_ptr(), torch.get_num_threads())
     return gradient
-
-
-def _contiguous_rows(qkv: Tensor) -> Tensor:
-    return qkv if qkv.stride(-1) == 1 else qkv.contiguous()
 
 
 def _description(qkv: Tensor, ends: Tensor) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
-"""SGD and LARS with the interface of `AdamWEMA`: one call clips, updates the student, then moves the teacher.
+"""SGD with the interface of `AdamWEMA`: one call clips, updates the student, then moves the teacher.
 
-They are for the published recipes of convolutional networks. Both have momentum 0.9 (torch's kind: the learning rate is
-outside the buffer) and clip each gradient by its own norm, as the original does.
+For the published recipes of convolutional networks. Its momentum is 0.9 (torch's kind: the learning rate is outside of
+the buffer), and each gradient is clipped by its own norm, as the original does.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino_fast.optim import AdamWEMA, as_found_inf, ema_update
+from dino_fast.optim.adamw_ema import as_found_inf, ema_update, only_makes_state, warn_that_teacher_stays
 
 MOMENTUM = 0.9
-TRUST = 0.001  # of LARS: the share of its own length by which a matrix moves at learning rate 1
 
 
 class SGDEMA(torch.optim.Optimizer):
@@ -27,10 +26,18 @@ class SGDEMA(torch.optim.Optimizer):
     grad_scale: Tensor | None
 
     def __init__(self, groups: Sequence[dict[str, Any]], lr: float, weight_decay: float, clip_grad: float) -> None:
-        self.teacher = [t for group in groups for t in group.get("teacher_params", ())]  # in no state dict
-        self.clip_grad = clip_grad
-        plain = [{name: value for name, value in group.items() if name != "teacher_params"} for group in groups]
-        super().__init__(plain, {"lr": lr, "weight_decay": weight_decay, "momentum": MOMENTUM})
+        self.teacher: list[Tensor] = []  # in no group and no state dict
+        self.clip_grad, self._warned = clip_grad, False
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": MOMENTUM})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in every optimizer; the group may bring `teacher_params`."""
+        super().add_param_group({name: value for name, value in param_group.items() if name != "teacher_params"})
+        self.teacher += param_group.get("teacher_params") or ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in ("teacher", "clip_grad", "_warned")}
+        return {**super().__getstate__(), **own}
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -44,6 +51,9 @@ class SGDEMA(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if momentum is None and self.teacher and not self._warned and not only_makes_state(self):
+            self._warned = True
+            warn_that_teacher_stays(f"Call {type(self).__name__}.step(momentum=0.996).")
         found_inf = as_found_inf(hold, getattr(self, "found_inf", None))
         self._prepare()
         for group in self.param_groups:
@@ -76,37 +86,6 @@ class SGDEMA(torch.optim.Optimizer):
         buffer.copy_(new_buffer if stays is None else torch.where(stays, buffer, new_buffer))
 
     def _update(self, p: Tensor, group: dict[str, Any]) -> Tensor:
-        """What joins the momentum."""
+        """The update that is added to the momentum buffer."""
         assert p.grad is not None
         return p.grad.add(p, alpha=group["weight_decay"])
-
-
-class LARSEMA(SGDEMA):
-    """Layer-wise adaptive rate scaling (You, Gitman & Ginsburg 2017, arXiv:1708.03888), as the original has it.
-
-    A matrix p with gradient g moves along u = g + weight_decay * p, scaled by TRUST * |p| / |u| where neither is 0;
-    vectors are neither decayed nor scaled. Groups carry `params` and `teacher_params`.
-    """
-
-    def _update(self, p: Tensor, group: dict[str, Any]) -> Tensor:
-        assert p.grad is not None
-        if p.ndim == 1:
-            return p.grad
-        update = super()._update(p, group)
-        length, reach = p.norm(), update.norm()
-        ratio = torch.where((length > 0) & (reach > 0), TRUST * length / reach, torch.ones_like(length))
-        return update * ratio
-
-
-Optimizer = AdamWEMA | SGDEMA | LARSEMA
-
-
-def build_optimizer(
-    name: str, groups: list[dict[str, Any]], lr: float, weight_decay: float, clip_grad: float
-) -> Optimizer:
-    """The optimizer called `adamw`, `sgd` or `lars` over groups of `params` and `teacher_params`."""
-    if name == "adamw":
-        return AdamWEMA(groups, None, lr=lr, weight_decay=weight_decay, clip_grad=clip_grad)
-    if name == "sgd":
-        return SGDEMA(groups, lr, weight_decay, clip_grad)
-    return LARSEMA(groups, lr, weight_decay, clip_grad)

@@ -1,18 +1,17 @@
-"""The order, the crops and the failures of the training loader; the batches of an evaluation."""
+"""The order, the crops and the failures of the training loader."""
 
 from __future__ import annotations
 
-import time
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from dino_fast.augment import MultiCrop
-from dino_fast.data import ArraySource, eval_batches, loader, open_source, train_loader
+from dino_fast.data import ArraySource, train_loader
 from dino_fast.data.decode import ImageError
-from dino_fast.data.loader import centre, epoch_order, mix
+from dino_fast.data.train_loader import epoch_order
 from dino_fast.errors import UserError
 
 CROPS = MultiCrop(global_size=16, local_size=8, n_local=2)
@@ -96,7 +95,7 @@ def test_the_order_is_drawn_once_an_epoch(monkeypatch: pytest.MonkeyPatch) -> No
         drawn.append(epoch)
         return epoch_order(n, seed, epoch)
 
-    monkeypatch.setattr("dino_fast.data.loader.epoch_order", note)
+    monkeypatch.setattr(sys.modules["dino_fast.data.train_loader"], "epoch_order", note)
     load(start=(7, 1), epochs=9)
     assert drawn == [7, 8]
 
@@ -153,66 +152,6 @@ def test_a_source_that_is_gone_stops_the_run() -> None:
 def test_settings_that_do_not_fit_are_refused(options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load(**options)
-
-
-def test_mix_tells_order_and_place_apart() -> None:
-    numbers = {mix(a, b, c) for a in range(20) for b in range(20) for c in range(20)}
-    assert len(numbers) == 8000 and max(numbers) < 2**63
-    low = torch.tensor([n & 0xFFFFFFFF for n in numbers])  # the part that seeds torch's CPU generator
-    assert len(low.unique()) == 8000
-
-
-def test_eval_batches_at_native_size() -> None:
-    source = open_source("demo").test
-    mean, std = (0.3,), (0.4,)
-    batches = list(eval_batches(source, 28, mean, std, 300))
-    assert [len(x) for x, _ in batches] == [300, 300, 300, 100]
-    pixels = torch.cat([x for x, _ in batches])
-    torch.testing.assert_close(pixels, (source.images / 255 - 0.3) / 0.4)
-    assert torch.cat([y for _, y in batches]).bincount().tolist() == [100] * 10
-
-
-@pytest.mark.parametrize("extent", [(320, 213), (150, 200), (40, 300)])
-def test_eval_batches_scale_and_cut_at_the_centre(extent: tuple[int, int]) -> None:
-    import numpy as np
-    import torchvision.transforms.functional as tvf
-
-    pixels = np.random.default_rng(0).integers(0, 256, (*extent, 3), dtype=np.uint8)
-    image = torch.from_numpy(pixels).permute(2, 0, 1)
-    got = centre(image, (112, 112))
-    resized = tvf.resize(Image.fromarray(pixels), 128, tvf.InterpolationMode.BICUBIC)
-    want = tvf.pil_to_tensor(tvf.center_crop(resized, 112))
-    assert got.shape == (3, 112, 112)
-    assert torch.equal(got, want)
-    assert centre(image, (96, 64)).shape == (3, 96, 64)
-
-
-def test_eval_batches_leave_out_bad_images(caplog: pytest.LogCaptureFixture) -> None:
-    source = Broken(images(10), {0, 9})
-    (x, y), *rest = eval_batches(source, 16, batch_size=16)
-    assert len(x) == 8 and y.tolist() == [-1] * 8 and not rest and "image 9: gone" in caplog.text
-    with pytest.raises(UserError, match="none of the 10 images"):
-        list(eval_batches(Broken(images(10), set(range(10))), 16))
-
-
-def test_eval_batches_read_ahead_in_order_and_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "_READERS", 2)
-    started: list[int] = []
-
-    class Slow(ArraySource):
-        def read(self, index: int) -> torch.Tensor:
-            started.append(index)
-            time.sleep(0.001 * (index % 3))
-            return super().read(index)
-
-    pixels = torch.arange(200, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 1, 4, 4)
-    batches = eval_batches(Slow(pixels, list(range(200))), 4, (0.0,), (1.0,), 10)
-    first, labels = next(batches)
-    assert labels.tolist() == list(range(10)) and 10 <= len(started) <= 16 * 6
-    rest = list(batches)
-    assert torch.cat([labels, *(y for _, y in rest)]).tolist() == list(range(200)) == sorted(started)
-    shown = torch.cat([first, *(x for x, _ in rest)])[:, 0, 0, 0]
-    assert (shown * 255).round().int().tolist() == list(range(200))
 
 
 def test_a_killed_worker_is_an_error_for_people(tmp_path: Path) -> None:

@@ -1,22 +1,22 @@
-"""Parquet files larger than what is held in memory."""
+"""Parquet files: their columns and labels, and those larger than what is held in memory."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import pyarrow as arrow
 import pyarrow.parquet
 import pytest
-import torch
 from PIL import Image
 
 from dino_fast.augment import MultiCrop
-from dino_fast.data import ImageError, open_source, train_loader
+from dino_fast.data import ImageError, held_out, open_source, train_loader
 from dino_fast.data.formats import parquet
 from dino_fast.errors import UserError
 
-from .test_sources import hugging_face, png, save
+from ..example_files import hugging_face, png, save
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_a_damaged_copy_is_made_again_or_named(cache: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("why", ["full", "forbidden"])
-def test_row_groups_where_there_is_no_room(
+def test_files_whose_copy_has_no_room_are_refused(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
     folder = shards(tmp_path / "data")
@@ -95,14 +95,8 @@ def test_row_groups_where_there_is_no_room(
         monkeypatch.setattr(parquet, "_SPARE", 1 << 62)
     else:
         cache.write_text("a file where the folder should be")
-    monkeypatch.setattr(parquet, "_GROUPS", 1)  # one row group at a time
-    with pytest.warns(UserWarning, match="do not fit into the cache folder"):
-        source = open_source(f"{folder}/*.parquet")
-    assert values(source) == EXPECTED and len(source._rows._recent) == 1
-    batches = train_loader(
-        source, MultiCrop(8, 4, 1), batch_size=25, seed=0, epochs=1, workers=2, on_bad=lambda line: None
-    )
-    assert {3, 28}.isdisjoint(torch.cat([batch.index for batch in batches]).tolist()) and len(batches.bad) == 2
+    with pytest.raises(UserError, match=r"0\.0 GB of images must be copied once .*\(\d+\.\d GB are free\)\. Name"):
+        open_source(f"{folder}/*.parquet")
 
 
 def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
@@ -124,3 +118,31 @@ def test_damage_inside_a_file_is_named(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"a\.parquet: not a readable Parquet file"):
         open_source(path)
+
+
+def test_parquet_as_hugging_face_stores_images(tmp_path: Path) -> None:
+    save(tmp_path / "side.png", Image.new("L", (5, 4), 77))
+    names = {"info": {"features": {"label": {"names": ["no", "yes"], "_type": "ClassLabel"}}}}
+    rows = [{"bytes": png(10), "path": None}, {"bytes": None, "path": "side.png"}, {"bytes": None, "path": None}, None]
+    path = hugging_face(tmp_path / "x.parquet", rows, [1, 0, None, 1], {"huggingface": json.dumps(names)})
+    source = open_source(path)
+    assert (
+        len(source) == 4 and source.classes == ["no", "yes"] and [source.label(i) for i in range(4)] == [1, 0, None, 1]
+    )
+    assert source.read(0).unique().tolist() == [10] and source.read(1).unique().tolist() == [77]
+    for i in (2, 3):
+        with pytest.raises(ImageError, match=rf"x\.parquet, row {i}: the image is null"):
+            source.read(i)
+
+
+def test_parquet_variants(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for part, value in (("train-0", 1), ("train-1", 2), ("test-0", 3)):
+        table = arrow.table({"img": [png(value)] * 3, "label": ["b", "a", "b"]})
+        arrow.parquet.write_table(table, tmp_path / "data" / f"{part}.parquet")
+    source = open_source(tmp_path)
+    assert len(source) == 6 and source.classes == ["a", "b"] and source.label(0) == 1
+    assert source.read(4)[0, 0, 0] == 2 and source.name(4).endswith("train-1.parquet, row 1")
+    assert len(held_out(source)) == 3 and held_out(source).read(0)[0, 0, 0] == 3
+    (batch,) = train_loader(source, MultiCrop(8, 4, 1), batch_size=6, seed=0, workers=1, epochs=1)
+    assert sorted(batch.index.tolist()) == list(range(6))

@@ -9,10 +9,10 @@ import torch
 
 from dino_fast.augment import MultiCrop
 from dino_fast.data import ArraySource, train_loader
-from dino_fast.data.shared_buffers import Slots, WorkersSlots
+from dino_fast.data.shared_buffers import SlotPool, WorkerBuffers
 
 from . import soak
-from .test_loader import images, load, same
+from .test_train_loader import images, load, same
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -45,30 +45,30 @@ def test_a_slot_is_used_again_once_its_batch_is_gone() -> None:
 
 
 def test_slots_by_hand() -> None:
-    slots = Slots(2, 2)
-    first, other = WorkersSlots(slots.free, 0), WorkersSlots(slots.free, 1)
-    a, b = first.take([(2, 3), (4,)]), first.take([(2, 3), (4,)])
+    slots = SlotPool(2, 2)
+    first, other = WorkerBuffers(slots.free, 0), WorkerBuffers(slots.free, 1)
+    a, b = first.acquire([(2, 3), (4,)]), first.acquire([(2, 3), (4,)])
     assert a[0] == (0, 0) and b[0] == (0, 1) and [x.shape for x in a[1]] == [(2, 3), (4,)]
-    assert first.take([(1,)]) is None and other.take([(1,)])[0] == (1, 0)
+    assert first.acquire([(1,)]) is None and other.acquire([(1,)])[0] == (1, 0)
     for (slot, crops), number in ((a, 1.0), (b, 2.0)):
         crops[0].fill_(number)
         slots.lend(slot, crops[0])
     slots.collect()
-    assert first.take([(1,)]) is None  # both are still held
+    assert first.acquire([(1,)]) is None  # both are still held
     assert torch.all(a[1][0] == 1) and torch.all(b[1][0] == 2) and not torch.all(a[1][1] == 1)
     slots.lend((1, 0), torch.empty(1))  # received as a copy in memory of its own
-    assert other.take([(1,)])[0] == (1, 0)
+    assert other.acquire([(1,)])[0] == (1, 0)
 
 
 def test_a_larger_batch_gets_larger_memory() -> None:
-    slots = Slots(1, 1)
-    worker = WorkersSlots(slots.free, 0)
-    small = worker.take([(2,)])[1][0]
+    slots = SlotPool(1, 1)
+    worker = WorkerBuffers(slots.free, 0)
+    small = worker.acquire([(2,)])[1][0]
     slots.free[0] = 1
-    large = worker.take([(1000,)])[1][0]
+    large = worker.acquire([(1000,)])[1][0]
     assert len(small) == 2 and len(large) == 1000
     slots.free[0] = 1
-    assert worker.take([(3,)])[1][0].data_ptr() == large.data_ptr()
+    assert worker.acquire([(3,)])[1][0].data_ptr() == large.data_ptr()
 
 
 def test_memory_is_flat_over_many_images() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import tarfile
 import warnings
@@ -17,26 +16,7 @@ from dino_fast.data import index_cache as index
 from dino_fast.data.formats.tar import TarSource
 from dino_fast.errors import UserError
 
-from .test_sources import png
-
-
-def pack(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return path
-
-
-def shard(path: Path, first: int, count: int, label: bool = True) -> Path:
-    members: dict[str, bytes] = {}
-    for i in range(first, first + count):
-        members[f"{i:06d}.png"] = png(i)
-        if label:
-            members[f"{i:06d}.cls"] = str(i % 3).encode()
-        members[f"{i:06d}.json"] = b"{}"
-    return pack(path, members)
+from ..example_files import pack, png, shard
 
 
 def test_shards_of_webdataset_are_read_at_any_place(tmp_path: Path) -> None:

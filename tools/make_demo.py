@@ -1,4 +1,4 @@
-"""Makes the demo set from the four files of Fashion-MNIST: `python -m dino_fast.data.make_demo FOLDER`.
+"""Makes the demo set from the four files of Fashion-MNIST: `python tools/make_demo.py FOLDER`.
 
 Debian's package `dataset-fashion-mnist` installs them to /usr/share/datasets/fashion-mnist.
 """

@@ -12,17 +12,17 @@ from PIL import Image
 
 from dino_fast.augment import MultiCrop
 from dino_fast.backends import cuda_missing
-from dino_fast.data import ArraySource, ImageError, Source, open_source, train_loader
+from dino_fast.data import ArraySource, ImageError, Source, gpu_crops, open_source, train_loader
 from dino_fast.data import decode as decode_module
-from dino_fast.data import gpu_crops as on_gpu
 from dino_fast.data.decode import Jpeg
+from dino_fast.data.train_loader import CropDataset
 from dino_fast.engine.build import resolve_crop_device
 from dino_fast.engine.config import build_config
 from dino_fast.engine.trainer import train
 from dino_fast.errors import UserError
 
-from .test_loader import CROPS, Broken, images, same
-from .test_sources import picture, save
+from .example_files import picture, save
+from .test_train_loader import CROPS, Broken, images, same
 
 CPU = torch.device("cpu")
 needs_gpu = pytest.mark.skipif(cuda_missing() is not None, reason=str(cuda_missing()))
@@ -57,12 +57,10 @@ def test_crops_are_the_same(mixed: Source, workers: int, encoded: bool) -> None:
 
 def test_a_batch_travels_as_bytes(mixed: Source) -> None:
     """What a worker hands over is as large as the images, or the files, and not as the crops."""
-    from dino_fast.data.loader import _Crops
-
     crops = MultiCrop()
     wanted = list(range(len(mixed)))
     for encoded in (False, True):
-        batch = _Crops(mixed, crops, 0, True, encoded, torch.empty(0))[0, 0, wanted]
+        batch = CropDataset(mixed, crops, 0, True, encoded, torch.empty(0))[0, 0, wanted]
         kinds = {mixed.name(i).rsplit("/", 1)[1]: row[3] for i, row in enumerate(batch.packed.shapes.tolist())}
         files = {name for name, size in kinds.items() if size}
         ordinary = {f"{i}.jpg" for i in range(6)} | {"grey.jpg"}
@@ -72,7 +70,7 @@ def test_a_batch_travels_as_bytes(mixed: Source) -> None:
         size = sum(mixed.data(i).__len__() if row[3] else p.numel()
                    for i, (row, p) in enumerate(zip(batch.packed.shapes.tolist(), pixels, strict=True)))  # fmt: skip
         assert len(batch.packed.buffer) == size
-        unpacked = on_gpu.unpacked(batch.packed, CPU, str)
+        unpacked = gpu_crops.unpack(batch.packed, CPU, str)
         assert all(torch.equal(a, b) for a, b in zip(unpacked, pixels, strict=True))
 
 
@@ -119,13 +117,13 @@ def test_what_is_handed_on_as_a_file(tmp_path: Path) -> None:
 
 
 def test_a_file_that_nobody_can_decode_is_named(mixed: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(on_gpu, "_decoded", lambda files, channels, device: [None] * len(files))
+    monkeypatch.setattr(gpu_crops, "_decoded", lambda files, channels, device: [None] * len(files))
     assert all(map(same, load(mixed), load(mixed, gpu=CPU, encoded=True)))  # refused there, the CPU takes over
 
     def broken(data: bytes, channels: int) -> torch.Tensor:
         raise ImageError("cannot be decoded")
 
-    monkeypatch.setattr(on_gpu, "decode", broken)
+    monkeypatch.setattr(gpu_crops, "decode", broken)
     with pytest.raises(UserError, match=r"\.jpg: cannot be decoded. With --decode-on cpu such a file is skipped"):
         load(mixed, gpu=CPU, encoded=True)
 
@@ -157,7 +155,7 @@ def test_a_gpu_whose_kernels_are_missing(monkeypatch: pytest.MonkeyPatch) -> Non
     assert resolve_crop_device("cpu", "cpu", gpu) is None
     with pytest.raises(UserError, match="--decode-on gpu: the crops are made on the CPU"):
         resolve_crop_device("cpu", "gpu", gpu)
-    monkeypatch.setattr("dino_fast.engine.build.nvjpeg_missing", lambda device: "no nvjpeg")
+    monkeypatch.setattr("dino_fast.engine.build.nvjpeg_unavailable_reason", lambda device: "no nvjpeg")
     with pytest.raises(UserError, match=r"--decode-on gpu: torchvision cannot \(no nvjpeg\)"):
         resolve_crop_device("auto", "gpu", gpu)
 
@@ -192,8 +190,8 @@ def test_nvjpeg_writes_and_reads_in_order_with_the_crops(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream.current)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
-    monkeypatch.setattr(on_gpu, "_reading", deque())
-    on_gpu._decode_stream.cache_clear()
+    monkeypatch.setattr(gpu_crops, "_reading", deque())
+    gpu_crops._decode_stream.cache_clear()
     allocated_on, used_on = [], []
 
     def decode_jpeg(files: list, mode: object, device: torch.device) -> list:
@@ -204,17 +202,17 @@ def test_nvjpeg_writes_and_reads_in_order_with_the_crops(monkeypatch: pytest.Mon
     files = [torch.zeros(4, dtype=torch.uint8)]
     try:
         for _ in range(2):
-            assert len(on_gpu._decoded(files, 3, torch.device("cuda:0"))) == 1
+            assert len(gpu_crops._decoded(files, 3, torch.device("cuda:0"))) == 1
     finally:
-        on_gpu._decode_stream.cache_clear()
+        gpu_crops._decode_stream.cache_clear()
     assert allocated_on == [side, side] and used_on == [crops, crops] and FakeStream.current is crops
     assert crops.waits == [side, side]
-    assert [kept[0] is files[0] for _, kept in on_gpu._reading] == [True, True]
-    for event, _ in on_gpu._reading:
+    assert [kept[0] is files[0] for _, kept in gpu_crops._reading] == [True, True]
+    for event, _ in gpu_crops._reading:
         event.query = lambda: True
     FakeStream.current = crops
-    on_gpu._decoded(files, 3, torch.device("cuda:0"))
-    assert len(on_gpu._reading) == 1  # the files that have been read are let go
+    gpu_crops._decoded(files, 3, torch.device("cuda:0"))
+    assert len(gpu_crops._reading) == 1  # the files that have been read are let go
 
 
 @pytest.mark.gpu
@@ -231,7 +229,7 @@ def test_crops_of_a_gpu_are_the_same(mixed: Source, workers: int) -> None:
 @needs_gpu
 def test_nvjpeg_differs_by_rounding_only(mixed: Source) -> None:
     gpu = torch.device("cuda")
-    if reason := on_gpu.nvjpeg_missing(gpu):
+    if reason := gpu_crops.nvjpeg_unavailable_reason(gpu):
         pytest.skip(reason)
     for here, there in zip(load(mixed), load(mixed, gpu=gpu, encoded=True, pin_memory=True), strict=True):
         assert (here.global_crops - there.global_crops.cpu()).abs().mean() < 0.05

@@ -13,9 +13,9 @@ from dino_fast.data import index_cache as index
 from dino_fast.data import open_source
 from dino_fast.data.formats import folder
 from dino_fast.data.formats.folder import FileSource
-from dino_fast.data.loader import epoch_order
+from dino_fast.data.train_loader import epoch_order
 
-from .test_sources import save
+from .example_files import save
 
 
 @pytest.fixture

@@ -1,0 +1,167 @@
+"""Numbered sets of images: the base of every source, images in memory, and a part of another source.
+
+A source that is broken as a whole raises UserError when it is opened; one broken image raises ImageError when it is
+read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dino_fast.data.decode import ImageError, Jpeg, decode, jpeg_or_pixels
+from dino_fast.errors import UserError
+
+T = TypeVar("T")
+EXTENSIONS = {
+    ".jpg",
+    ".jpeg",
+    ".jpe",
+    ".png",
+    ".bmp",
+    ".gif",
+    ".webp",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+    ".jp2",
+    ".avif",
+}
+TRAIN_DIRS, TEST_DIRS = ("train", "training"), ("val", "test", "valid", "validation", "testing")
+
+
+class Source:
+    """A numbered set of images, some with labels.
+
+    `channels` is what `read` converts to: 3 unless the images are known to be grey; set it to 1 or 3 to choose.
+    `labels` is int64 [len] with -1 where there is none, or None where no image has one.
+    """
+
+    channels: int = 3
+    classes: list[str] | None = None
+    labels: np.ndarray | None = None
+    test: Source | None = None  # the held-out part that came with it
+
+    def __len__(self) -> int:
+        raise TypeError(f"{type(self).__name__} does not say how many images it has")
+
+    def name(self, index: int) -> str:
+        """What to call the image in a message: its path, or file and row."""
+        raise TypeError(f"{type(self).__name__} does not name its images")
+
+    def read(self, index: int) -> Tensor:
+        """uint8 [channels, H, W]. Raises ImageError naming the image."""
+        return self._decoded(index, decode)
+
+    def jpeg_or_pixels(self, index: int) -> Jpeg | Tensor:
+        """The file of an ordinary JPEG, for a GPU to decode; else what `read` returns."""
+        return self._decoded(index, jpeg_or_pixels)
+
+    def _decoded(self, index: int, how: Callable[[bytes, int], T]) -> T:
+        data = self.data(index)
+        try:
+            return how(data, self.channels)
+        except ImageError as error:
+            raise ImageError(f"{self.name(index)}: {error}") from error
+
+    def data(self, index: int) -> bytes:
+        """The encoded file. Raises ImageError naming the image."""
+        raise TypeError(f"{type(self).__name__} has no encoded images")
+
+    def prepare(self) -> None:
+        """Does once, before workers are forked, what each of them would otherwise do: imports what decodes."""
+        import torchvision.io  # noqa: F401 - takes a second
+
+    def label(self, index: int) -> int | None:
+        if self.labels is None or self.labels[index] < 0:
+            return None
+        return int(self.labels[index])
+
+
+class ArraySource(Source):
+    """Decoded images in memory: uint8 [N, C, H, W] with C = 1 or 3, and optional labels."""
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Sequence[int] | np.ndarray | None = None,
+        classes: list[str] | None = None,
+        name: str = "array",
+    ) -> None:
+        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] not in (1, 3):
+            raise UserError(f"images in memory are uint8 [N, 1 or 3, H, W], not {images.dtype} {list(images.shape)}")
+        self.images, self.channels, self.classes, self._name = images, images.shape[1], classes, name
+        self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
+        if self.labels is not None and len(self.labels) != len(images):
+            raise UserError(f"{len(images)} images with {len(self.labels)} labels; give one for each")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, index: int) -> str:
+        return f"{self._name}, image {index}"
+
+    def prepare(self) -> None:
+        """Nothing: the images are decoded."""
+
+    def jpeg_or_pixels(self, index: int) -> Jpeg | Tensor:
+        return self.read(index)
+
+    def read(self, index: int) -> Tensor:
+        image = self.images[index]
+        if self.channels == len(image):
+            return image
+        if self.channels == 3:
+            return image.expand(3, -1, -1)
+        luma = torch.tensor([19595, 38470, 7471], dtype=torch.int32, device="cpu").view(
+            3, 1, 1
+        )  # Pillow's weights, times 65536
+        return ((image.int() * luma).sum(0, keepdim=True) + 0x8000 >> 16).to(torch.uint8)
+
+
+class Subset(Source):
+    """Some images of another source, by index."""
+
+    def __init__(self, source: Source, indices: np.ndarray) -> None:
+        self.source, self.indices, self.classes = source, indices, source.classes
+        self.labels = None if source.labels is None else source.labels[indices]
+
+    @property
+    def channels(self) -> int:  # type: ignore[override]
+        return self.source.channels
+
+    @channels.setter
+    def channels(self, value: int) -> None:
+        self.source.channels = value
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def prepare(self) -> None:
+        self.source.prepare()
+
+    def name(self, index: int) -> str:
+        return self.source.name(int(self.indices[index]))
+
+    def read(self, index: int) -> Tensor:
+        return self.source.read(int(self.indices[index]))
+
+    def jpeg_or_pixels(self, index: int) -> Jpeg | Tensor:
+        return self.source.jpeg_or_pixels(int(self.indices[index]))
+
+    def data(self, index: int) -> bytes:
+        return self.source.data(int(self.indices[index]))
+
+
+def share_classes(train: Source, test: Source) -> None:
+    """Numbers the classes of both parts alike; classes that only the test part has come last."""
+    if train.classes is None or test.classes is None or test.labels is None or train.classes == test.classes:
+        return
+    names = train.classes + [name for name in test.classes if name not in set(train.classes)]
+    test.labels = np.asarray([names.index(name) for name in test.classes], dtype=np.int64)[test.labels]
+    train.classes = test.classes = names

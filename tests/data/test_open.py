@@ -1,0 +1,124 @@
+"""What can be opened, as one part or two, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as arrow
+import pyarrow.parquet
+import pytest
+import torch
+
+from dino_fast.augment import MultiCrop
+from dino_fast.data import ArraySource, held_out, open_source, split, train_loader
+from dino_fast.errors import UserError
+
+from .example_files import hugging_face, save
+
+RNG = np.random.default_rng(0)
+
+
+def test_train_and_val_folders_share_class_numbers(tmp_path: Path) -> None:
+    for name in ("train/cat/1.png", "train/dog/2.png", "val/dog/3.png", "val/ant/4.png"):
+        save(tmp_path / name)
+    source = open_source(tmp_path)
+    assert len(source) == 2 and source.classes == ["cat", "dog", "ant"]
+    test = held_out(source)
+    assert [(Path(test.name(i)).name, test.label(i)) for i in range(2)] == [("4.png", 2), ("3.png", 1)]
+    assert split(source)[0] is source
+
+
+def test_a_seeded_tenth_is_held_out() -> None:
+    source = ArraySource(torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1).contiguous(), labels=range(50))
+    train, test = split(source)
+    assert len(train) == 45 and len(test) == 5
+    assert {*train.labels, *test.labels} == set(range(50)) and test.labels.tolist() == held_out(source).labels.tolist()
+    assert test.read(3).item() == test.label(3) == test.labels[3] and "image" in test.name(0)
+    with pytest.raises(UserError, match="at least 2"):
+        split(ArraySource(source.images[:1]))
+
+
+@pytest.mark.parametrize("kind", ["columns", "type", "empty", "nulls", "text", "missing", "folder", "list"])
+def test_bad_sources_are_refused_when_opened(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x.parquet"
+    if kind == "columns":
+        arrow.parquet.write_table(arrow.table({"pixels": [b"1"], "target": [1]}), path)
+        message = "has the columns pixels, target; expected 'image'"
+    elif kind == "type":
+        arrow.parquet.write_table(arrow.table({"image": [1, 2]}), path)
+        message = "column 'image' is int64; expected binary"
+    elif kind == "empty":
+        hugging_face(path, [])
+        message = "no rows"
+    elif kind == "nulls":
+        arrow.parquet.write_table(arrow.table({"image": arrow.array([None, None], arrow.binary())}), path)
+        message = "every value of the column 'image' is null"
+    elif kind == "text":
+        path.write_text("no parquet")
+        message = "not a readable Parquet file"
+    elif kind == "missing":
+        message = "does not exist; give a folder"
+    elif kind == "folder":
+        (path / "inside").mkdir(parents=True)
+        message = "holds no images"
+    else:
+        path = save(tmp_path / "x.png")
+        message = "is not a list of images"
+    with pytest.raises(UserError, match=message):
+        open_source(path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "want"), [((5, 8, 9), (1, 8, 9)), ((5, 8, 9, 3), (3, 8, 9)), ((5, 1, 8, 9), (1, 8, 9)),
+                        ((5, 8, 9, 1), (1, 8, 9)), ((5, 3, 8, 9), (3, 8, 9))],
+)  # fmt: skip
+@pytest.mark.parametrize("torch_tensor", [False, True])
+def test_arrays(shape: tuple[int, ...], want: tuple[int, ...], torch_tensor: bool) -> None:
+    images = RNG.integers(0, 256, shape, dtype=np.uint8)
+    given = torch.from_numpy(images) if torch_tensor else images
+    source = open_source(given)
+    assert len(source) == 5 and source.read(2).shape == want and source.labels is None
+    flat = images[2].reshape(8, 9, -1) if shape[-1] != 9 else images[2].reshape(-1, 8, 9).transpose(1, 2, 0)
+    assert np.array_equal(source.read(2).permute(1, 2, 0), flat)
+    assert open_source((given, [4, 3, 2, 1, 0])).label(1) == 3
+    assert open_source(source) is source
+
+
+def test_arrays_of_numpy_on_disk(tmp_path: Path) -> None:
+    images = RNG.integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+    np.save(tmp_path / "x.npy", images)
+    source = open_source(tmp_path / "x.npy")
+    assert np.array_equal(source.read(19).permute(1, 2, 0), images[19])
+    (batch,) = train_loader(source, MultiCrop(8, 4, 1), batch_size=20, seed=0, epochs=1, workers=1)
+    assert sorted(batch.index.tolist()) == list(range(20))
+    (tmp_path / "y.npy").write_bytes(b"no array")
+    with pytest.raises(UserError, match=r"y\.npy: not a readable array"):
+        open_source(tmp_path / "y.npy")
+    np.save(tmp_path / "z.npy", images.astype(np.float32))
+    with pytest.raises(UserError, match="uint8"):
+        open_source(tmp_path / "z.npy")
+
+
+def test_what_cannot_be_opened_is_said() -> None:
+    with pytest.raises(UserError, match="cannot open a list; give a path"):
+        open_source([1, 2])
+    with pytest.raises(UserError, match="which is the channel"):
+        open_source(np.zeros((2, 3, 3, 3), np.uint8))
+    with pytest.raises(UserError, match="uint8"):
+        open_source(np.zeros((2, 3), np.uint8))
+
+
+def test_patterns(tmp_path: Path) -> None:
+    for name in ("a/1.png", "a/2.png", "b/3.png", "b/c/4.png", "b/notes.txt"):
+        save(tmp_path / name) if name.endswith("png") else (tmp_path / name).write_text("x")
+    for pattern, count in (("*/*.png", 3), ("**/*.png", 4), ("{a,b}/[13].png", 2), ("a/{1..2}.png", 2)):
+        source = open_source(f"{tmp_path}/{pattern}")
+        assert len(source) == count and source.labels is None and source.read(0).shape == (3, 12, 20)
+    with pytest.raises(UserError, match=r"\*\.gif matches no file"):
+        open_source(f"{tmp_path}/*.gif")
+    with pytest.raises(UserError, match=r"has files of \.png, \.txt; expected images"):
+        open_source(f"{tmp_path}/b/*")
+    strange = save(tmp_path / "[x]" / "1.png").parent
+    assert len(open_source(strange)) == 1  # what exists is no pattern
+    assert isinstance(open_source("demo"), ArraySource)
