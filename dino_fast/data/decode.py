@@ -1,7 +1,7 @@
 """Bytes of an image file -> uint8 [C, H, W], whatever the format, or an ImageError that says what is wrong with it.
 
 Pillow opens every file: it knows every format people have, says what is wrong, and finds the extent before any memory
-is asked for. The pixels of an ordinary JPEG then come from torchvision.io, which hands libjpeg-turbo's rows on without
+is asked for. The pixels of an ordinary JPEG then come from jpeg.py, which hands libjpeg-turbo's rows on without
 Pillow's copies (half the time, the same bits); what it refuses (CMYK, truncation) Pillow decides about.
 
 JPEGs are decoded at full size, never at a half or an eighth: libjpeg scales in its transform, and crops made from that
@@ -20,11 +20,12 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from dino_fast.data.jpeg import decode_jpegs
 from dino_fast.errors import UserError
 
 MAX_PIXELS = 89_478_485  # a quarter of a GiB of RGB; more is a decompression bomb (the limit at which Pillow warns)
 _ORIENTATION = 0x0112  # the EXIF tag
-_AS_IS = {1: ("L",), 3: ("L", "RGB")}  # modes that torchvision turns into 1 or 3 channels with Pillow's bits
+_AS_IS = {1: ("L",), 3: ("L", "RGB")}  # modes that libjpeg turns into 1 or 3 channels with Pillow's bits
 _EXIF = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}  # where Pillow keeps it
 
 
@@ -99,12 +100,10 @@ def _turned(image: Image.Image) -> bool:
 
 
 def _jpeg(data: bytes, image: Image.Image, channels: int) -> Tensor | None:
-    """uint8 [channels, H, W] by torchvision, None where it refuses the file or was built without libjpeg."""
+    """uint8 [channels, H, W] by libjpeg-turbo, None where it refuses the file or is not here."""
     try:
-        from torchvision.io import ImageReadMode, decode_jpeg
-
-        mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
-        pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode)
+        file = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        pixels = decode_jpegs([file], channels, torch.device("cpu"))[0]
     except (ImportError, RuntimeError):
         return None
     return pixels if pixels.shape == (channels, image.height, image.width) else None

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dino_fast.data import jpeg
 from dino_fast.data.decode import ImageError, Jpeg, decode, jpeg_or_pixels
 from dino_fast.errors import UserError
 
@@ -75,7 +76,7 @@ class Source:
 
     def prepare(self) -> None:
         """Does once, before workers are forked, what each of them would otherwise do: imports what decodes."""
-        import torchvision.io  # noqa: F401 - takes a second
+        jpeg.decoder()
 
     def label(self, index: int) -> int | None:
         if self.labels is None or self.labels[index] < 0:

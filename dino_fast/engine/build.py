@@ -106,7 +106,7 @@ def resolve_crop_device(augment_on: str, decode_on: str, device: torch.device) -
     if augment_on == "cpu" or missing:
         return None
     if decode_on == "gpu" and (reason := nvjpeg_unavailable_reason(device)):
-        raise UserError(f"--decode-on gpu: torchvision cannot ({reason}); use --decode-on cpu")
+        raise UserError(f"--decode-on gpu: JPEGs cannot be decoded there ({reason}); use --decode-on cpu")
     return device
 
 
