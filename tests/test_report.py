@@ -246,6 +246,26 @@ def test_images_that_moved(run: Path, tmp_path: Path) -> None:
     assert "no complete checkpoint" in Report(copy, images, device="cpu").page()
 
 
+def test_a_page_with_pictures_is_not_replaced_by_one_without(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "report.html").unlink(missing_ok=True)
+    settings = (copy / "config.yaml").read_text()
+    images = re.findall(r"^data: (.*)", settings)[0]
+    (copy / "config.yaml").write_text(settings.replace(images, "/nowhere/images"))
+    command = ["report", str(copy), "--device", "cpu"]
+    assert cli.main(command) == 0  # nothing is lost
+    assert cli.main([*command, "--data", images]) == 0
+    before = (copy / "report.html").read_bytes()
+    capsys.readouterr()
+    assert cli.main(command) == 2
+    error = capsys.readouterr().err
+    assert "report.html is left as it is" in error and "/nowhere/images does not exist" in error and "--data" in error
+    assert (copy / "report.html").read_bytes() == before
+
+
 # ---- watching ----
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from dino_fast.errors import UserError, make_folder, unwritable
 
 PORT = 8420
+PICTURE = b'src="data:image/'  # how a page holds one
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +35,11 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or args.run / "report.html"
     make_folder(out.parent)
     page = report.page()
+    if report.why_no_pictures and out.is_file() and PICTURE in out.read_bytes():
+        raise UserError(
+            f"{out} is left as it is, since it has pictures and a new page would have none: {report.why_no_pictures} "
+            "For a page without pictures give another --out FILE"
+        )
     try:
         out.write_text(page, encoding="utf-8")
     except OSError as error:

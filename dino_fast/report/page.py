@@ -25,8 +25,8 @@ _LINES = 40  # of log.txt
 class Report:
     """Draws the page of a run. Pictures, which take seconds, are drawn anew only when the checkpoints change.
 
-    `data` replaces the run's own images; `images` is how many of them are compared. Raises UserError where `run` holds
-    no run.
+    `data` replaces the run's own images; `images` is how many of them are compared. After `page`, `why_no_pictures` is
+    empty, or says why the page has none. Raises UserError where `run` holds no run.
     """
 
     def __init__(self, run: Path, data: str | None = None, images: int = 1000, device: str | None = None) -> None:
@@ -38,6 +38,7 @@ class Report:
         self.run, self.data, self.images, self.device = run, data, images, device
         self._drawn: tuple[Any, dict[str, str]] = (None, {})
         self._environment = ""
+        self.why_no_pictures = ""
         self._lock = threading.Lock()
 
     def page(self) -> str:
@@ -77,7 +78,9 @@ class Report:
         if self._drawn[0] != state:
             try:
                 found = pictures(self.run, config, self.data, self.images, self.device)
+                self.why_no_pictures = ""
             except UserError as error:
+                self.why_no_pictures = str(error)
                 found = dict.fromkeys(("attention", "neighbours", "map"), "<p class='note'>See above: no pictures.</p>")
                 found["attention"] = f"<p class='note'>No pictures. {escape(str(error))}</p>"
             self._drawn = state, found

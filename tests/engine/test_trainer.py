@@ -269,6 +269,32 @@ def test_a_start_that_failed_does_not_block_the_next(
     assert len(read_metrics(out)) == 2
 
 
+@pytest.mark.parametrize("redirection", [">/dev/full", "2>/dev/full >/dev/full", ">&- 2>&-", "<&- >&- 2>&-", "| true"])
+def test_no_output_never_ends_a_run(images: Path, tmp_path: Path, redirection: str) -> None:
+    out = tmp_path / "run"
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(json.dumps({**MODEL, "data": str(images), "max_steps": 3, "knn_every": 0}))
+    command = f"{sys.executable} -m dino_fast train --config {settings} --out {out}"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"{command} {redirection}"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    assert len(read_metrics(out)) == 3 and "finished at step 3" in (out / "log.txt").read_text()
+    assert (out / "export" / "teacher.safetensors").exists()
+
+
+def test_a_closed_output_does_not_end_a_run_from_python(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = open(os.devnull, "w")  # noqa: SIM115
+    lost.close()
+    for number, stream in enumerate((lost, None)):
+        monkeypatch.setattr(sys, "stdout", stream)
+        train(_config(images, tmp_path / str(number), max_steps=2))
+        assert len(read_metrics(tmp_path / str(number))) == 2
+
+
 def test_a_directory_with_a_run_is_refused(images: Path, tmp_path: Path) -> None:
     train(_config(images, tmp_path / "run", max_steps=1))
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
