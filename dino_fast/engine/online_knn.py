@@ -25,18 +25,21 @@ Watch = Callable[[Iterable[Any]], Iterator[Any]]  # passes items through; raises
 def measure_knn(
     state: TrainState, channels: int, bank: Source, test: Source, watch: Watch
 ) -> tuple[dict[str, float], str]:
-    """k-NN accuracies on `test` (`knn` of the teacher, `knn_student`) and a line about them; empty after a signal."""
+    """k-NN accuracies of teacher and student on `test`, as shares of its labeled images.
+
+    `bank` holds the images that vote. Returns {"knn": teacher's, "knn_student": student's} and a line of text about
+    them; ({}, "") after a signal.
+    """
     config, accuracies, text = state.config, {}, ""
     for name, model in (("knn", state.teacher), ("knn_student", state.student)):
         backbone = whole_backbone(state, model, channels)
         bank_features, test_features = (all_features(state, backbone, source, watch) for source in (bank, test))
         if bank_features is None or test_features is None:
             return {}, ""
-        (known, labels), (queries, truth) = bank_features, test_features
-        k = min(config.knn_k, len(known))
+        queries, k = test_features[0], min(config.knn_k, len(bank_features[0]))
         top1 = 0.0
         if state.context.first:
-            top1 = float(knn_accuracy(known, labels, queries, truth, k=k, temperature=config.knn_temperature)[0])
+            top1 = float(knn_accuracy(*bank_features, *test_features, k, config.knn_temperature)[0])
         accuracies[name] = state.context.run_on_rank0(lambda value=top1: value)  # type: ignore[misc]
         text = f"k-NN (k={k}, temperature {config.knn_temperature:g}, {len(queries)} held-out images): "
     return accuracies, text + f"teacher {accuracies['knn']:.1%}, student {accuracies['knn_student']:.1%}"
@@ -69,11 +72,13 @@ def share_of(source: Source, context: DistContext) -> Source:
 
 
 def whole_backbone(state: TrainState, model: MultiCropWrapper, channels: int) -> nn.Module:
-    """The network's backbone; if it is sharded, a gathered copy, which forward passes use without collectives. All
-    processes must call this."""
+    """The network's backbone, or a gathered copy of a sharded one, whose forward pass needs no collectives.
+
+    All processes must call this.
+    """
     if not is_sharded(next(model.backbone.parameters())):
         return model.backbone
     with torch.random.fork_rng(devices=[]):  # random weights, overwritten below
         copy = build_configured_backbone(state.config, channels, 0.0)
     copy.load_state_dict(full_state_dict(model.backbone.state_dict(), keep=True))
-    return copy.to(state.device).requires_grad_(False)
+    return cast(nn.Module, copy.to(state.device).requires_grad_(False))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dino_fast.defaults import torch_defaults
 from dino_fast.errors import UserError
 from dino_fast.eval.common.backbone import open_backbone, tokens_feature
 from dino_fast.eval.common.features import labelled_features
@@ -13,6 +14,7 @@ from dino_fast.eval.common.labels import left_out, open_labelled
 from dino_fast.knn import knn_grid
 
 
+@torch_defaults()
 def evaluate(
     checkpoint: str | Path,
     data: str | Path,
@@ -41,11 +43,11 @@ def evaluate(
     frozen = open_backbone(checkpoint, which, device, tokens=False)
     size = frozen.size(image_size)
     feature, kind = tokens_feature(frozen.backbone)
-    found = {
+    extracted = {
         name: labelled_features(frozen, source, size, feature, kind, batch_size, features)
         for name, source in sources.items()
     }
-    (bank, bank_labels), (queries, query_labels) = found.values()
+    (bank, bank_labels), (queries, query_labels) = extracted.values()
     bank, queries = bank.to(frozen.device), queries.to(frozen.device)
     rows = knn_grid(bank, bank_labels, queries, query_labels, ks, temperatures)
     return {
@@ -53,7 +55,7 @@ def evaluate(
         "results": rows,
         "bank": len(bank),
         "queries": len(queries),
-        "left_out": {name: left_out(source, len(found[name][0])) for name, source in sources.items()},
+        "left_out": {name: left_out(source, len(extracted[name][0])) for name, source in sources.items()},
         "feature": kind,
         "which": which,
         "image_size": list(size),

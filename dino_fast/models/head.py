@@ -92,7 +92,7 @@ class WeightNormLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight matrix `[out, in]`; differentiable."""
-        return cast(Tensor, torch._weight_norm(self.weight_v, self.weight_g, 0))
+        return torch._weight_norm(self.weight_v, self.weight_g, 0)
 
     def forward(self, x: Tensor) -> Tensor:
         """Inputs `[rows, in]` -> `[rows, out]`."""
@@ -104,7 +104,8 @@ class WeightNormLinear(nn.Module):
         The weight matrix is not made. With sharded parameters the result is that of this process's rows.
         """
         v, g = to_local(self.weight_v).float(), to_local(self.weight_g).float()
-        return torch.mv(v, mean.float()) * (g[:, 0] / torch.linalg.vector_norm(v, dim=1))
+        logits: Tensor = torch.mv(v, mean.float()) * (g[:, 0] / torch.linalg.vector_norm(v, dim=1))
+        return logits
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""
