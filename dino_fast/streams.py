@@ -22,6 +22,7 @@ class LastingStream:
         self.error: OSError | ValueError | None = None
 
     def write(self, text: str) -> int:
+        """Writes `text`, or drops it; returns its length."""
         if self._stream is not None:
             try:
                 self._stream.write(text)
@@ -32,6 +33,7 @@ class LastingStream:
         return len(text)
 
     def flush(self) -> None:
+        """Hands what was written to the system, or drops it."""
         if self._stream is not None:
             try:
                 self._stream.flush()
@@ -39,6 +41,7 @@ class LastingStream:
                 self._drop(error)
 
     def isatty(self) -> bool:
+        """Whether this is a terminal; False where that cannot be told."""
         try:
             return self._stream is not None and self._stream.isatty()
         except (OSError, ValueError):
