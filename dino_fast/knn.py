@@ -1,8 +1,8 @@
-"""k nearest neighbours on frozen features: the weighted vote of the original's evaluation, exact.
+"""k nearest neighbors on frozen features: the weighted vote of the original's evaluation, exact.
 
 Features are scaled to length 1; a query's k most similar bank images vote for their class with weight exp(similarity /
 temperature). Similarities exist for one tile of queries by bank images at a time, so memory does not grow with either;
-the neighbours are searched once, for the largest k, whatever the numbers of k and of temperatures.
+the neighbors are searched once, for the largest k, whatever the numbers of k and of temperatures.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dino_fast.errors import UserError
 from dino_fast.ops.linear.matmul import matmul
 
 _SIMILARITIES = 1 << 22  # held at once: 2^22 float32 are 16 MB. 2^20 is a fifth slower, 2^24 hardly faster
-_FEW = 50  # neighbours
+_FEW = 50  # neighbors
 _BLOCK = 16  # similarities whose maximum is looked at first; 32 takes as long for k = 20, a fifth longer for k = 200
 
 
@@ -149,7 +149,7 @@ def _search(bank: Tensor, queries: Tensor, k: int, columns: int, room: Tensor) -
 def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`x.topk(k, dim=1)`. The k largest of a row lie in the k blocks of largest maximum, so only these are sorted.
 
-    A block is every (n // _BLOCK)-th number, so that maxima of neighbouring blocks are found side by side.
+    A block is every (n // _BLOCK)-th number, so that maxima of neighboring blocks are found side by side.
     """
     m, n = x.shape
     blocks = n // _BLOCK

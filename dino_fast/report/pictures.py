@@ -181,7 +181,7 @@ def _draw_images(source: Source, count: int, size: tuple[int, int], classes: lis
 def _batches(frozen: Frozen, images: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     for start in range(0, len(images), _BATCH):
         batch = torch.stack(images[start : start + _BATCH])
-        yield frozen.normalise(batch), torch.full((len(batch),), -1, dtype=torch.int64, device="cpu")
+        yield frozen.normalize(batch), torch.full((len(batch),), -1, dtype=torch.int64, device="cpu")
 
 
 def _attention(networks: list[tuple[str, Frozen]], queries: Images) -> list[list[Picture]]:
