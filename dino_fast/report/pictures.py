@@ -57,9 +57,10 @@ def pictures(run: Path, config: Config | None, data: str | None, images: int, de
         raise UserError(f"The images of the run have moved: {error}. Say where with --data PATH.") from error
     newest = trained[-1][1]
     source.channels = newest.backbone.in_chans
-    bank, held_out = split(source)
+    bank, asked = split(source)  # to draw: two parts that share no image
+    held_out = source.test is not None or (config is not None and config.hold_out > 0 and source.labels is not None)
     size = newest.size(None)
-    queries = _pick(held_out, max(ATTENDED, QUERIES), size, source.classes)
+    queries = _pick(asked, max(ATTENDED, QUERIES), size, source.classes)
     known = _pick(bank, images, size, source.classes)
     feature = tokens_feature(newest.backbone)[0]
     features = [
@@ -70,7 +71,7 @@ def pictures(run: Path, config: Config | None, data: str | None, images: int, de
     compared = ([("untrained", start)] if start else []) + trained
     return {
         "attention": _attention(compared, queries),
-        "neighbours": _neighbours(queries, known, features[0], features[1], len(bank)),
+        "neighbours": _neighbours(queries, known, features[0], features[1], len(bank), held_out),
         "map": _map(known, features[1]),
     }
 
@@ -158,8 +159,8 @@ def _attention(compared: list[tuple[str, Frozen]], queries: Picked) -> str:
     return f'<p>{text}</p><div class="maps" style="--columns:{len(compared) + 1}">{"".join(cells)}</div>'
 
 
-def _neighbours(queries: Picked, known: Picked, asked: Tensor, bank: Tensor, total: int) -> str:
-    """A row a held-out image: itself, then the images of the largest cosine similarity."""
+def _neighbours(queries: Picked, known: Picked, asked: Tensor, bank: Tensor, total: int, held_out: bool) -> str:
+    """A row a query: itself, then the images of the largest cosine similarity."""
     similarity, nearest = (asked[:QUERIES] @ bank.T).topk(min(NEIGHBOURS, len(bank)), dim=1)  # [QUERIES, NEIGHBOURS]
     cells = ["<b>image</b>", f'<b style="grid-column:span {nearest.shape[1]}">nearest, most alike first</b>']
     for i, (values, order) in enumerate(zip(similarity.tolist(), nearest.tolist(), strict=True)):
@@ -169,7 +170,8 @@ def _neighbours(queries: Picked, known: Picked, asked: Tensor, bank: Tensor, tot
             other = queries.labels[i] >= 0 and known.labels[j] >= 0 and not same
             cells.append(_captioned(known, j, f"{value:.2f}", "same" if same else "other" if other else ""))
     text = (
-        f"Held-out images, and those closest to them (cosine) among {len(known.images):,} of {total:,} training images."
+        f"{'Held-out' if held_out else 'Training'} images, and those closest to them (cosine) among "
+        f"{len(known.images):,} of {total:,} {'' if held_out else 'other '}training images."
     )
     if any(label >= 0 for label in queries.labels):
         text += " A green frame is the same class, a dashed red one another."
