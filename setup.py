@@ -62,6 +62,6 @@ setup(
     package_data={
         "dino_fast": ["py.typed", "*.pyi"],
         "dino_fast.data": ["*.parquet", "*.md"],
-        "dino_fast.report": ["*.css", "*.js"],
+        "dino_fast.report": ["*.css", "*.html", "*.js"],
     },
 )

@@ -89,6 +89,15 @@ def test_mistakes_get_a_sentence(
     assert not list(tmp_path.iterdir())  # nothing was begun
 
 
+def test_a_tilde_behind_an_equals_sign_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    given = []
+    monkeypatch.setattr("dino_fast.cli.train.run", lambda args: given.append(args))
+    cli.main(["train", "--out=~/x", "--data=a~b"])
+    assert (given[0].out, given[0].data) == (str(tmp_path / "x"), "a~b")
+
+
 def test_our_warnings_are_notes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     info = importlib.import_module("dino_fast.cli.info")
     monkeypatch.setattr(info, "run", lambda args: warnings.warn_explicit("damaged", UserWarning, info.__file__, 3))

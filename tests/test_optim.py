@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import pickle
 import subprocess
 import sys
 import weakref
@@ -13,6 +14,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from dino_fast.optim import AdamWEMA, ema_update
 
@@ -132,9 +134,83 @@ def test_without_momentum_the_teacher_stays():
     optimizer = AdamWEMA(params, teacher)
     set_gradients(params, 0)
     before = copies_of(params)
-    optimizer.step()
+    with pytest.warns(UserWarning, match=r"momentum=0\.996.*group\['momentum'\]") as told:
+        optimizer.step()
+        optimizer.step()
+    assert len(told) == 1
     assert all(torch.equal(t, b) for t, b in pairs(teacher, before))
     assert not torch.equal(params[0], before[0])
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_groups_momentum_is_the_default():
+    params, theirs = parameters(), parameters()
+    teacher, their_teacher = copies_of(params), copies_of(params)
+    optimizer = AdamWEMA(groups_of(params), in_group_order(teacher), momentum=0.9)
+    adamw = torch.optim.AdamW(groups_of(theirs), lr=1e-3, weight_decay=0.04)
+    assert [group["momentum"] for group in optimizer.param_groups] == [0.9, 0.9] and "momentum=0.9" in repr(optimizer)
+    # Equal in both groups, then another, then different ones, which change while they stay different; then overridden.
+    schedule = [(0.9, 0.9), (0.8, 0.8), (0.7, 0.2), (0.6, 0.3), (0.3, 0.6), (0.5, 0.5)]
+    for step, momenta in enumerate(schedule):
+        given = {}
+        for group, momentum in pairs(optimizer.param_groups, momenta):
+            group["momentum"] = torch.tensor(momentum, dtype=torch.float64) if step == 3 else momentum
+        if step == 5:
+            given, momenta = {"momentum": 0.1}, (0.1, 0.1)
+        set_gradients(params, step, skip=(1, 3))
+        set_gradients(theirs, step, skip=(1, 3))
+        optimizer.step(**given)
+        adamw.step()
+        for (i, t), p in pairs(enumerate(their_teacher), theirs):
+            momentum = momenta[0 if i in (0, 1, 5) else 1]
+            t.mul_(momentum).add_((1 - momentum) * p.detach())
+        assert_close(teacher, their_teacher)
+    assert_close(params, theirs)
+
+
+def test_only_a_group_with_a_momentum_has_a_moving_teacher():
+    params = parameters()
+    teacher = [torch.zeros_like(p) for p in copies_of(params)]
+    first, second = groups_of(params)
+    optimizer = AdamWEMA([{**first, "momentum": 0.5}, second], in_group_order(teacher))
+    with pytest.warns(UserWarning, match="has a momentum") as told:
+        optimizer.step()
+        optimizer.step()
+    assert len(told) == 1
+    assert_close(teacher, [0.75 * p.detach() if i in (0, 1, 5) else torch.zeros_like(p) for i, p in enumerate(params)])
+
+
+def test_betas_in_tensors_that_change_are_noticed():
+    params = parameters()
+    optimizer = AdamWEMA(params, None, betas=(0.9, 0.999))
+    betas = torch.tensor(0.9), torch.tensor(0.999)
+    optimizer.param_groups[0]["betas"] = betas
+    for step, beta in enumerate((0.9, 0.5)):
+        betas[0].fill_(beta)
+        moment = optimizer.state[params[0]].get("exp_avg", torch.zeros_like(params[0])).clone()
+        set_gradients(params, step)
+        optimizer.step()
+        assert_close([optimizer.state[params[0]]["exp_avg"]], [torch.lerp(moment, params[0].grad, 1 - beta)])
+
+
+def test_parameters_that_change_their_group_are_noticed():
+    params = [torch.zeros(3, requires_grad=True) for _ in range(3)]
+    optimizer = AdamWEMA([{"params": params[:1], "lr": 0.0}, {"params": params[1:], "lr": 1.0}], None)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.ones(3)
+        optimizer.step()
+        first, second = optimizer.param_groups
+        first["params"], second["params"] = params[:2], params[2:]
+    torch.testing.assert_close(torch.stack(params).detach().mean(1).round(decimals=1), torch.tensor([0.0, -1.0, -2.0]))
+
+
+def test_groups_and_teachers_that_no_longer_correspond_are_refused():
+    params = parameters()
+    optimizer = AdamWEMA(groups_of(params), in_group_order(copies_of(params)), momentum=0.9)
+    del optimizer.param_groups[1]
+    with pytest.raises(ValueError, match="1 param_groups and 2 teacher_params"):
+        optimizer.step()
 
 
 def test_what_changes_between_steps_is_noticed():
@@ -144,7 +220,7 @@ def test_what_changes_between_steps_is_noticed():
     for step in range(6):
         set_gradients(params, step)
         if step == 1:
-            teacher[0] = optimizer.param_groups[0]["teacher_params"][0] = teacher[0].clone()
+            teacher[0] = optimizer.teacher_params[0][0] = teacher[0].clone()
         if step == 2:
             optimizer.state[params[0]]["exp_avg"] = torch.full_like(params[0], 1e6)
         if step == 3:
@@ -182,21 +258,85 @@ def test_state_loads_from_and_into_adamw(options):
             p.copy_(q)
     ours = AdamWEMA(params, copies_of(params))
     ours.load_state_dict(copy.deepcopy(adamw.state_dict()))
-    assert ours.param_groups[0]["lr"] == 1e-2 and len(ours.param_groups[0]["teacher_params"]) == len(SHAPES)
+    assert ours.param_groups[0]["lr"] == 1e-2 and len(ours.teacher_params[0]) == len(SHAPES)
     for step in range(3, 6):
-        for p, optimizer in ((params, ours), (theirs, adamw)):
+        for p, optimizer, given in ((params, ours, {"momentum": 0.9}), (theirs, adamw, {})):
             set_gradients(p, step)
-            optimizer.step()
+            optimizer.step(**given)
     assert_close(params, theirs)
 
     again = torch.optim.AdamW(theirs)
     again.load_state_dict(copy.deepcopy(ours.state_dict()))
     assert ours.state_dict()["param_groups"][0].keys() == adamw.state_dict()["param_groups"][0].keys()
     for step in range(6, 9):
-        for p, optimizer in ((params, ours), (theirs, again)):
+        for p, optimizer, given in ((params, ours, {"momentum": 0.9}), (theirs, again, {})):
             set_gradients(p, step)
-            optimizer.step()
+            optimizer.step(**given)
     assert_close(params, theirs)
+
+
+def test_momentum_is_saved_and_a_state_dict_without_one_leaves_it():
+    def made(momentum):
+        params = parameters()
+        return AdamWEMA(params, copies_of(params), momentum=momentum)
+
+    saved, none = made(0.7).state_dict(), made(None).state_dict()
+    assert saved["param_groups"][0]["momentum"] == 0.7 and "momentum" not in none["param_groups"][0]
+    for given, state, expected in ((0.9, saved, 0.7), (0.9, none, 0.9), (None, saved, 0.7), (None, none, None)):
+        optimizer = made(given)
+        optimizer.load_state_dict(state)
+        assert optimizer.param_groups[0].get("momentum") == expected
+    torch.optim.AdamW(parameters()).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+def test_a_copied_optimizer_goes_on_the_same(copied):
+    params = parameters()
+    optimizer = AdamWEMA(
+        groups_of(params),
+        in_group_order(copies_of(params)),
+        momentum=0.9,
+        bf16_params=[torch.empty_like(p, dtype=torch.bfloat16) for p in in_group_order(params)],
+    )
+    set_gradients(params, 0)
+    optimizer.step()
+    other = copied(optimizer)
+    others = [p for group in other.param_groups for p in group["params"]]
+    for p, q in pairs(in_group_order(params), others):
+        q.grad = p.grad.clone()
+    optimizer.step()
+    other.step()
+    assert all(torch.equal(p, q) and p is not q for p, q in pairs(in_group_order(params), others))
+    for name in ("teacher_params", "bf16_params", "bf16_teacher"):
+        for some, more in pairs(getattr(optimizer, name), getattr(other, name)):
+            assert all(torch.equal(a, b) and a is not b for a, b in pairs(some, more))
+
+
+def test_named_parameters_are_taken():
+    student, teacher = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+    optimizer = AdamWEMA(student.named_parameters(), teacher.named_parameters(), momentum=0.0)
+    assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
+    optimizer.step()
+    assert_close(list(teacher.parameters()), list(student.parameters()))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_step_that_makes_the_state_moves_nothing(dtype):
+    """As torch.distributed.checkpoint makes it: zero gradients, learning rates of 0, `step()`."""
+    params = parameters(dtype)
+    before, teacher = copies_of(params), [t + 1 for t in copies_of(params)]
+    teacher_before = copies_of(teacher)
+    for momentum in (None, 0.5):
+        optimizer = AdamWEMA(params, teacher, lr=0.0, momentum=momentum)
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        assert all(torch.equal(a, b) for a, b in pairs(params + teacher, before + teacher_before))
+        names = {"step", "exp_avg", "exp_avg_sq"} | ({"master", "teacher_master"} if dtype == torch.bfloat16 else set())
+        assert all(optimizer.state[p].keys() == names for p in params)
+    optimizer.step()  # with a state it is a step like any other, and moves the teacher
+    assert not torch.equal(teacher[0], teacher_before[0])
 
 
 def test_state_dict_does_not_hold_the_teacher():
@@ -365,11 +505,26 @@ def test_errors_name_what_is_wrong():
         AdamWEMA(params, teacher).step(momentum=1.5)
     with pytest.raises(ValueError, match="there is none"):
         AdamWEMA(params, None).step(momentum=0.5)
-    for option in ("amsgrad", "maximize"):
-        with pytest.raises(ValueError, match=f"a group has {option}=True"):
-            AdamWEMA([{"params": params, option: True}], teacher)
-    with pytest.raises(ValueError, match="amsgrad"):
-        AdamWEMA(params, teacher).load_state_dict(torch.optim.AdamW(params, amsgrad=True).state_dict())
+    for option, value in (
+        ("amsgrad", True), ("maximize", True), ("differentiable", True), ("decoupled_weight_decay", False),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=f"a group has {option}={value}"):
+            AdamWEMA([{"params": params, option: value}], teacher)
+        state = torch.optim.AdamW(params).state_dict()
+        state["param_groups"][0][option] = value
+        with pytest.raises(ValueError, match=f"the state dict has a group with {option}={value}"):
+            AdamWEMA(params, teacher).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        AdamWEMA(params, teacher, momentum=-0.1)
+    with pytest.raises(ValueError, match="there is none"):
+        AdamWEMA(params, None, momentum=0.5)
+    optimizer = AdamWEMA(params, teacher)
+    optimizer.param_groups[0]["momentum"] = math.nan
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        optimizer.step()
+    for momentum in (torch.ones(2), torch.ones((), device="meta")):
+        with pytest.raises(ValueError, match="a number, or a tensor of one on the CPU"):
+            ema_update(teacher, params, momentum)
     with pytest.raises(ValueError, match="teacher has 6 tensors but student has 5"):
         ema_update(teacher, params[:-1], 0.5)
 
@@ -390,6 +545,49 @@ def test_ema_update_compiles_without_a_break():
     wanted = [torch.lerp(t, p, 0.25) for t, p in pairs(teacher, student)]
     torch.compile(ema_update, fullgraph=True, backend="aot_eager")(teacher, student, 0.75)
     assert_close(teacher, wanted)
+
+
+@pytest.mark.parametrize("kind", ["number", "tensor"])
+def test_a_compiled_ema_update_takes_any_momentum(kind):
+    student = copies_of(parameters(seed=2))
+    counter = CompileCounterWithBackend("aot_eager")
+    torch.compiler.reset()
+    update = torch.compile(ema_update, fullgraph=True, backend=counter)
+    for step in range(12):
+        teacher = copies_of(parameters(seed=1))
+        momentum = 0.9 + 0.008 * step
+        wanted = [torch.lerp(t, p, 1 - momentum) for t, p in pairs(teacher, student)]
+        update(teacher, student, momentum if kind == "number" else torch.tensor(momentum, dtype=torch.float64))
+        assert_close(teacher, wanted)
+    assert counter.frame_count <= 2  # with a constant momentum, and with any
+    with pytest.raises(ValueError, match=r"\[0, 1\]"):
+        update(teacher, student, 1.5 if kind == "number" else torch.tensor(1.5))
+
+
+def test_a_compiled_loop_compiles_no_step():
+    model, eager_model = torch.nn.Linear(6, 4), torch.nn.Linear(6, 4)
+    eager_model.load_state_dict(model.state_dict())
+    teacher, eager_teacher = copy.deepcopy(model), copy.deepcopy(model)
+    ours, eager = (
+        AdamWEMA(m.parameters(), t.parameters(), lr=1e-2) for m, t in ((model, teacher), (eager_model, eager_teacher))
+    )
+
+    def step(model, optimizer, x, momentum):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step(momentum=momentum)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    torch.compiler.reset()
+    compiled = torch.compile(step, backend=counter)
+    for i in range(12):
+        x = torch.randn(3, 6, generator=torch.Generator().manual_seed(i))
+        for optimizer in (ours, eager):
+            optimizer.param_groups[0]["lr"] = 1e-2 / (i + 1)
+        compiled(model, ours, x, 0.9 + 0.008 * i)
+        step(eager_model, eager, x, 0.9 + 0.008 * i)
+    assert_close([*model.parameters(), *teacher.parameters()], [*eager_model.parameters(), *eager_teacher.parameters()])
+    assert counter.frame_count <= 3
 
 
 DTENSOR_RANK = """

@@ -1,14 +1,10 @@
 from __future__ import annotations
 
-import http.client
 import json
 import math
 import re
 import shutil
-import socket
 import subprocess
-import threading
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -22,11 +18,9 @@ from dino_fast.cli import main as cli
 from dino_fast.engine import train
 from dino_fast.engine.config import build_config
 from dino_fast.engine.run_dir import read_metrics
-from dino_fast.errors import UserError
-from dino_fast.report import Report
+from dino_fast.report import render_report
 from dino_fast.report.curves import HEIGHT, WIDTH, Curve, chart, points, ticks
 from dino_fast.report.pictures import _untrained
-from dino_fast.report.serve import open_server
 
 MODEL: dict[str, Any] = {
     "arch": "vit_tiny", "embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 4, "global_size": 16,
@@ -35,7 +29,7 @@ MODEL: dict[str, Any] = {
     "warmup_epochs": 1, "knn_every": 1, "save_every": 1, "workers": 0, "device": "cpu",
 }  # fmt: skip
 SECTIONS = [
-    "Curves", "Attention", "Nearest neighbours", "Map of the features", "Messages", "Configuration", "Environment",
+    "Curves", "Attention", "Nearest neighbors", "Map of the features", "Messages", "Configuration", "Environment",
 ]  # fmt: skip
 VOID = {"meta", "link", "img", "br", "hr", "input", "path", "circle"}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -86,7 +80,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(run: Path) -> str:
-    return Report(run, device="cpu").page()
+    return render_report(run, device="cpu")
 
 
 def test_the_page_is_whole_and_loads_nothing(run: Path, page: str) -> None:
@@ -156,11 +150,12 @@ def test_ticks_hold_the_range(low: float, high: float) -> None:
 
 
 def test_pictures_are_of_the_run(run: Path, page: str) -> None:
-    """4 held-out images at the untrained weights and each kept checkpoint, 6 neighbours of each, and thumbnails."""
+    """4 images at the untrained weights and each kept checkpoint, 6 neighbors of each, and thumbnails."""
     parsed = Page(page)
     images = parsed.all("img")
     named = [image["alt"] or "" for image in images]
     assert sum(name == "attention, untrained" for name in named) == 4
+    assert "among 40 of 40 other training images" in page and "Held-out" not in page  # nothing was kept from training
     kept = {int(folder.name[5:]) for folder in (run / "checkpoints").glob("step-*")}  # how many depends on the clock
     assert len(kept) > 1
     found = {name.removesuffix(" (best)") for name in named if name.startswith("attention, step")}
@@ -187,7 +182,7 @@ def test_untrained_weights_are_those_the_run_began_with(run: Path) -> None:
 
 
 def test_the_same_pictures_every_time(run: Path, page: str) -> None:
-    again = Report(run, device="cpu").page()
+    again = render_report(run, device="cpu")
     assert re.sub(r"drawn [-\d]+ [:\d]+", "", again) == re.sub(r"drawn [-\d]+ [:\d]+", "", page)
 
 
@@ -205,7 +200,6 @@ def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["{run}/config.yaml"], ["is a file", "directory of a run"]),
         (["{run}/../images"], ["is not a run", "metrics.jsonl"]),
         (["{run}", "--images", "1"], ["--images is 1"]),
-        (["{run}", "--port", "70000"], ["--port is 70000"]),
         (["{run}", "--out", "{run}/log.txt/x.html"], ["--out", "is a file, not a folder"]),
         (["{run}", "--out", "{run}"], ["--out", "cannot be written"]),
     ],
@@ -220,12 +214,12 @@ def test_errors_are_for_people(
 
 def test_a_run_that_has_only_begun(run: Path, tmp_path: Path) -> None:
     shutil.copy(run / "config.yaml", tmp_path)
-    parsed = Page(Report(tmp_path).page())
+    parsed = Page(render_report(tmp_path))
     assert parsed.text["h2"] == SECTIONS
     notes = " ".join(parsed.text["p"])
     assert "No metrics yet" in notes and "no complete checkpoint yet" in notes and "no log.txt" in notes
     (tmp_path / "config.yaml").write_text("batch_sze: 4\nlr: <3\n")
-    assert "batch_sze: 4\nlr: &lt;3" in Report(tmp_path).page()
+    assert "batch_sze: 4\nlr: &lt;3" in render_report(tmp_path)
 
 
 def test_images_that_moved(run: Path, tmp_path: Path) -> None:
@@ -234,64 +228,16 @@ def test_images_that_moved(run: Path, tmp_path: Path) -> None:
     settings = (copy / "config.yaml").read_text()
     images = re.findall(r"^data: (.*)", settings)[0]
     (copy / "config.yaml").write_text(settings.replace(images, "/nowhere/images"))
-    parsed = Page(Report(copy, device="cpu").page())
+    parsed = Page(render_report(copy, device="cpu"))
     assert parsed.all("img") == [] and len(parsed.all("figure", "chart")) == 6
     assert "/nowhere/images does not exist" in " ".join(parsed.text["p"]) and "--data PATH" in " ".join(
         parsed.text["p"]
     )
-    assert len(Page(Report(copy, images, device="cpu").page()).all("img")) > 40
+    assert len(Page(render_report(copy, images, device="cpu")).all("img")) > 40
     damaged = copy / "checkpoints"
     for file in damaged.glob("*/tensors.safetensors"):
         file.write_bytes(b"short")
-    assert "no complete checkpoint" in Report(copy, images, device="cpu").page()
-
-
-# ---- watching ----
-
-
-@pytest.fixture
-def served(run: Path, tmp_path: Path) -> Iterator[tuple[Path, int]]:
-    copy = tmp_path / "run"
-    shutil.copytree(run, copy)
-    server = open_server(Report(copy, device="cpu"), 0)
-    assert server.server_address[0] == "127.0.0.1"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield copy, server.server_address[1]
-    server.shutdown()
-    server.server_close()
-    thread.join(10)
-
-
-def _get(port: int, path: str = "/", host: str | None = None) -> tuple[int, str, str | None]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request("GET", path, headers={"Host": host or f"127.0.0.1:{port}"})
-    answer = connection.getresponse()
-    text = answer.read().decode()
-    connection.close()
-    return answer.status, text, answer.getheader("Refresh")
-
-
-def test_watching_follows_the_run_and_serves_this_machine_only(served: tuple[Path, int]) -> None:
-    run, port = served
-    status, before, refresh = _get(port)
-    assert status == 200 and refresh == "10" and Page(before).text["h2"] == SECTIONS
-    with open(run / "metrics.jsonl", "a") as file:
-        file.write('{"step": 777777, "loss": 1.25}\n')
-    after = _get(port)[1]
-    assert "777,778" in after and "777,778" not in before
-    assert _get(port, "/config.yaml")[0] == 404
-    assert _get(port, host=f"elsewhere.example:{port}")[0] == 403
-    (run / "metrics.jsonl").write_text("garbage\n{}\n")
-    status, text, refresh = _get(port)
-    assert status == 500 and "line 1" in text and refresh == "10"
-
-
-def test_a_taken_port(run: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=f"--port {port} .*give another one"):
-            open_server(Report(run), port)
+    assert "no complete checkpoint" in render_report(copy, images, device="cpu")
 
 
 # ---- a real browser ----

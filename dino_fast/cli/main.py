@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -77,7 +78,7 @@ def _run(words: list[str]) -> int:
     module = importlib.import_module(module_name)
     parser = argparse.ArgumentParser(prog=" ".join(("dino-fast", *command)), description=summary, allow_abbrev=False)
     module.add_arguments(parser)
-    args, unknown = parser.parse_known_args(rest)
+    args, unknown = parser.parse_known_args([_with_home(word) for word in rest])
     if unknown and not unknown[0].startswith("-"):
         raise UserError(
             f"{parser.prog} does not know what to do with {unknown[0]!r}: no option before it takes (another) value. "
@@ -92,6 +93,12 @@ def _run(words: list[str]) -> int:
     if command != ("bench",):  # which times others' code too, as it runs by itself
         shorten_spinning()
     return int(module.run(args) or 0)
+
+
+def _with_home(word: str) -> str:
+    """`--out=~/x`, in which shells leave the `~`, with the home folder."""
+    option, equals, value = word.partition("=")
+    return option + equals + os.path.expanduser(value) if option.startswith("--") and value.startswith("~") else word
 
 
 def _command(words: list[str]) -> tuple[tuple[str, ...], list[str]]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
+import os
 import types
 import typing
 from collections.abc import Callable, Mapping
@@ -209,6 +211,9 @@ def build_config(
     layers = [_read_yaml(Path(file))] if file is not None else []
     layers.append(given)
     stored = _stored(layers)
+    named = any("data" in layer for layer in (*layers, PRESETS.get(preset or "", {})))
+    if stored is None and not named and _asked(layers).resume:
+        raise _nothing_to_resume(_asked(layers).out)
     if preset is None and stored is None and not any("data" in x and x["data"] != "demo" for x in layers):
         preset = "demo"
     if preset is not None:
@@ -259,16 +264,72 @@ def stored_config(config: Config) -> Config | None:
     """The configuration of the run that `config` resumes; None where nothing is resumed or nothing is there yet."""
     if not config.resume or config.out is None:
         return None
-    path = Path(config.out) / "config.yaml"
+    path = expand_user(config.out) / "config.yaml"
     return Config(**_read_run(path)) if path.exists() else None
 
 
+def expand_user(path: str | Path) -> Path:
+    """The path with `~` replaced by the home folder. Raises UserError where there is no such home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: there is no such home folder ({error}); give the whole path") from error
+
+
+def with_whole_paths(config: Config) -> Config:
+    """The configuration with `data` and `init_from` as absolute paths, so that it means the same from any folder.
+
+    Names (`demo`, `hub:NAME`) and paths of which nothing is here (those of a run begun in another folder) stay as they
+    are. `~` is replaced, in `out` too.
+    """
+    out = None if config.out is None else str(expand_user(config.out))
+    start = config.init_from and _whole_path(config.init_from)
+    return dataclasses.replace(config, data=_whole_path(config.data), init_from=start, out=out)
+
+
+def _whole_path(given: str) -> str:
+    if given == "demo":
+        return given
+    path = expand_user(given)
+    pattern = any(character in given for character in "*?[{")
+    here = path.exists() or (pattern and Path(*_plain_part(path)).exists())
+    return os.path.abspath(path) if here else str(path) if given.startswith("~") else given
+
+
+def _plain_part(path: Path) -> list[str]:
+    """The folders of a pattern before the first that has a wildcard; the whole working directory where none is."""
+    return list(itertools.takewhile(lambda part: not any(c in part for c in "*?[{"), path.parts)) or ["."]
+
+
 def _stored(layers: list[dict[str, Any]]) -> dict[str, Any] | None:
+    stored = stored_config(_asked(layers))
+    return None if stored is None else to_dict(stored)
+
+
+def _asked(layers: list[dict[str, Any]]) -> Config:
+    """What the layers say about the command; the rest are defaults."""
     asked: dict[str, Any] = {}
     for layer in layers:
         asked.update({name: layer[name] for name in _OF_THE_COMMAND if name in layer})
-    stored = stored_config(Config(**asked))
-    return None if stored is None else to_dict(stored)
+    return Config(**asked)
+
+
+def _nothing_to_resume(out: str | None) -> UserError:
+    """For `--resume` where no run is and no data are named: a mistyped directory must not begin another run."""
+    if out is None:
+        return UserError("--resume needs the run's directory: add --out DIR")
+    path = expand_user(out)
+    above = next((p for p in path.absolute().parents if (p / "config.yaml").is_file()), None)
+    beside = [p.name for p in path.parent.glob("*") if (p / "config.yaml").is_file()] if path.parent.is_dir() else []
+    if above is not None:
+        hint = f"it lies in the run {above}: give that"
+    elif path.is_dir() and any((path / "checkpoints").glob("step-*")):
+        hint = "its config.yaml is missing: put it back, or repeat all of its settings, --data among them"
+    else:
+        hint = f"look for a mistake in its name{nearest(path.name, beside)}"
+    return UserError(
+        f"--resume finds no run in {out}; {hint}. To begin a new run there, say which images it is for with --data"
+    )
 
 
 def _preset(name: str) -> dict[str, Any]:
@@ -470,6 +531,9 @@ def validate(config: Config) -> None:
             raise UserError(
                 f"{_flag(one.name)} is {value!r}{nearest(value, choices) or '.'} Accepted: {', '.join(choices)}"
             )
+    for name in ("data", "out", "init_from", "wandb"):
+        if (given := getattr(config, name)) is not None and not given.strip():
+            raise UserError(f"{_flag(name)} is empty; give a value, or leave the option out")
     for accepted, holds, names in _RULES:
         for name in names.split():
             value = getattr(config, name)

@@ -115,8 +115,11 @@ class StepGraph:
         return numbers
 
     def _try_record(self, work: Callable[[], Numbers]) -> bool:
-        """Records the step; False if that failed. Gradients are None before it, so that they are allocated in the
-        recording's memory, and stay allocated: the optimizer's tables list the parameters that have a gradient."""
+        """Records the step; False if that failed.
+
+        Gradients are None before it, so that they are allocated in the recording's memory, and stay allocated: the
+        optimizer's tables list the parameters that have a gradient.
+        """
         try:
             self._replay = self.record(work)
         except RuntimeError as error:

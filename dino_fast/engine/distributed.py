@@ -122,13 +122,18 @@ def init_distributed(kind: str) -> Iterator[DistContext]:
             dist.destroy_process_group()
 
 
-def rendezvous_store(rank: int, world: int) -> dist.Store:
-    """The key-value store of the rendezvous. torchrun keeps it over restarts, with addresses of processes that have
-    died, so each attempt prefixes its keys."""
+def rendezvous_store(rank: int, world: int) -> Any:
+    """The rendezvous' key-value store (`torch.distributed.Store`), with keys of this attempt alone.
+
+    torchrun keeps one store over restarts, with addresses of processes that have died, so each attempt prefixes its
+    keys.
+    """
     from torch.distributed.rendezvous import rendezvous
 
     store, _, _ = next(rendezvous("env://", rank, world, timeout=WAIT))
-    return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return dist.PrefixStore(  # type: ignore[attr-defined]
+        f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store
+    )
 
 
 def read_environment(environment: Mapping[str, str]) -> tuple[int, int, int, int]:
@@ -155,10 +160,10 @@ def read_environment(environment: Mapping[str, str]) -> tuple[int, int, int, int
 
 def first_host(nodes: str) -> str:
     """The first of Slurm's list of machines: `gpu[03-05,9],other` -> `gpu03`."""
-    found = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
-    if found is None:
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+))?", nodes)
+    if match is None:
         raise UserError(f"SLURM_STEP_NODELIST is {nodes!r}, which names no machine; set MASTER_ADDR yourself")
-    return found[1] + (found[2] or "")
+    return match[1] + (match[2] or "")
 
 
 # ---- a nested state from rank 0 to all ----
@@ -192,6 +197,7 @@ def _outline(value: Any, tensors: list[Tensor]) -> Any:
 
 
 def _fill(outline: Any, tensors: Iterator[Tensor], context: DistContext) -> Any:
+    """The inverse of `_outline` on all ranks: rank 0 broadcasts its tensors, the others receive them."""
     if isinstance(outline, _Placeholder):
         if context.first:
             tensor = next(tensors).contiguous()

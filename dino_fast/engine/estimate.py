@@ -67,6 +67,7 @@ class Sizes:
 
     @property
     def student_tokens(self) -> int:
+        """Tokens of an image, over all crops of the student."""
         return 2 * self.global_tokens + (self.crops - 2) * self.local_tokens
 
 
@@ -119,8 +120,10 @@ def forward_flops(sizes: Sizes, tokens: int, rates: list[float]) -> float:
 
 
 def _counted(config: Config, channels: int) -> tuple[float, float, int] | None:
-    """Of any other backbone: what PyTorch counts in a forward pass without data, thrice and once; and its width. None
-    for one that cannot run without data."""
+    """FLOPs of any other backbone (forward and backward, forward alone), as PyTorch counts them on meta tensors.
+
+    The third number is its width. None for a backbone that cannot run on meta tensors.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):

@@ -5,16 +5,16 @@
 depend on the image. It has two forms, and an untrained network looks much like the first of them:
 
 - *uniform*: every target is flat, H -> ln K, and the student has nothing left to learn, KL -> 0. An untrained network
-  also has H near ln K (its logits hardly differ between images, and centring removes what they share), and KL soon
+  also has H near ln K (its logits hardly differ between images, and centering removes the part they share), and KL soon
   falls. So a flat target alone says nothing; what tells is that it stays so. Once H has been clearly below ln K (the
   run has learned), a return to it is reported after `WINDOW` steps; a run that never left is given `patience` steps
   first.
 - *one prototype*: every target is the same spike, H -> 0 and KL -> 0. A sharp but healthy teacher also has a small H;
   but then images differ, the student cannot know the spike of the other view, and KL stays well above 0.
 
-The feature spread falls with both. By itself (with H and KL unremarkable) it tells that the backbone gives all images
-the same feature and only the head still parts them. All conditions are on means over `WINDOW` steps, so one odd batch
-neither raises nor clears an alarm.
+The feature spread falls with both. Alone (with H and KL unremarkable) a small spread means that the backbone gives all
+images the same feature and only the head still separates them. All conditions are on means over `WINDOW` steps, so one
+odd batch neither raises nor clears an alarm.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ WAIT = 0.10
 
 
 class Health:
-    """Reads each step's metrics and says, once an episode, what goes wrong and what to change.
+    """Reads each step's metrics and warns once an episode, with the settings to change.
 
     `out_dim` is K. `patience` is how many steps a run may stay at flat targets before it ever learned something: at
     least the steps with a frozen last layer. `workers` and `device` shape the advice about waiting for data.
@@ -56,7 +56,7 @@ class Health:
     def __init__(self, out_dim: int, *, patience: int = 200, workers: int | None = None, device: str = "cpu") -> None:
         self.out_dim, self.patience, self.workers, self.device = out_dim, patience, workers, device
         self._recent: dict[str, deque[float]] = {}
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         self._learned = False
         self._flat_steps = self._steps = 0
 
@@ -73,8 +73,8 @@ class Health:
                 self._recent.setdefault(name, deque(maxlen=WINDOW)).append(float(value))
         means = {name: sum(values) / len(values) for name, values in self._recent.items() if len(values) == WINDOW}
         findings = {**self._collapse(means), **self._narrow(means), **self._waiting(means)}
-        new = [text for name, text in findings.items() if name not in self._told]
-        self._told = set(findings)  # an episode ends when the condition no longer holds
+        new = [text for name, text in findings.items() if name not in self._warned]
+        self._warned = set(findings)  # an episode ends when the condition no longer holds
         return new
 
     def _collapse(self, means: dict[str, float]) -> dict[str, str]:
@@ -122,7 +122,7 @@ class Health:
     def _waiting(self, means: dict[str, float]) -> dict[str, str]:
         wait = means.get("data_wait", 0.0)
         # A second, lower bound to clear the alarm: near 10 % it would come and go.
-        if wait <= (WAIT * 0.7 if "waiting" in self._told else WAIT):
+        if wait <= (WAIT * 0.7 if "waiting" in self._warned else WAIT):
             return {}
         cores = usable_cpus()
         have = (

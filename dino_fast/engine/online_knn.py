@@ -25,9 +25,10 @@ Watch = Callable[[Iterable[Any]], Iterator[Any]]  # passes items through; raises
 def measure_knn(
     state: TrainState, channels: int, bank: Source, test: Source | None, watch: Watch
 ) -> tuple[dict[str, float], str]:
-    """k-NN accuracies (`knn` of the teacher, `knn_student`) and a line about them; empty after a signal.
+    """k-NN accuracies of teacher and student, as shares of the labeled images that are classified.
 
-    Of `test`, or without it of each image of the bank among all others.
+    `bank` holds the images that vote; without `test` each of them is classified by the others. Returns
+    {"knn": teacher's, "knn_student": student's} and a line of text about them; ({}, "") after a signal.
     """
     config, accuracies, text = state.config, {}, ""
     for name, model in (("knn", state.teacher), ("knn_student", state.student)):
@@ -41,12 +42,10 @@ def measure_knn(
         if k < 1:  # of two images one cannot be read
             return {}, ""
         top1 = 0.0
-        if state.context.first:
-            vote = {"k": k, "temperature": config.knn_temperature}
-            if test is None:
-                top1 = leave_one_out_accuracy(known, labels, **vote)[0]
-            else:
-                top1 = knn_accuracy(known, labels, queries, truth, **vote)[0]
+        if state.context.first and test is None:
+            top1 = leave_one_out_accuracy(known, labels, k, config.knn_temperature)[0]
+        elif state.context.first:
+            top1 = knn_accuracy(known, labels, queries, truth, k, config.knn_temperature)[0]
         accuracies[name] = state.context.run_on_rank0(lambda value=top1: value)  # type: ignore[misc]
         whose = "training images, leaving one out" if test is None else "held-out images"
         text = f"k-NN (k={k}, temperature {config.knn_temperature:g}, {len(queries)} {whose}): "
@@ -80,11 +79,13 @@ def share_of(source: Source, context: DistContext) -> Source:
 
 
 def whole_backbone(state: TrainState, model: MultiCropWrapper, channels: int) -> nn.Module:
-    """The network's backbone; if it is sharded, a gathered copy, which forward passes use without collectives. All
-    processes must call this."""
+    """The network's backbone, or a gathered copy of a sharded one, whose forward pass needs no collectives.
+
+    All processes must call this.
+    """
     if not is_sharded(next(model.backbone.parameters())):
         return model.backbone
     with torch.random.fork_rng(devices=[]):  # random weights, overwritten below
         copy = build_configured_backbone(state.config, channels, 0.0)
     copy.load_state_dict(full_state_dict(model.backbone.state_dict(), keep=True))
-    return copy.to(state.device).requires_grad_(False)
+    return cast(nn.Module, copy.to(state.device).requires_grad_(False))

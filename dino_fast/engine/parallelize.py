@@ -60,8 +60,11 @@ def bf16_copy(network: MultiCropWrapper) -> MultiCropWrapper:
 
 
 def checkpoint_blocks(backbone: nn.Module, mode: str) -> None:
-    """Sets which activations a block saves for the backward pass: all ("none"), results of its matrix products and
-    attention ("selective"), or its input alone ("full"). The rest is recomputed, to the same bits."""
+    """Sets which activations each block saves for the backward pass.
+
+    All ("none"), the results of its matrix products and attention ("selective"), or its input alone ("full"). The rest
+    is recomputed, to the same bits. Raises UserError where the backbone is no VisionTransformer.
+    """
     if mode == "none":
         return
     if not isinstance(backbone, VisionTransformer):
@@ -128,6 +131,7 @@ class DDPAdapter(nn.Module):
         self.student = student
 
     def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """The function's result."""
         return function(*arguments)
 
 
@@ -171,8 +175,10 @@ def shard_rows(layer: nn.Module, mesh: Any) -> None:
 
 
 def sync_gradients(student: MultiCropWrapper, forward_fn: Any, now: bool) -> contextlib.AbstractContextManager[Any]:
-    """Context of a forward pass: `now` says whether its backward pass averages gradients over the processes, or only
-    accumulates them in this one."""
+    """Context of a forward pass whose backward pass averages gradients over the processes where `now` is true.
+
+    Else gradients accumulate in this process alone.
+    """
     for part in (student.backbone, *_head_modules(student)):
         if hasattr(part, "set_requires_gradient_sync"):
             cast(Any, part).set_requires_gradient_sync(now)

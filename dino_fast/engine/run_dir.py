@@ -200,6 +200,7 @@ class RunDir:
             file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}\n")
 
     def close(self) -> None:
+        """Closes metrics.jsonl, TensorBoard and W&B."""
         self._close_metrics()
         self._close_board()
         if self._wandb is not None:

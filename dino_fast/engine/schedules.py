@@ -40,6 +40,7 @@ class Schedules:
 
     @property
     def freeze_steps(self) -> int:
+        """First steps in which the last layer is frozen."""
         return self._count(self.config.freeze_last_layer)
 
     def values_at(self, step: int) -> StepHyperparams:

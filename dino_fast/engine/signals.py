@@ -26,8 +26,10 @@ class Halted(Exception):
 
 
 class SignalHandler:
-    """Catches Ctrl-C and SIGTERM, inside a `with`: the first one sets `number`, which the training loop reads between
-    steps; a second one acts at once."""
+    """Catches Ctrl-C and SIGTERM, inside a `with`.
+
+    The first one sets `number`, which the training loop reads between steps; a second one acts at once.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -57,8 +59,10 @@ class SignalHandler:
 
 @contextlib.contextmanager
 def block_signals() -> Iterator[None]:
-    """Blocks both signals inside the `with` and delivers them at its end. Processes started inside inherit the mask, so
-    they never get them."""
+    """Blocks both signals inside the `with` and delivers them at its end.
+
+    Processes started inside inherit the mask, so they never get them.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
         yield

@@ -65,8 +65,10 @@ class TrainState:
         return slice(min(K, self.context.rank * rows), min(K, self.context.rank * rows + rows))
 
     def sync_gradients(self, now: bool) -> contextlib.AbstractContextManager[Any]:
-        """Context of a forward pass: `now` says whether its backward pass averages gradients over the processes, or
-        only accumulates them in this one."""
+        """Context of a forward pass whose backward pass averages gradients over the processes where `now` is true.
+
+        Else gradients accumulate in this process alone.
+        """
         if self.context.world == 1:
             return contextlib.nullcontext()
         return sync_gradients(self.student, self.forward_fn, now)

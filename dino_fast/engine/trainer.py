@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,9 +26,10 @@ from dino_fast.engine.build import (
     unsupported_reason,
 )
 from dino_fast.engine.checkpoint import AsyncCheckpointer
-from dino_fast.engine.config import Config, check_same, stored_config, to_dict, validate
+from dino_fast.engine.config import Config, check_same, stored_config, to_dict, validate, with_whole_paths
 from dino_fast.engine.distributed import broadcast_state, init_distributed
 from dino_fast.engine.estimate import flops_per_image, peak_flops, sizes_of
+from dino_fast.engine.fingerprint import DIFFERING, fingerprint, share_differing
 from dino_fast.engine.health import Health
 from dino_fast.engine.metrics import PendingStep, dump_nonfinite
 from dino_fast.engine.online_knn import measure_knn, whole_backbone
@@ -49,9 +51,14 @@ def train(config: Config) -> Path:
     validate(config)
     kind = resolve_device(config.device)
     precision = resolve_precision(config.precision, kind)
-    stored = stored_config(config)
+    config, stored = with_whole_paths(config), stored_config(config)
     if stored is not None:
-        check_same(stored, config)
+        check_same(with_whole_paths(stored), config)
+        if config.data == stored.data != "demo" and not os.path.isabs(config.data):
+            raise UserError(
+                f"the run in {config.out} trains on {config.data!r}, which is not in this folder (its config.yaml has "
+                "no whole path); say where the images are with --data"
+            )
     if config.keep_freed_memory and native_missing() is None:
         from dino_fast import _C
 
@@ -77,8 +84,10 @@ def train(config: Config) -> Path:
 
 
 def defers_metrics(device: torch.device) -> bool:
-    """Whether a step's metrics are read only after the next step was started: waiting for them would leave a GPU idle.
-    A CPU has finished the step by then."""
+    """Whether a step's metrics are read only after the next step was started.
+
+    Waiting for them would leave a GPU idle; a CPU has finished the step by then.
+    """
     return device.type == "cuda"
 
 
@@ -111,6 +120,14 @@ class Newest:
                 f"the run in {path} trains on {saved['images']} images, and {self.config.data} has "
                 f"{len(self.data.train)}; give the same images with --data, or start a new run with another --out"
             )
+        differing = share_differing(saved.get("fingerprint", []), fingerprint(self.data.train))
+        if differing > DIFFERING:
+            raise UserError(
+                f"the run in {path} trains on other images than those of {self.config.data}: {differing:.0%} of a "
+                "sample differ. Give the same images with --data, or start a new run with another --out"
+            )
+        if differing:
+            self.notes.append(f"{differing:.0%} of a sample of the images are not what they were when the run began")
 
 
 class Trainer:
@@ -139,6 +156,7 @@ class Trainer:
         self.saved_step, self.saved_at = -1, time.monotonic()  # of the last checkpoint
         self.nonfinite_steps = 0  # in a row
         self.pending: PendingStep | None = None
+        self.fingerprint = fingerprint(data.train) if self.context.first else []  # now: the data may be lost later
         self._agreed = [
             0,
             1,
@@ -360,6 +378,7 @@ class Trainer:
             **self.state.state_dict(),
             "config": to_dict(self.config),
             "images": len(self.data.train),
+            "fingerprint": self.fingerprint,
             "num_heads": getattr(self.state.teacher.backbone, "num_heads", None),
             "best": self.best_knn,
         }

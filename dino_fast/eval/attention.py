@@ -1,4 +1,4 @@
-"""Pictures of what the class token looks at: maps, overlays and masks of each head of the last block.
+"""Pictures of the class token's attention: maps, overlays and masks of each head of the last block.
 
 A mask keeps the smallest number of patches that hold a share (60 %) of a head's attention to patches: sorted rising,
 those at which the running sum passes 1 - share.
@@ -63,7 +63,7 @@ def heat(attention: Tensor, patch: int, colours: str = "viridis") -> np.ndarray:
 
     low, high = attention.min(), attention.max()
     scaled = ((attention - low) / (high - low).clamp(min=1e-12)).numpy()
-    picture = (matplotlib.colormaps[colours](scaled)[..., :3] * 255).round().astype(np.uint8)
+    picture: np.ndarray = (matplotlib.colormaps[colours](scaled)[..., :3] * 255).round().astype(np.uint8)
     return picture.repeat(patch, axis=0).repeat(patch, axis=1)
 
 
@@ -72,7 +72,8 @@ def overlay(seen: np.ndarray, attention: Tensor, patch: int) -> np.ndarray:
     low, high = attention.min(), attention.max()
     share = ((attention - low) / (high - low).clamp(min=1e-12)).numpy().repeat(patch, axis=0).repeat(patch, axis=1)
     opacity = 0.25 + 0.5 * share[..., None]
-    return (seen * (1 - opacity) + heat(attention, patch, "inferno") * opacity).round().astype(np.uint8)
+    blend: np.ndarray = seen * (1 - opacity) + heat(attention, patch, "inferno") * opacity
+    return blend.round().astype(np.uint8)
 
 
 def masked(seen: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -85,8 +86,10 @@ def masked(seen: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def draw(seen: Tensor, attention: Tensor, patch: int, mass: float = MASS) -> dict[str, np.ndarray]:
-    """Pictures by file name: `image`, `sheet`, and for each head and the heads' mean `NAME-map`, `-overlay`, `-mask`
-    (white is kept), all uint8 `[h, w, 3]` or `[h, w]`."""
+    """Pictures of one image's attention, keyed by file name, all uint8 `[h, w, 3]` or `[h, w]`.
+
+    `image`, `sheet`, and for each head and the heads' mean `NAME-map`, `NAME-overlay` and `NAME-mask` (white: inside).
+    """
     image = seen.expand(3, -1, -1).permute(1, 2, 0).numpy()
     pictures = {"image": image}
     rows = []

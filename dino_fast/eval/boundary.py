@@ -15,7 +15,7 @@ TOLERANCE = 0.008
 
 
 def outline(mask: Tensor) -> Tensor:
-    """bool `[H, W]` -> bool `[H, W]`: pixels that differ from their right, lower or lower right neighbour."""
+    """Outline of a mask, bool `[H, W]`: pixels that differ from their right, lower or lower right neighbor."""
     right, below, across = mask.clone(), mask.clone(), mask.clone()
     right[:, :-1], below[:-1], across[:-1, :-1] = mask[:, 1:], mask[1:], mask[1:, 1:]
     edge = (mask ^ right) | (mask ^ below) | (mask ^ across)
@@ -25,7 +25,7 @@ def outline(mask: Tensor) -> Tensor:
 
 
 def dilate(mask: Tensor, radius: int) -> Tensor:
-    """bool `[H, W]` -> bool `[H, W]`: everything within `radius` pixels of the mask, by distance of centres.
+    """Dilation by a disk, bool `[H, W]` -> bool `[H, W]`: all within `radius` pixels of the mask, center to center.
 
     The disk is written at each pixel of the mask: an outline has few.
     """
@@ -43,9 +43,9 @@ def dilate(mask: Tensor, radius: int) -> Tensor:
 def f_measure(mask: Tensor, truth: Tensor, tolerance: float = TOLERANCE) -> float:
     """F of bool `[H, W]` against bool `[H, W]`. Without any outline in either it is 1, in one of them 0."""
     radius = math.ceil(tolerance * math.hypot(*truth.shape))
-    found, true = outline(mask), outline(truth)
-    if not found.any() or not true.any():
-        return float(not found.any() and not true.any())
-    precision = (found & dilate(true, radius)).sum().item() / found.sum().item()
-    recall = (true & dilate(found, radius)).sum().item() / true.sum().item()
+    predicted, true = outline(mask), outline(truth)
+    if not predicted.any() or not true.any():
+        return float(not predicted.any() and not true.any())
+    precision = (predicted & dilate(true, radius)).sum().item() / predicted.sum().item()
+    recall = (true & dilate(predicted, radius)).sum().item() / true.sum().item()
     return 0.0 if precision + recall == 0 else 2 * precision * recall / (precision + recall)

@@ -80,8 +80,12 @@ def extract(frozen: Frozen, paths: list[Path], size: int, batch_size: int = 32) 
 
 
 def match(queries: list[str], database: list[str], pattern: str | None = None) -> list[list[int]]:
-    """For each query the rows of the database that it is a copy of: names (paths below their folders) in which the
-    first group of `pattern` is the same, by default the file names without ending."""
+    """Rows of the database that each query is a copy of, by name.
+
+    Names are paths below their folders. A copy and its original share the first group of the regular expression
+    `pattern`, by default the file name without its ending. Raises UserError for a pattern that is none, has no group
+    or is not in a name.
+    """
     try:
         compiled = re.compile(pattern) if pattern is not None else None
     except re.error as error:

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -76,10 +76,11 @@ class Classifier(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.backbone(images))
+        """Logits `[B, classes]` of images `[B, C, H, W]`."""
+        return cast(Tensor, self.head(self.backbone(images)))
 
 
-class _Pictures(torch.utils.data.Dataset):
+class _Pictures(torch.utils.data.Dataset["tuple[Tensor, int, int] | None"]):
     """Distorted images of one epoch: uint8 `[C, h, w]` with their label and index, None for what cannot be read."""
 
     def __init__(self, source: Source, size: tuple[int, int], recipe: Recipe, epoch: int) -> None:
@@ -115,16 +116,17 @@ def batches(
         num_workers=workers,
         collate_fn=_together,
     )
-    for found in loader:
-        if found is not None:
-            yield found
+    for batch in loader:
+        if batch is not None:
+            yield batch
 
 
 def _together(rows: list[tuple[Tensor, int, int] | None]) -> tuple[Tensor, Tensor, Tensor] | None:
-    kept = [row for row in rows if row is not None]
-    if not kept:
+    """The readable rows as one batch; None if there are none."""
+    readable = [row for row in rows if row is not None]
+    if not readable:
         return None
-    images, labels, index = zip(*kept, strict=True)
+    images, labels, index = zip(*readable, strict=True)
     numbers = [torch.tensor(x, dtype=torch.int64, device="cpu") for x in (labels, index)]
     return torch.stack(images), numbers[0], numbers[1]
 
@@ -231,9 +233,9 @@ def accuracy(
     device = next(model.parameters()).device
     first = five = count = 0
     for images, labels in eval_batches(source, size, mean, std, 128):
-        known = labels >= 0
-        logits = model(images[known].to(device)).float().cpu()
-        own = logits.gather(1, labels[known, None])
+        labeled = labels >= 0
+        logits = model(images[labeled].to(device)).float().cpu()
+        own = logits.gather(1, labels[labeled, None])
         above = (logits > own).sum(dim=1)
         first, five, count = first + int((above < 1).sum()), five + int((above < 5).sum()), count + len(above)
     if not count:
@@ -300,4 +302,4 @@ def evaluate(
 def _erased(eraser: RandomErasing, image: Tensor, seed: int) -> Tensor:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return eraser(image)
+        return cast(Tensor, eraser(image))

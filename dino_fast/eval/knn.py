@@ -41,11 +41,11 @@ def evaluate(
     frozen = open_backbone(checkpoint, which, device, tokens=False)
     size = frozen.size(image_size)
     feature, kind = tokens_feature(frozen.backbone)
-    found = {
+    extracted = {
         name: labelled_features(frozen, source, size, feature, kind, batch_size, features)
         for name, source in sources.items()
     }
-    (bank, bank_labels), (queries, query_labels) = found.values()
+    (bank, bank_labels), (queries, query_labels) = extracted.values()
     bank, queries = bank.to(frozen.device), queries.to(frozen.device)
     rows = knn_grid(bank, bank_labels, queries, query_labels, ks, temperatures)
     return {
@@ -53,7 +53,7 @@ def evaluate(
         "results": rows,
         "bank": len(bank),
         "queries": len(queries),
-        "left_out": {name: left_out(source, len(found[name][0])) for name, source in sources.items()},
+        "left_out": {name: left_out(source, len(extracted[name][0])) for name, source in sources.items()},
         "feature": kind,
         "which": which,
         "image_size": list(size),

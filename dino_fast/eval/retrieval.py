@@ -1,10 +1,9 @@
-"""Image retrieval: for each query the database is ranked by cosine similarity, and the ranking scored by its mean
-average precision.
+"""Image retrieval: the mean average precision of rankings of a database by cosine similarity to each query.
 
-A feature is the class token averaged over the image at three sizes, 1, 1/sqrt 2 and 1/2. What a query should find is
-said by labels (all images of its class) or by a file in the manner of the revisited Oxford and Paris buildings
-(Radenovic et al., CVPR 2018): easy, hard and junk images. Medium counts easy and hard ones as found and passes over
-junk; Hard counts hard ones and passes over the others.
+A feature is the class token averaged over the image at three sizes, 1, 1/sqrt 2 and 1/2. Relevant images are those of
+the query's class, or are listed in a file in the manner of the revisited Oxford and Paris buildings
+(Radenovic et al., CVPR 2018): easy, hard and junk images. Medium counts easy and hard ones as relevant and passes
+over junk; Hard counts hard ones and passes over the others.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _ROWS = 256  # queries ranked at once
 
 @dataclass
 class Question:
-    """What a query should find, as rows of the database."""
+    """The images relevant to a query, as rows of the database."""
 
     easy: list[int]
     hard: list[int]
@@ -55,9 +54,9 @@ def average_precision(
     counted = torch.ones_like(right) if ignored is None else ~ignored.gather(1, order)
     right = right & counted
     rank = (counted.cumsum(dim=1) - 1).double()
-    found = (right.cumsum(dim=1) - 1).double()
-    before = torch.where(rank > 0, found / rank.clamp(min=1), 1.0)
-    after = (found + 1) / (rank + 1)
+    place = (right.cumsum(dim=1) - 1).double()  # i
+    before = torch.where(rank > 0, place / rank.clamp(min=1), 1.0)
+    after = (place + 1) / (rank + 1)
     scored = right if ranked is None else right & (rank < ranked)
     return torch.where(scored, (before + after) / 2, 0.0).sum(dim=1) / right.sum(dim=1)
 
@@ -245,13 +244,13 @@ def _by_file(data: str | Path, test: str | Path | None, file: Path) -> tuple[dic
 def _named(folder: str | Path) -> dict[str, Path]:
     """Images by their path below the folder without its ending."""
     root = Path(folder).expanduser()
-    found: dict[str, Path] = {}
+    images: dict[str, Path] = {}
     for path in list_images(root):
         name = path.relative_to(root).with_suffix("").as_posix()
-        if name in found:
-            raise UserError(f"{found[name]} and {path} have one name; rename one of them")
-        found[name] = path
-    return found
+        if name in images:
+            raise UserError(f"{images[name]} and {path} have one name; rename one of them")
+        images[name] = path
+    return images
 
 
 def _class(source: Source, label: int) -> str | int:

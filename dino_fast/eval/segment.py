@@ -72,7 +72,7 @@ def pair_masks(data: str | Path, masks: str | Path | None = None) -> tuple[list[
 
 
 def jaccard(masks: Tensor, truth: Tensor, valid: Tensor | None = None) -> Tensor:
-    """bool `[..., H, W]` against bool `[H, W]`, over `valid` pixels -> float64 `[...]`; two empty masks agree (1)."""
+    """Jaccard index over `valid` pixels: bool `[..., H, W]`, `[H, W]` -> float64 `[...]`; of two empty masks 1."""
     if valid is not None:
         masks, truth = masks & valid, truth & valid
     both = (masks & truth).flatten(-2).sum(-1).double()
@@ -93,7 +93,7 @@ def patch_jaccard(masks: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
 
 
 def _per_patch(pixels: Tensor, h: int, w: int) -> Tensor:
-    """bool `[H, W]` -> float64 `[h, w]`: how many are set in each patch; pixel (y, x) is in (y h // H, x w // W)."""
+    """Set pixels of bool `[H, W]` in each patch, float64 `[h, w]`; pixel (y, x) is in (y h // H, x w // W)."""
     columns = torch.zeros(len(pixels), w, dtype=torch.float64, device="cpu")
     columns.index_add_(
         1, torch.arange(pixels.shape[1], dtype=torch.int64, device="cpu") * w // pixels.shape[1], pixels.double()

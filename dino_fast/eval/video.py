@@ -35,17 +35,18 @@ _VOID = 255
 
 @dataclass(frozen=True)
 class Settings:
-    """How masks are carried: the last frames that are looked at besides the first, the reach in patches (0: no limit),
-    the patches that count, and the temperature of their weights."""
+    """How masks are propagated from frame to frame."""
 
-    last_frames: int = 7
-    radius: int = 12
-    topk: int = 5
-    temperature: float = 0.1
+    last_frames: int = 7  # frames compared with, besides the first
+    radius: int = 12  # patches in both directions that are compared; 0: all
+    topk: int = 5  # most similar patches whose masks are averaged
+    temperature: float = 0.1  # of the softmax over their similarities
 
 
 @dataclass(frozen=True)
 class Sequence:
+    """A video of DAVIS: its frames and their masks, in order."""
+
     name: str
     frames: list[Path]
     masks: list[Path]
@@ -53,8 +54,11 @@ class Sequence:
 
 @torch.no_grad()
 def propagate(features: Iterable[Tensor], first: Tensor, settings: Settings | None = None) -> Iterator[Tensor]:
-    """Frames' patch features `[h, w, dim]` and the first frame's masks `[classes, h, w]` (one-hot) -> the masks of each
-    further frame, float32 `[classes, h, w]`, summing to 1 over the classes."""
+    """Propagates the first frame's masks `[classes, h, w]` (one-hot) to each further frame.
+
+    `features` yields each frame's patch features `[h, w, dim]`. Yields float32 `[classes, h, w]`, which sum to 1 over
+    the classes.
+    """
     settings = settings or Settings()
     context: deque[tuple[Tensor, Tensor]] = deque(maxlen=max(1, settings.last_frames))
     start: tuple[Tensor, Tensor] | None = None
@@ -70,8 +74,10 @@ def propagate(features: Iterable[Tensor], first: Tensor, settings: Settings | No
 
 
 def carry(target: Tensor, sources: Tensor, masks: Tensor, settings: Settings) -> Tensor:
-    """One frame: unit features `[h, w, dim]`, those of n earlier frames `[n, h, w, dim]` and their masks
-    `[n, h, w, classes]` -> `[h, w, classes]`."""
+    """Masks `[h, w, classes]` of one frame, from its unit features `[h, w, dim]` and n earlier frames.
+
+    `sources` `[n, h, w, dim]` are the earlier frames' unit features, `masks` `[n, h, w, classes]` their masks.
+    """
     n, h, w, dim = sources.shape
     radius = settings.radius or max(h, w)
     # Tiles about as large as the reach: smaller ones copy neighbours more often, larger ones compare what is too far.
@@ -130,11 +136,11 @@ def open_sequences(data: str | Path, names: list[str] | None = None) -> list[Seq
     """
     root = Path(data).expanduser()
     images, masks = _resolution(root / "JPEGImages"), _resolution(root / "Annotations")
-    found = sorted(p.name for p in images.iterdir() if p.is_dir() and not p.name.startswith("."))
+    present = sorted(p.name for p in images.iterdir() if p.is_dir() and not p.name.startswith("."))
     for name in names or ():
-        if name not in found:
-            raise UserError(f"{images} has no sequence '{name}'{nearest(name, found)}")
-    return [_sequence(images / name, masks / name) for name in names or found]
+        if name not in present:
+            raise UserError(f"{images} has no sequence '{name}'{nearest(name, present)}")
+    return [_sequence(images / name, masks / name) for name in names or present]
 
 
 def evaluate(
@@ -218,7 +224,7 @@ def _measures(labels: Tensor, path: Path, objects: list[int], size: tuple[int, i
             f"the mask {path} is {truth.shape[1]}x{truth.shape[0]}, the first one {size[1]}x{size[0]} pixels"
         )
     pairs = [(labels == number, truth == value) for number, value in enumerate(objects, start=1)]
-    return [jaccard(found, true).item() for found, true in pairs], [f_measure(found, true) for found, true in pairs]
+    return [jaccard(*pair).item() for pair in pairs], [f_measure(*pair) for pair in pairs]
 
 
 @torch.no_grad()

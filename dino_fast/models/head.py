@@ -92,7 +92,7 @@ class WeightNormLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight matrix `[out, in]`; differentiable."""
-        return cast(Tensor, torch._weight_norm(self.weight_v, self.weight_g, 0))
+        return torch._weight_norm(self.weight_v, self.weight_g, 0)
 
     def forward(self, x: Tensor) -> Tensor:
         """Inputs `[rows, in]` -> `[rows, out]`."""

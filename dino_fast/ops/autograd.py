@@ -15,7 +15,7 @@ Each operation has one derivative, in reverse mode. Another one is refused by na
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("dino_fast", "FRAGMENT")
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))  # no subclass with a dispatch of its own
+PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))  # no subclass with a dispatch of its own
 
 
 def is_plain(*tensors: Tensor) -> bool:
@@ -32,7 +32,7 @@ def is_plain(*tensors: Tensor) -> bool:
     no mode, no transform of `torch.func`, no forward-mode differentiation."""
     return (
         not torch.compiler.is_compiling()
-        and _PLAIN.issuperset(map(type, tensors))
+        and PLAIN_TYPES.issuperset(map(type, tensors))
         and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._len_torch_function_stack() == 0
         and forward_ad._current_level < 0
@@ -49,39 +49,73 @@ def define_operator(
     alternative: str,
     backward: Callable | None = None,
     setup_context: Callable | None = None,
+    mutates_args: Sequence[str] = (),
 ) -> None:
-    """Registers `torch.ops.dino_fast.NAME`, which mutates nothing, with the schema of `forward`'s annotations.
+    """Registers `torch.ops.dino_fast.NAME` with the schema of `forward`'s annotations.
 
     Args:
         fake: gives outputs of the right shapes and dtypes, as `torch.library.register_fake` takes it.
         alternative: what to differentiate where this operator cannot be, for the message.
         backward, setup_context: as `torch.library.register_autograd` takes them; without them, no derivative.
+        mutates_args: the parameters whose tensors are written in place. Such an operator has no derivative, and is
+            refused where one is recorded.
 
     Not `torch.library.custom_op`, whose operators drop the tangents of dual tensors without a word.
     """
-    _LIBRARY.define(name + torch.library.infer_schema(forward, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.define(
+        name + torch.library.infer_schema(forward, mutates_args=mutates_args), tags=(torch.Tag.pt2_compliant_tag,)
+    )
     _LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dino_fast::{name}", fake, lib=_LIBRARY)
-    differentiate = make_autograd_impl(getattr(torch.ops.dino_fast, name).default, Info(backward, setup_context))
+    operator = getattr(torch.ops.dino_fast, name).default
+    differentiate = make_autograd_impl(operator, Info(backward, setup_context))
 
     def autograd(keyset: Any, *arguments: Any) -> Any:
         refuse_transforms(f"dino_fast::{name}", alternative, *arguments)
+        if mutates_args and torch.is_grad_enabled() and any(x.requires_grad for x in _tensors_in(arguments)):
+            raise RuntimeError(
+                f"dino_fast::{name} writes in place and has no derivative; call it under torch.no_grad()"
+            )
         return differentiate(keyset, *arguments)
 
     _LIBRARY.impl(name, autograd, "Autograd", with_keyset=True)
+    if not mutates_args:
+        return
+    written = [i for i, x in enumerate(operator._schema.arguments) if x.name in mutates_args]
+
+    def count_versions(keyset: Any, *arguments: Any) -> Any:
+        increment_versions(_tensors_in(arguments[i] for i in written))
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return operator.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *arguments)
+
+    _LIBRARY.impl(name, count_versions, "ADInplaceOrView", with_keyset=True)
+
+
+def increment_versions(tensors: Iterable[Tensor]) -> None:
+    """Tells autograd that native code writes these tensors, so that a backward that needs their old values refuses."""
+    torch.autograd.graph.increment_version([x for x in tensors if not x.is_inference()])
+
+
+def _tensors_in(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among an operator's arguments, of which some are lists."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, (list, tuple)):
+            yield from _tensors_in(argument)
 
 
 def refuse_transforms(operation: str, alternative: str, *arguments: Any) -> None:
     """Raises NotImplementedError where an argument is to be differentiated in forward mode or by `torch.func`."""
     if forward_ad._current_level >= 0:
-        floats = (x for x in arguments if isinstance(x, Tensor) and x.is_floating_point())
+        floats = (x for x in _tensors_in(arguments) if x.is_floating_point())
         if any(forward_ad.unpack_dual(x).tangent is not None for x in floats):
             raise NotImplementedError(
                 f"{operation} has no forward-mode derivative (dual tensors, torch.func.jvp, jacfwd); "
                 f"take loss.backward() or torch.autograd.grad, or differentiate {alternative}"
             )
     by_transform = torch._C._are_functorch_transforms_active() and torch.is_grad_enabled()
-    if by_transform and any(isinstance(x, Tensor) and x.requires_grad for x in arguments):
+    if by_transform and any(x.requires_grad for x in _tensors_in(arguments)):
         raise NotImplementedError(
             f"{operation} cannot be differentiated by torch.func (grad, vjp, jacrev); "
             f"take loss.backward() or torch.autograd.grad, or differentiate {alternative}"

@@ -4,11 +4,14 @@ optimizer = AdamWEMA(student.parameters(), teacher.parameters(), clip_grad=3.0)
 ...
 loss.backward()
 optimizer.step(momentum=0.996)      # clips, updates the student, then the teacher
+
+A training loop of someone else's calls `step()` alone: give AdamWEMA(..., momentum=0.996) then.
 """
 
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
@@ -21,30 +24,40 @@ from dino_fast.ops.multi_tensor.param_batch import Last, Rows, multipliers_of
 
 CLIP_MODES = ("parameter", "global")
 
-# What a group carries beside torch.optim.AdamW's keys: the modules' own tensors, which no state dict repeats.
+# What belongs to each parameter: the modules' own tensors. They may be given in groups, but are kept beside them, since
+# whoever reads an optimizer (torch.distributed.checkpoint) expects all that is in a group to be in the state dict too.
 _COMPANIONS = ("teacher_params", "bf16_params", "bf16_teacher")
+
+
+# Options of torch.optim.Adam and AdamW that are another computation, with the only value offered.
+_REFUSED = {"amsgrad": False, "maximize": False, "differentiable": False, "decoupled_weight_decay": True}
 
 
 @torch.no_grad()
 def ema_update(
-    teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: float, *, hold: Tensor | None = None
+    teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: float | Tensor, *, hold: Tensor | None = None
 ) -> None:
     """teacher <- momentum * teacher + (1 - momentum) * student, tensor by tensor, in place and in one call.
 
     Args:
         teacher, student: as many tensors of the same shapes in the same order, on one device, of any mix of float
             dtypes; the arithmetic is float32 (float64 where a tensor is). DTensors are averaged shard by shard.
-        momentum: share of the old teacher that is kept, in [0, 1]. At 0.996 a bfloat16 teacher rounds to no change:
-            keep it in float32.
+        momentum: share of the old teacher that is kept, in [0, 1]: a number, or a tensor of one on the CPU. At 0.996 a
+            bfloat16 teacher rounds to no change: keep it in float32. Either may change from call to call within
+            `torch.compile`: it is an input of the compiled program.
         hold: a boolean scalar on the device: where it is true nothing changes. Nothing waits for it.
 
     Raises:
-        ValueError: lists, shapes or devices that disagree, or a momentum outside [0, 1].
+        ValueError: lists, shapes or devices that disagree, or a momentum outside [0, 1] or on another device.
         TypeError: a tensor that is not floating point.
     """
     old, new = [to_local(t) for t in teacher], [to_local(p) for p in student]
-    if old or new:
-        torch.ops.dino_fast.ema_update(old, new, momentum, [], found_inf=as_found_inf(hold))
+    if not (old or new):
+        return
+    if torch.compiler.is_compiling() and not isinstance(momentum, Tensor):
+        momentum = torch.zeros((), dtype=torch.float64, device="cpu") + momentum  # not a constant of the program
+    update = torch.ops.dino_fast.ema_update_by if isinstance(momentum, Tensor) else torch.ops.dino_fast.ema_update
+    update(old, new, momentum, [], found_inf=as_found_inf(hold))
 
 
 def as_found_inf(hold: Tensor | None, found_inf: Tensor | None = None) -> Tensor | None:
@@ -64,16 +77,19 @@ class AdamWEMA(torch.optim.Optimizer):
 
     The numbers are those of clipping, then `torch.optim.AdamW`, then `t <- m t + (1 - m) p`. A parameter without a
     gradient is left alone, but its teacher still follows it. Learning rate, weight decay and momentum may change at
-    every step: set `group["lr"]` and `group["weight_decay"]`, and give `step` the momentum.
+    every step: set `group["lr"]`, `group["weight_decay"]` and `group["momentum"]`, or give `step` the momentum.
 
     Args:
-        params: parameters, or groups (dicts with `params`, and any of `lr`, `betas`, `eps`, `weight_decay`,
-            `teacher_params`, `bf16_params`, `bf16_teacher`).
+        params: parameters, named or not, or groups (dicts with `params`, and any of `lr`, `betas`, `eps`,
+            `weight_decay`, `momentum`, `teacher_params`, `bf16_params`, `bf16_teacher`).
         teacher_params: the teacher's counterparts in the same order: one flat list, or groups as `params`. None where
             the groups bring theirs, or where there is no teacher.
         clip_grad: largest 2-norm of a gradient; 0 does not clip.
         clip_mode: "parameter" clips each parameter's gradient by its own norm, as the original DINO does, "global" all
             of them by their common norm, as `torch.nn.utils.clip_grad_norm_`.
+        momentum: share of the old teacher that a step without `momentum` keeps, in [0, 1]: the default of the groups,
+            for training loops that call `step()` alone (accelerate, Hugging Face's Trainer). With None such a step
+            leaves the teacher as it is, which is said once.
         bf16_params, bf16_teacher: bfloat16 tensors, one for each parameter, that hold rounded copies of student and
             teacher: written here, at every step, and by `refresh_copies`. A copy may be what the forward pass uses;
             its `.grad` then counts where the parameter itself has none.
@@ -87,7 +103,19 @@ class AdamWEMA(torch.optim.Optimizer):
     the gradients are unscaled on the way (`.grad` itself keeps the scale) before they are clipped. After an overflow
     weights, moments and step counts stay, and the EMA still runs. Nothing waits for the device.
 
-    The state dict is torch.optim.AdamW's, both ways (no amsgrad, no maximize). DTensors are updated shard by shard.
+    The state dict is torch.optim.AdamW's, both ways, with the groups' `momentum` where they have one;
+    `torch.distributed.checkpoint.state_dict` reads and writes it. amsgrad, maximize, differentiable and
+    decoupled_weight_decay=False are refused. DTensors are updated shard by shard. Within `torch.compile` a step is one
+    opaque call, which runs as it is; `fullgraph=True` has no place for it.
+
+    Attributes:
+        teacher_params, bf16_params, bf16_teacher: the tensors given, a list for each of `param_groups`, empty where
+            the group has none. They are in no group and in no state dict.
+
+    Raises:
+        ValueError: options that are not offered or out of range, lists or shapes that disagree, or a momentum without
+            a teacher.
+        TypeError: parameters, teachers or copies of a dtype that is not accepted.
     """
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler then passes grad_scale and found_inf instead of waiting
@@ -103,6 +131,7 @@ class AdamWEMA(torch.optim.Optimizer):
         *,
         clip_grad: float = 0.0,
         clip_mode: str = "parameter",
+        momentum: float | None = None,
         bf16_params: Iterable[Tensor] | None = None,
         bf16_teacher: Iterable[Tensor] | None = None,
     ) -> None:
@@ -113,6 +142,10 @@ class AdamWEMA(torch.optim.Optimizer):
         self.clip_grad, self.clip_mode = clip_grad, clip_mode
         self._last: Last | None = None
         self._norms: list[Tensor] = []
+        self._warned = False
+        self.teacher_params: list[list[Tensor]] = []
+        self.bf16_params: list[list[Tensor]] = []
+        self.bf16_teacher: list[list[Tensor]] = []
         groups = _as_groups(params)
         companions = (("teacher_params", teacher_params), ("bf16_params", bf16_params), ("bf16_teacher", bf16_teacher))
         for name, tensors in companions:
@@ -122,12 +155,16 @@ class AdamWEMA(torch.optim.Optimizer):
         adamw = torch.optim.AdamW(
             [torch.empty(0, dtype=torch.float32, device="cpu")], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
         )
-        super().__init__(groups, dict(adamw.defaults))
+        # In the groups, and so in the state dict, only where it is used: without it they are AdamW's to the key.
+        super().__init__(groups, adamw.defaults | ({} if momentum is None else {"momentum": momentum}))
+        if momentum is not None and not any(self.teacher_params):
+            raise ValueError(f"momentum={momentum} moves a teacher, but there is none; give AdamWEMA teacher_params")
         self.refresh_copies()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in every optimizer; the group may bring `teacher_params`, `bf16_params` and `bf16_teacher`."""
-        super().add_param_group(param_group)
+        companions = {name: list(param_group.get(name) or ()) for name in _COMPANIONS}
+        super().add_param_group({name: value for name, value in param_group.items() if name not in _COMPANIONS})
         group = self.param_groups[-1]
         try:
             for p in group["params"]:
@@ -136,38 +173,46 @@ class AdamWEMA(torch.optim.Optimizer):
                         f"parameters must be float32, bfloat16 or float64; got {p.dtype}. For float16, keep float32 "
                         f"parameters and use torch.autocast with torch.amp.GradScaler"
                     )
-            for option in ("amsgrad", "maximize"):
-                if group.get(option):
-                    raise ValueError(f"a group has {option}=True, which AdamWEMA does not offer; leave it out")
-            for name in _COMPANIONS:
-                group[name] = list(group.get(name) or ())
-                _check_companions(name, group[name], group["params"])
+            _refuse_options(group, "a group has")
+            _check_momentum(group.get("momentum"))
+            for name, tensors in companions.items():
+                _check_companions(name, tensors, group["params"])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+        for name, tensors in companions.items():
+            getattr(self, name).append(tensors)
 
     def __getstate__(self) -> dict[str, Any]:
         return {
             **super().__getstate__(),
             "clip_grad": self.clip_grad,
             "clip_mode": self.clip_mode,
+            **{name: getattr(self, name) for name in _COMPANIONS},
+            "_warned": self._warned,
             "_last": None,
             "_norms": [],
         }
 
     def __repr__(self) -> str:
-        shown = ("lr", "betas", "eps", "weight_decay")
+        shown = ("lr", "betas", "eps", "weight_decay", "momentum")
         groups = [
-            f"  {len(g['params'])} tensors: " + ", ".join(f"{k}={g[k]}" for k in shown) for g in self.param_groups
+            f"  {len(g['params'])} tensors: " + ", ".join(f"{k}={g[k]}" for k in shown if k in g)
+            for g in self.param_groups
         ]
         return "\n".join([f"AdamWEMA(clip_grad={self.clip_grad}, clip_mode={self.clip_mode!r})", *groups])
 
+    @torch._disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients of the parameters, and of their bfloat16 copies."""
         super().zero_grad(set_to_none)
-        for copy in chain.from_iterable(group["bf16_params"] for group in self.param_groups):
+        for copy in chain.from_iterable(self.bf16_params):
             copy.grad = None if set_to_none or copy.grad is None else copy.grad.zero_()
 
+    # torch.optim wraps a class's step when it is first used, unless it is marked as wrapped. Here that is done before
+    # it is made opaque: dynamo would otherwise compile the wrapper anew for every momentum.
+    @torch._disable_dynamo
+    @torch.optim.Optimizer.profile_hook_step
     @torch.no_grad()
     def step(
         self,
@@ -180,26 +225,69 @@ class AdamWEMA(torch.optim.Optimizer):
 
         Args:
             closure: re-evaluates the model and returns the loss, as in every optimizer.
-            momentum: share of the old teacher that is kept, in [0, 1]; None leaves the teacher as it is.
+            momentum: share of the old teacher that is kept, in [0, 1], in all groups; None takes each group's
+                `momentum`. Without either the teacher stays as it is, with a warning the first time.
             hold: a boolean scalar on the device: where it is true, as for a loss that is not finite, the step changes
                 nothing, the teacher neither. Nothing waits for it.
+
+        Without `momentum`, a first step at learning rates of 0 is what torch.distributed.checkpoint makes the state
+        with: it leaves the teacher as it is.
+
+        Raises:
+            ValueError: a momentum outside [0, 1], or one given where there is no teacher.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        _check_momentum(self.param_groups, momentum)
-        moving, resting = self._batches(momentum is not None)
+        makes_state = (
+            momentum is None
+            and not any(self.state.values())
+            and all(float(group["lr"]) == 0 for group in self.param_groups)
+        )
+        momenta = self._momenta(momentum, makes_state)
+        moving, resting = self._batches(momenta)
         found_inf, grad_scale = as_found_inf(hold, getattr(self, "found_inf", None)), getattr(self, "grad_scale", None)
         gradients = [rows.grads for rows in moving]
         multipliers, self._norms = multipliers_of(gradients, grad_scale, self.clip_grad, self.clip_mode)
-        keep = 1.0 if momentum is None else momentum
+        keep = [1.0 if m is None else m for m in momenta]
         for rows, multiplier in zip(moving, multipliers, strict=True):
-            rows.step(multiplier, _on(rows.device, found_inf), keep)
+            rows.step(multiplier, _on(rows.device, found_inf), keep[rows.momentum_of])
             rows.grads = []  # the caller's to free, before the next forward
         for rows in resting:
-            rows.follow(keep, _on(rows.device, found_inf))
+            rows.follow(keep[rows.momentum_of], _on(rows.device, found_inf))
+        if makes_state:  # all of it: what is loaded next is read by these names
+            for group, teachers in zip(self.param_groups, self.teacher_params, strict=True):
+                for p, teacher in zip(group["params"], teachers, strict=False):
+                    self._master(p, p, "master")
+                    self._master(p, teacher, "teacher_master")
         return loss
+
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _momenta(self, momentum: float | None, makes_state: bool) -> list[float | None]:
+        """The momentum of each group's teacher; None where it stays as it is, or there is none."""
+        if len(self.teacher_params) != len(self.param_groups):
+            raise ValueError(
+                f"there are {len(self.param_groups)} param_groups and {len(self.teacher_params)} teacher_params; "
+                f"change param_groups, teacher_params, bf16_params and bf16_teacher together"
+            )
+        if momentum is not None and not any(self.teacher_params):
+            raise ValueError("step(momentum=...) moves a teacher, but there is none; give AdamWEMA teacher_params")
+        momenta: list[float | None] = []
+        for group, teachers in zip(self.param_groups, self.teacher_params, strict=True):
+            found = group.get("momentum") if momentum is None else momentum
+            _check_momentum(found)
+            momenta.append(None if found is None or not teachers or makes_state else float(found))
+            if found is None and teachers and not makes_state and not self._warned:
+                self._warned = True
+                warnings.warn(
+                    "AdamWEMA has teacher_params, but neither this step nor the group has a momentum, so the teacher "
+                    "stays as it is. Give AdamWEMA(..., momentum=0.996), set group['momentum'] in param_groups, or "
+                    "call step(momentum=0.996). Where something else moves the teacher, leave teacher_params out.",
+                    stacklevel=2,
+                )
+        return momenta
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -223,9 +311,10 @@ class AdamWEMA(torch.optim.Optimizer):
     @torch.no_grad()
     def refresh_copies(self) -> None:
         """Write the bfloat16 copies from the parameters and teachers, as `step` does. Call it after loading weights."""
-        for group in self.param_groups:
-            for sources, name in (("params", "bf16_params"), ("teacher_params", "bf16_teacher")):
-                for source, copy in zip(group[sources], group[name], strict=False):
+        params = [group["params"] for group in self.param_groups]
+        for sources, copies in ((params, self.bf16_params), (self.teacher_params, self.bf16_teacher)):
+            for group_sources, group_copies in zip(sources, copies, strict=True):
+                for source, copy in zip(group_sources, group_copies, strict=False):
                     copy.copy_(source)
 
     def rebuild_masters(self) -> None:
@@ -236,22 +325,27 @@ class AdamWEMA(torch.optim.Optimizer):
             state.pop("teacher_master", None)
 
     def state_dict(self) -> dict[str, Any]:
-        """torch.optim.AdamW's state dict, with float32 masters where a module is bfloat16; the teacher is not in it."""
-        state = super().state_dict()
-        for group in state["param_groups"]:
-            for name in _COMPANIONS:
-                group.pop(name, None)
-        return state
+        """torch.optim.AdamW's state dict, with float32 masters where a module is bfloat16, and with the groups'
+        `momentum` where they have one; the teacher is not in it."""
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this class or of torch.optim.AdamW (default, fused, foreach or capturable)."""
-        for option in ("amsgrad", "maximize"):
-            if any(group.get(option) for group in state_dict["param_groups"]):
-                raise ValueError(f"the state dict is of an AdamW with {option}=True, which AdamWEMA does not offer")
-        companions = [{name: group[name] for name in _COMPANIONS} for group in self.param_groups]
+        """Load a state dict of this class or of torch.optim.AdamW (default, fused, foreach or capturable).
+
+        Groups keep their `momentum` where the state dict has none. Teachers and copies stay; call `refresh_copies`
+        after loading weights.
+
+        Raises:
+            ValueError: a state dict of other groups, or of options that are not offered.
+        """
+        for group in state_dict["param_groups"]:
+            _refuse_options(group, "the state dict has a group with")
+            _check_momentum(group.get("momentum"))
+        momenta = [group.get("momentum") for group in self.param_groups]
         super().load_state_dict(state_dict)
-        for group, kept in zip(self.param_groups, companions, strict=True):
-            group.update(kept)
+        for group, momentum in zip(self.param_groups, momenta, strict=True):
+            if momentum is not None and group.get("momentum") is None:
+                group["momentum"] = momentum
         self._keep_float32(state_dict)
         self._last = None
 
@@ -269,23 +363,28 @@ class AdamWEMA(torch.optim.Optimizer):
                 if p.dtype == torch.bfloat16 and name in source:
                     state[name] = source[name].to(p.device, torch.float32, copy=True)
 
-    def _batches(self, with_teacher: bool) -> tuple[list[Rows], list[Rows]]:
+    def _batches(self, momenta: list[float | None]) -> tuple[list[Rows], list[Rows]]:
         """What to step, in one batch for each device and setting of AdamW, and teachers of parameters at rest.
 
         Made anew only where tensors, settings or which of the parameters have gradients changed; otherwise this sets
-        the gradients, learning rates and weight decays of the last ones.
+        the gradients, learning rates and weight decays of the last ones. Which groups have equal momenta is such a
+        setting, but not their values: a schedule changes them at every step.
         """
         groups = self.param_groups
         params = [p for group in groups for p in group["params"]]
         grads = [p.grad for p in params]
-        copies = [copy for group in groups for copy in group["bf16_params"] or [None] * len(group["params"])]
-        if any(group["bf16_params"] for group in groups):
+        if any(self.bf16_params):
+            copies: list[Tensor | None] = []
+            for group, shadows in zip(groups, self.bf16_params, strict=True):
+                copies += shadows or [None] * len(group["params"])
             grads = [c.grad if g is None and c is not None else g for g, c in zip(grads, copies, strict=True)]
-        settings = [with_teacher, *((*group["betas"], group["eps"]) for group in groups), *(g is None for g in grads)]
-        tensors = [*params, *(t for group in groups for name in _COMPANIONS for t in group[name])]
+        shares = [None if m is None else momenta.index(m) for m in momenta]
+        adamw = [(float(g["betas"][0]), float(g["betas"][1]), float(g["eps"])) for g in groups]
+        settings = [*shares, *adamw, *(len(g["params"]) for g in groups), *(g is None for g in grads)]
+        tensors = [*params, *(t for name in _COMPANIONS for tensors in getattr(self, name) for t in tensors)]
         last = self._last
         if not (last and last.settings == settings and _identical(last.tensors, tensors) and last.state_is_current()):
-            last = self._last = Last(settings, tensors, *self._assemble(groups, grads, with_teacher))
+            last = self._last = Last(settings, tensors, *self._assemble(adamw, shares, grads))
         rates = [(float(group["lr"]), float(group["weight_decay"])) for group in groups]
         for rows in last.moving:
             rows.grads = [grads[i] for i in rows.index]
@@ -294,23 +393,22 @@ class AdamWEMA(torch.optim.Optimizer):
         return last.moving, last.resting
 
     def _assemble(
-        self, groups: list[dict[str, Any]], grads: list[Tensor | None], with_teacher: bool
+        self, adamw: list[tuple[float, float, float]], shares: list[int | None], grads: list[Tensor | None]
     ) -> tuple[list[Rows], list[Rows]]:
         moving: dict[Any, Rows] = {}
         resting: dict[Any, Rows] = {}
         index = -1
-        for group_index, group in enumerate(groups):
-            beta1, beta2 = group["betas"]
-            eps = group["eps"]
-            shadows, teachers, teacher_shadows = group["bf16_params"], group["teacher_params"], group["bf16_teacher"]
+        companions = zip(self.teacher_params, self.bf16_params, self.bf16_teacher, strict=True)
+        for group_index, (teachers, shadows, teacher_shadows) in enumerate(companions):
+            group, share = self.param_groups[group_index], shares[group_index]
             for i, p in enumerate(group["params"]):
                 index += 1
                 moves = grads[index] is not None
-                teacher = teachers[i] if teachers and with_teacher else None
+                teacher = None if share is None else teachers[i]
                 if not moves and teacher is None:
                     continue
-                key = (p.device, beta1, beta2, eps, teacher is None)
-                rows = (moving if moves else resting).setdefault(key, Rows(p.device, beta1, beta2, eps))
+                key = (p.device, adamw[group_index], share)
+                rows = (moving if moves else resting).setdefault(key, Rows(p.device, *adamw[group_index], group_index))
                 if moves:
                     rows.add_state(index, group_index, self._started(p))
                 shadow = shadows[i] if shadows else None
@@ -363,6 +461,7 @@ def _deal(groups: list[dict[str, Any]], name: str, tensors: Iterable[Any]) -> No
     flat: list[Any] = []
     for entry in tensors:
         flat.extend(entry["params"] if isinstance(entry, dict) else [entry])
+    flat = [entry[1] if isinstance(entry, tuple) else entry for entry in flat]  # named_parameters()
     wanted = sum(len(group["params"]) for group in groups)
     if len(flat) != wanted:
         raise ValueError(f"{name} has {len(flat)} tensors for {wanted} parameters; give one for each, in their order")
@@ -396,10 +495,12 @@ def _check_companions(name: str, tensors: Sequence[Tensor], params: Sequence[Ten
             )
 
 
-def _check_momentum(groups: list[dict[str, Any]], momentum: float | None) -> None:
-    if momentum is None:
-        return
-    if not 0.0 <= momentum <= 1.0:
+def _refuse_options(group: dict[str, Any], where: str) -> None:
+    for option, offered in _REFUSED.items():
+        if bool(group.get(option, offered)) != offered:
+            raise ValueError(f"{where} {option}={group[option]}, which AdamWEMA does not offer; leave it out")
+
+
+def _check_momentum(momentum: float | None) -> None:
+    if momentum is not None and not 0.0 <= momentum <= 1.0:
         raise ValueError(f"momentum must lie in [0, 1]: the share of the old teacher that is kept; got {momentum}")
-    if not any(group["teacher_params"] for group in groups):
-        raise ValueError("step(momentum=...) moves a teacher, but there is none; give AdamWEMA teacher_params")

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from dino_fast.report.page import Report
+from dino_fast.report.page import render_report
 
-__all__ = ["Report"]
+__all__ = ["render_report"]

@@ -1,4 +1,4 @@
-"""Runs side by side: what each is, how far it came, what it reached, and in which settings they differ."""
+"""Runs side by side: their settings and where these differ, their steps, losses and accuracies."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from dino_fast.engine.config import with_present_names
 from dino_fast.engine.run_dir import read_metrics
 from dino_fast.errors import UserError
 
-# Settings that say where and how a run was made rather than what it is.
-_ASIDE = {"out", "resume", "workers", "device", "keep_freed_memory"}
+# Settings that change no result.
+_WITHOUT_EFFECT = {"out", "resume", "workers", "device", "keep_freed_memory"}
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A run, as its directory tells."""
+    """A run as read from its directory; `rows` are the lines of metrics.jsonl."""
 
     path: Path
     config: dict[str, Any]
@@ -28,6 +28,7 @@ class Summary:
 
     @property
     def steps(self) -> int:
+        """Number of steps taken."""
         return self.rows[-1]["step"] + 1 if self.rows else 0
 
     def last(self, name: str) -> Any:
@@ -35,9 +36,11 @@ class Summary:
         return next((row[name] for row in reversed(self.rows) if row.get(name) is not None), None)
 
     def best(self, name: str) -> float | None:
+        """The largest value of a metric."""
         return max((row[name] for row in self.rows if row.get(name) is not None), default=None)
 
     def curve(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a metric, where it was measured."""
         points = [(row["step"], row[name]) for row in self.rows if row.get(name) is not None]
         return [step for step, _ in points], [value for _, value in points]
 
@@ -53,19 +56,20 @@ class Summary:
 
 def find(paths: list[Path]) -> list[Summary]:
     """The runs in the directories: each a run itself, or a folder of runs. Raises UserError where there are none."""
-    found: list[Path] = []
+    runs: list[Path] = []
     for path in paths:
         if not path.is_dir():
             raise UserError(f"{path} is not a directory; give a run, or a folder of runs")
-        found += [path] if (path / "config.yaml").exists() else sorted(x.parent for x in path.glob("*/config.yaml"))
-    if not found:
+        runs += [path] if (path / "config.yaml").exists() else sorted(x.parent for x in path.glob("*/config.yaml"))
+    if not runs:
         raise UserError(
             f"no runs in {', '.join(map(str, paths))}: a run has a config.yaml. 'dino-fast train' makes one"
         )
-    return [summary(path) for path in found]
+    return [summary(path) for path in runs]
 
 
 def summary(path: Path) -> Summary:
+    """Reads a run. Raises UserError for a config.yaml that cannot be read."""
     try:
         config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -81,13 +85,13 @@ def summary(path: Path) -> Summary:
 
 def differences(runs: list[Summary]) -> dict[str, list[Any]]:
     """The settings that are not the same in all runs, each with its value in every one."""
-    names = dict.fromkeys(name for run in runs for name in run.config if name not in _ASIDE)
+    names = dict.fromkeys(name for run in runs for name in run.config if name not in _WITHOUT_EFFECT)
     values = {name: [run.config.get(name) for run in runs] for name in names}
-    return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
+    return {name: row for name, row in values.items() if any(value != row[0] for value in row)}
 
 
 def table(runs: list[Summary]) -> Any:
-    """What there is to compare, as a table for the console."""
+    """The runs as a table for the console."""
     from rich.table import Table
 
     shown = Table(box=None, pad_edge=False)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from markupsafe import Markup
+
 SHOWN = 400  # more could not be told apart on a screen, and each costs bytes
 WIDTH, HEIGHT = 1000, 400  # of the SVG's own coordinates
 
@@ -40,11 +42,11 @@ class Curve:
 
 def points(rows: Sequence[Row], metric: str, scale: float = 1.0, shown: int = SHOWN) -> list[Point]:
     """The metric where it was measured, at most `shown` points; `scale` multiplies it."""
-    found = [(row["step"], row[metric]) for row in rows if metric in row]
-    each = max(1, math.ceil(len(found) / shown))
+    measured = [(row["step"], row[metric]) for row in rows if metric in row]
+    each = max(1, math.ceil(len(measured) / shown))
     result = []
-    for start in range(0, len(found), each):
-        group = found[start : start + each]
+    for start in range(0, len(measured), each):
+        group = measured[start : start + each]
         step = sum(step for step, _ in group) / len(group)
         values = [value * scale for _, value in group if isinstance(value, int | float)]
         if values:
@@ -64,12 +66,15 @@ def ticks(low: float, high: float, about: int = 4) -> list[float]:
 
 
 def chart(title: str, curves: Sequence[Curve], unit: str = "", level: tuple[str, float] | None = None) -> str:
-    """A figure of the curves over the steps, `level` a named dashed line across; '' where no curve has a value."""
+    """HTML of a figure of the curves over the steps; '' where no curve has a value.
+
+    `unit` follows each value; `level` is the name and value of a dashed line across.
+    """
     drawn = [curve for curve in curves if any(p.value is not None for p in curve.points)]
     if not drawn:
         return ""
-    known = [p for curve in drawn for p in curve.points if p.value is not None]
-    edges = [p.low for p in known] + [p.high for p in known] + ([level[1]] if level else [])
+    finite = [p for curve in drawn for p in curve.points if p.value is not None]
+    edges = [p.low for p in finite] + [p.high for p in finite] + ([level[1]] if level else [])
     y = ticks(min(edges), max(edges))
     end = max(max(p.step for curve in drawn for p in curve.points), 1)
     x = [at for at in ticks(0, end) if at <= end]
@@ -88,7 +93,7 @@ def chart(title: str, curves: Sequence[Curve], unit: str = "", level: tuple[str,
     }
     left = "".join(f'<i style="top:{_number(_down(at, y) / HEIGHT * 100)}%">{_tick(at)}{unit}</i>' for at in y)
     below = "".join(f'<i style="left:{_number(at / end * 100)}%">{at:,.6g}</i>' for at in x)
-    return (
+    return Markup(
         f'<figure class="chart"><figcaption><b>{escape(title)}</b>{"".join(names)}</figcaption>'
         f'<div class="plot" data-curves="{escape(json.dumps(data, separators=(",", ":")))}">'
         f'<div class="y" aria-hidden="true">{left}</div><svg viewBox="0 0 {WIDTH} {HEIGHT}" preserveAspectRatio="none" '
@@ -131,7 +136,7 @@ def _down(value: float | None, y: list[float]) -> float:
 
 
 def _last(curves: Sequence[Curve], unit: str) -> str:
-    """What is said below a chart that nobody points at."""
+    """Caption of a chart that nobody points at: the curves' last values."""
     ends = [next(p for p in reversed(curve.points) if p.value is not None) for curve in curves]
     return f"{_at(curves)} {max(p.step for p in ends):,.0f}: " + ", ".join(
         f"{curve.name} {p.value:.4g}{unit}" for curve, p in zip(curves, ends, strict=True)
@@ -139,7 +144,7 @@ def _last(curves: Sequence[Curve], unit: str) -> str:
 
 
 def _at(curves: Sequence[Curve]) -> str:
-    """What to say before a step: a mean of several is near it."""
+    """ "step", or "around step" where points are means of several."""
     return "around step" if any(p.step % 1 or p.low < p.high for c in curves for p in c.points) else "step"
 
 

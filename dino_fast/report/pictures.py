@@ -1,4 +1,4 @@
-"""What a run's teacher makes of a few images: its attention over the checkpoints, neighbours, and a map of features."""
+"""Pictures of a run's teacher: attention over the checkpoints, nearest neighbors, and a map of the features."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,15 +27,17 @@ from dino_fast.knn import extract_features
 from dino_fast.models import VisionTransformer
 
 SEED = 0  # the same images every time, so that two reports of one run can be compared
-ATTENDED, QUERIES, NEIGHBOURS, CHECKPOINTS = 4, 6, 6, 6
+ATTENDED, QUERIES, NEIGHBORS, CHECKPOINTS = 4, 6, 6, 6
 _BATCH = 64
 _APART = 0.055  # of the map's side: closer thumbnails would hide each other
 
 
 @dataclass(frozen=True)
-class Picked:
-    """Images as the backbone sees them, uint8 `[C, h, w]`, their classes (-1: none) and the classes' names, and the
-    first `ATTENDED` of them as they were, uint8 `[C, H, W]`."""
+class Images:
+    """Images as the backbone sees them, uint8 `[C, h, w]`, with their labels (-1: none) and classes' names.
+
+    `originals` are the first `ATTENDED` of them as stored, uint8 `[C, H, W]`.
+    """
 
     images: list[Tensor]
     originals: list[Tensor]
@@ -43,9 +45,48 @@ class Picked:
     names: list[str]
 
 
-def pictures(run: Path, config: Config | None, data: str | None, images: int, device: str | None) -> dict[str, str]:
-    """HTML by section: `attention`, `neighbours`, `map`. Raises UserError where there is no checkpoint or no data."""
-    trained = list(_checkpoints(run, device))
+class Picture(NamedTuple):
+    """An image of the page. `src` is a data URI; `crisp` pictures are enlarged without smoothing."""
+
+    src: str
+    alt: str
+    crisp: bool
+
+
+class Card(NamedTuple):
+    """A captioned picture; `style` is "same" or "other" as its class compares with the query's, or empty."""
+
+    picture: Picture
+    name: str
+    text: str
+    style: str
+
+
+class Map(NamedTuple):
+    """Images at x, y from 0 to 1 with their classes' colors, and the share of the features' variance shown."""
+
+    dots: list[tuple[float, float, str]]
+    thumbnails: list[tuple[float, float, str, Picture]]
+    legend: list[tuple[str, str]]  # (color, class)
+    variance: float
+
+
+class Pictures(NamedTuple):
+    """The pictures of a page. `attention` is empty for a convolutional network."""
+
+    networks: list[str]  # names of the checkpoints compared
+    attention: list[list[Picture]]
+    neighbors: list[list[Card]]
+    map: Map
+    images: int  # training images compared
+    bank: int  # training images
+    held_out: bool  # whether the queries were kept from training
+    labeled: bool  # whether a query has a label
+
+
+def draw_pictures(run: Path, config: Config | None, data: str | None, images: int, device: str | None) -> Pictures:
+    """Pictures of the run's teachers. Raises UserError if there is no checkpoint or no data."""
+    trained = list(_open_checkpoints(run, device))
     if not trained:
         raise UserError("There is no complete checkpoint yet, so there is no network to ask.")
     data = data or (config.data if config else None)
@@ -57,41 +98,46 @@ def pictures(run: Path, config: Config | None, data: str | None, images: int, de
         raise UserError(f"The images of the run have moved: {error}. Say where with --data PATH.") from error
     newest = trained[-1][1]
     source.channels = newest.backbone.in_chans
-    bank, asked = split(source)  # to draw: two parts that share no image
+    training, asked = split(source)  # two parts that share no image
     held_out = source.test is not None or (config is not None and config.hold_out > 0 and source.labels is not None)
     size = newest.size(None)
-    queries = _pick(asked, max(ATTENDED, QUERIES), size, source.classes)
-    known = _pick(bank, images, size, source.classes)
+    queries = _draw_images(asked, max(ATTENDED, QUERIES), size, source.classes)
+    bank = _draw_images(training, images, size, source.classes)
     feature = tokens_feature(newest.backbone)[0]
-    features = [
+    query_features, bank_features = (
         torch.nn.functional.normalize(extract_features(newest.backbone, _batches(newest, part.images), feature)[0])
-        for part in (queries, known)
-    ]
+        for part in (queries, bank)
+    )
     start = _untrained(config, newest)
-    compared = ([("untrained", start)] if start else []) + trained
-    return {
-        "attention": _attention(compared, queries),
-        "neighbours": _neighbours(queries, known, features[0], features[1], len(bank), held_out),
-        "map": _map(known, features[1]),
-    }
+    networks = ([("untrained", start)] if start else []) + trained
+    return Pictures(
+        networks=[name for name, _ in networks],
+        attention=_attention(networks, queries),
+        neighbors=_neighbors(queries, bank, query_features, bank_features),
+        map=_map(bank, bank_features),
+        images=len(bank.images),
+        bank=len(training),
+        held_out=held_out,
+        labeled=any(label >= 0 for label in queries.labels),
+    )
 
 
 def checkpoints(run: Path) -> list[tuple[str, Path]]:
-    """(what to call it, folder) of the kept checkpoints by step, and which of them is the best."""
+    """(name, folder) of the run's checkpoints by step; the name says which is the best."""
     folder = run / "checkpoints"
-    found = {int(path.name[5:]): path for path in folder.glob("step-*") if path.name[5:].isdigit()}
+    folders = {int(path.name[5:]): path for path in folder.glob("step-*") if path.name[5:].isdigit()}
     best = None
     with contextlib.suppress(OSError, ValueError, KeyError):  # where none was measured yet
         best = json.loads((folder / "best" / "state.json").read_bytes())["step"]
-        found.setdefault(best, folder / "best")
-    return [(f"step {step:,}{' (best)' if step == best else ''}", found[step]) for step in sorted(found)]
+        folders.setdefault(best, folder / "best")
+    return [(f"step {step:,}{' (best)' if step == best else ''}", folders[step]) for step in sorted(folders)]
 
 
-def _checkpoints(run: Path, device: str | None) -> Iterator[tuple[str, Frozen]]:
+def _open_checkpoints(run: Path, device: str | None) -> Iterator[tuple[str, Frozen]]:
     """The teachers of at most `CHECKPOINTS` of them, the first and the last included; damaged ones are passed over."""
-    kept = checkpoints(run)
-    for index in sorted({round(i) for i in np.linspace(0, len(kept) - 1, CHECKPOINTS)} if kept else ()):
-        name, folder = kept[index]
+    folders = checkpoints(run)
+    for index in sorted({round(i) for i in np.linspace(0, len(folders) - 1, CHECKPOINTS)} if folders else ()):
+        name, folder = folders[index]
         try:
             yield name, open_backbone(folder, "teacher", device, tokens=False)
         except UserError:
@@ -112,11 +158,11 @@ def _untrained(config: Config | None, trained: Frozen) -> Frozen | None:
     return replace(trained, backbone=backbone, name="untrained")
 
 
-def _pick(source: Source, count: int, size: tuple[int, int], classes: list[str] | None) -> Picked:
+def _draw_images(source: Source, count: int, size: tuple[int, int], classes: list[str] | None) -> Images:
     """`count` images drawn with the seed; the unreadable are passed over."""
-    picked = Picked([], [], [], [])
+    drawn = Images([], [], [], [])
     for index in np.random.default_rng(SEED).permutation(len(source)).tolist():
-        if len(picked.images) == count:
+        if len(drawn.images) == count:
             break
         try:
             image = source.read(index)
@@ -125,14 +171,14 @@ def _pick(source: Source, count: int, size: tuple[int, int], classes: list[str] 
         label = source.label(index)
         label = -1 if label is None else label
         named = classes or source.classes
-        picked.images.append(center_crop(image, size))
-        if len(picked.originals) < ATTENDED:  # large photographs are not kept
-            picked.originals.append(image)
-        picked.labels.append(label)
-        picked.names.append("" if label < 0 else named[label] if named else f"class {label}")
-    if not picked.images:
+        drawn.images.append(center_crop(image, size))
+        if len(drawn.originals) < ATTENDED:  # large photographs are not kept
+            drawn.originals.append(image)
+        drawn.labels.append(label)
+        drawn.names.append("" if label < 0 else named[label] if named else f"class {label}")
+    if not drawn.images:
         raise UserError("Not one of the run's images can be read. Say where others are with --data PATH.")
-    return picked
+    return drawn
 
 
 def _batches(frozen: Frozen, images: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -141,85 +187,68 @@ def _batches(frozen: Frozen, images: list[Tensor]) -> Iterator[tuple[Tensor, Ten
         yield frozen.normalise(batch), torch.full((len(batch),), -1, dtype=torch.int64, device="cpu")
 
 
-def _attention(compared: list[tuple[str, Frozen]], queries: Picked) -> str:
-    """A row an image: itself, then the mean over the heads of each checkpoint's attention over it."""
-    if not isinstance(compared[-1][1].backbone, VisionTransformer):
-        return "<p class='note'>A convolutional network has no attention to draw.</p>"
-    side = 2 * min(compared[-1][1].size(None))  # the published maps are of 480 pixels for networks of 224
-    cells = ["<b>image</b>", *(f"<b>{escape(name)}</b>" for name, _ in compared)]
+def _attention(networks: list[tuple[str, Frozen]], queries: Images) -> list[list[Picture]]:
+    """A row an image: itself, then the mean over the heads of each network's attention. Empty for a CNN."""
+    if not isinstance(networks[-1][1].backbone, VisionTransformer):
+        return []
+    side = 2 * min(networks[-1][1].size(None))  # the published maps are of 480 pixels for networks of 224
+    rows = []
     for original, name in zip(queries.originals, queries.names, strict=False):
-        drawn = []
-        for at, frozen in compared:
+        maps = []
+        for network, frozen in networks:
             seen, attention = attention_maps(frozen, original, side)
-            pixels = seen.expand(3, -1, -1).permute(1, 2, 0).numpy()
-            picture = overlay(pixels, attention.mean(dim=0), frozen.backbone.patch_size)
-            drawn.append(_image(picture, f"attention, {at}", 224))
-        cells += [_image(pixels, name or "image", 224), *drawn]
-    text = "Where the teacher's class token looks, as the mean over the heads of the last block. Bright: much."
-    return f'<p>{text}</p><div class="maps" style="--columns:{len(compared) + 1}">{"".join(cells)}</div>'
+            pixels = _pixels(seen)
+            blended = overlay(pixels, attention.mean(dim=0), frozen.backbone.patch_size)
+            maps.append(_picture(blended, f"attention, {network}", 224))
+        rows.append([_picture(pixels, name or "image", 224), *maps])
+    return rows
 
 
-def _neighbours(queries: Picked, known: Picked, asked: Tensor, bank: Tensor, total: int, held_out: bool) -> str:
-    """A row a query: itself, then the images of the largest cosine similarity."""
-    similarity, nearest = (asked[:QUERIES] @ bank.T).topk(min(NEIGHBOURS, len(bank)), dim=1)  # [QUERIES, NEIGHBOURS]
-    cells = ["<b>image</b>", f'<b style="grid-column:span {nearest.shape[1]}">nearest, most alike first</b>']
+def _neighbors(queries: Images, bank: Images, query_features: Tensor, bank_features: Tensor) -> list[list[Card]]:
+    """A row a held-out image: itself, then the images of the largest cosine similarity."""
+    similarity, nearest = (query_features[:QUERIES] @ bank_features.T).topk(
+        min(NEIGHBORS, len(bank_features)), dim=1
+    )  # [QUERIES, NEIGHBORS]
+    rows = []
     for i, (values, order) in enumerate(zip(similarity.tolist(), nearest.tolist(), strict=True)):
-        cells.append(_captioned(queries, i, ""))
+        row = [_card(queries, i)]
         for value, j in zip(values, order, strict=True):
-            same = queries.labels[i] >= 0 and queries.labels[i] == known.labels[j]
-            other = queries.labels[i] >= 0 and known.labels[j] >= 0 and not same
-            cells.append(_captioned(known, j, f"{value:.2f}", "same" if same else "other" if other else ""))
-    text = (
-        f"{'Held-out' if held_out else 'Training'} images, and those closest to them (cosine) among "
-        f"{len(known.images):,} of {total:,} {'' if held_out else 'other '}training images."
-    )
-    if any(label >= 0 for label in queries.labels):
-        text += " A green frame is the same class, a dashed red one another."
-    return f'<p>{text}</p><div class="maps near" style="--columns:{nearest.shape[1] + 1}">{"".join(cells)}</div>'
+            labels = queries.labels[i], bank.labels[j]
+            style = "" if min(labels) < 0 else "same" if labels[0] == labels[1] else "other"
+            row.append(_card(bank, j, f"{value:.2f}", style))
+        rows.append(row)
+    return rows
 
 
-def _captioned(picked: Picked, index: int, text: str, style: str = "") -> str:
-    picture = _image(_pixels(picked.images[index]), picked.names[index] or "image", 128)
-    caption = f"<figcaption><span>{escape(picked.names[index])}</span> {text}</figcaption>"
-    return f'<figure class="{style}">{picture}{caption}</figure>'
+def _card(images: Images, index: int, text: str = "", style: str = "") -> Card:
+    name = images.names[index]
+    return Card(_picture(_pixels(images.images[index]), name or "image", 128), name, text, style)
 
 
-def _map(known: Picked, features: Tensor) -> str:
+def _map(bank: Images, features: Tensor) -> Map:
     """Every image a dot at its first two principal components, with thumbnails where there is room for them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        centred = features - features.mean(dim=0)
+        centered = features - features.mean(dim=0)
         rank = min(2, *features.shape)
-        axes = torch.pca_lowrank(centred, q=min(6, *features.shape), center=False)[2][:, :rank]
-    place = centred @ axes  # [N, 2]
+        axes = torch.pca_lowrank(centered, q=min(6, *features.shape), center=False)[2][:, :rank]
+    place = centered @ axes  # [N, 2]
     place = torch.nn.functional.pad(place, (0, 2 - rank))
-    share = float(place.square().sum() / centred.square().sum().clamp(min=1e-30))
+    variance = float(place.square().sum() / centered.square().sum().clamp(min=1e-30))
     low, high = place.min(dim=0).values, place.max(dim=0).values
-    place = ((place - low) / (high - low).clamp(min=1e-12)) * 0.94 + 0.03  # of the map's sides
-    dots, thumbnails = [], []
-    shown: list[tuple[float, float]] = []
-    for (x, y), image, label, name in zip(place.tolist(), known.images, known.labels, known.names, strict=True):
-        dots.append(f'<circle cx="{x * 1000:.0f}" cy="{y * 1000:.0f}" r="6" fill="{colour(label)}"/>')
-        if all(max(abs(x - a), abs(y - b)) >= _APART for a, b in shown):
-            shown.append((x, y))
-            style = f"left:{x * 100:.1f}%;top:{y * 100:.1f}%;border-color:{colour(label)}"
-            thumbnails.append(_image(_pixels(image), name, 40, f' style="{style}"'))
-    classes = dict(sorted(pair for pair in zip(known.labels, known.names, strict=True) if pair[0] >= 0))
-    legend = [
-        f'<span><i style="background:{colour(label)}"></i>{escape(name)}</span>'
-        for label, name in list(classes.items())[:20]
-    ]
-    legend += [f"<span>and {len(classes) - 20} more classes</span>"] if len(classes) > 20 else []
-    return (
-        f"<p>{len(known.images):,} images at the first two principal components of their features, which hold "
-        f"{share:.0%} of the variance.{' Colours are classes, which training never saw.' if legend else ''}</p>"
-        f'<div class="cloud"><svg viewBox="0 0 1000 1000" role="img" aria-label="map of the features">{"".join(dots)}'
-        f'</svg>{"".join(thumbnails)}</div><div class="legend">{"".join(legend)}</div>'
-    )
+    place = ((place - low) / (high - low).clamp(min=1e-12)) * 0.94 + 0.03  # shares of the map's sides
+    colors = [class_color(label) for label in bank.labels]
+    dots = [(x, y, color) for (x, y), color in zip(place.tolist(), colors, strict=True)]
+    thumbnails: list[tuple[float, float, str, Picture]] = []
+    for (x, y, color), image, name in zip(dots, bank.images, bank.names, strict=True):
+        if all(max(abs(x - a), abs(y - b)) >= _APART for a, b, *_ in thumbnails):
+            thumbnails.append((x, y, color, _picture(_pixels(image), name, 40)))
+    classes = dict(sorted(pair for pair in zip(bank.labels, bank.names, strict=True) if pair[0] >= 0))
+    return Map(dots, thumbnails, [(class_color(label), name) for label, name in classes.items()], variance)
 
 
-def colour(label: int) -> str:
-    """Of a class: hues that stay apart for any number of classes; grey for none."""
+def class_color(label: int) -> str:
+    """CSS color of a class: hues that stay apart for any number of classes; gray for -1."""
     if label < 0:
         return "#888"
     return f"hsl({label * 137.508 % 360:.0f} 70% {(48, 60, 38)[label % 3]}%)"
@@ -229,8 +258,8 @@ def _pixels(image: Tensor) -> np.ndarray:
     return image.expand(3, -1, -1).permute(1, 2, 0).numpy()
 
 
-def _image(pixels: np.ndarray, alt: str, side: int, attributes: str = "") -> str:
-    """An `<img>` that holds its pixels. Larger pictures than `side` are shrunk; small ones keep their few pixels."""
+def _picture(pixels: np.ndarray, alt: str, side: int) -> Picture:
+    """A picture at most `side` pixels large: larger ones are shrunk, small ones keep their few pixels."""
     picture = Image.fromarray(np.ascontiguousarray(pixels))
     enlarged = max(picture.size) < side
     picture.thumbnail((side, side))
@@ -240,6 +269,4 @@ def _image(pixels: np.ndarray, alt: str, side: int, attributes: str = "") -> str
     kind = "png" if enlarged or side <= 40 else "jpeg"
     picture.save(buffer, kind, **({"optimize": True} if kind == "png" else {"quality": 85}))
     data = base64.b64encode(buffer.getvalue()).decode()
-    crisp = ' class="crisp"' if enlarged and side > 40 else ""
-    name = escape(alt)
-    return f'<img src="data:image/{kind};base64,{data}" alt="{name}" title="{name}"{crisp}{attributes}>'
+    return Picture(f"data:image/{kind};base64,{data}", alt, enlarged and side > 40)

@@ -18,6 +18,7 @@ from dino_fast.engine.config import (
     from_arguments,
     load_config,
     to_dict,
+    with_whole_paths,
 )
 from dino_fast.engine.presets import PRESETS
 from dino_fast.errors import UserError
@@ -182,7 +183,51 @@ def test_resuming_starts_from_the_runs_settings(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("data: photos\nbatch_size: 16\nepochs: 3\n")
     config = build_config({"out": str(tmp_path), "resume": True, "workers": 2})
     assert (config.data, config.batch_size, config.epochs, config.workers) == ("photos", 16, 3, 2)
-    assert build_config({"out": str(tmp_path / "new"), "resume": True}).data == "demo"
+    assert build_config({"out": str(tmp_path / "new"), "resume": True, "data": "demo"}).out_dim == 512
+
+
+def test_resuming_where_no_run_is_needs_data(tmp_path: Path) -> None:
+    run = tmp_path / "flowers"
+    (run / "checkpoints" / "step-00000004").mkdir(parents=True)
+    (run / "config.yaml").write_text("data: photos\n")
+    (tmp_path / "lost" / "checkpoints" / "step-00000004").mkdir(parents=True)
+    for out, hint in {
+        tmp_path / "flower": "did you mean 'flowers'",
+        run / "checkpoints": f"it lies in the run {run}: give that",
+        run / "checkpoints" / "step-00000004": f"it lies in the run {run}: give that",
+        tmp_path / "lost": "its config.yaml is missing",
+    }.items():
+        for preset in (None, "vit_small"):
+            with pytest.raises(UserError, match=rf"no run in {out};.*{hint}.*--data"):
+                build_config({"out": str(out), "resume": True}, preset=preset)
+    assert build_config({"out": str(tmp_path / "new"), "resume": True, "data": "photos"}).data == "photos"
+
+
+@pytest.mark.parametrize("name", ["data", "out", "init_from", "wandb"])
+def test_an_empty_path_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="is empty"):
+        build_config({"data": "photos", name: ""})
+
+
+def test_paths_mean_the_same_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "home").mkdir()
+
+    def whole(**given: str) -> Config:
+        return with_whole_paths(build_config({"data": "x", **given}))
+
+    config = whole(data="photos", init_from="photos", out="~/run")
+    assert config.data == config.init_from == str(tmp_path / "photos") and config.out == str(tmp_path / "home" / "run")
+    assert whole(data="~/photos").data == str(tmp_path / "home" / "photos")
+    assert whole(data="photos/*.jpg").data == str(tmp_path / "photos" / "*.jpg")
+    assert whole(data="{00..09}.tar").data == str(tmp_path / "{00..09}.tar")
+    for name in ("demo", "elsewhere"):
+        assert whole(data=name).data == name
+    assert whole(init_from="hub:dino_vits16").init_from == "hub:dino_vits16"
+    with pytest.raises(UserError, match="no such home folder"):
+        whole(out="~nobody-of-that-name/run")
 
 
 def test_resuming_with_other_settings_is_named() -> None:
@@ -219,7 +264,7 @@ def test_other_names_of_settings_are_accepted(alias: str, tmp_path: Path) -> Non
     present = {"last_layer": "chunked", "saveckp_freq": 20.0}.get(
         alias, tuple(value) if isinstance(value, list) else value
     )
-    base = {"data": "x"} if name != "data" else {}
+    base: dict[str, object] = {"data": "x", "hold_out": 0.0} if name != "data" else {}
     expected = build_config({**base, name: present})
     assert getattr(expected, name) == present != getattr(Config(), name)
     assert build_config({**base, alias: value}) == expected

@@ -200,9 +200,22 @@ def test_a_checkpoint_of_two_processes_resumes_on_one_and_on_three(tmp_path: Pat
 @pytest.mark.slow
 def test_torchrun_starts_the_processes_anew_when_one_is_lost(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    words = ["train", "--resume", "--out", str(out), "--max-steps", "150", "--fsdp", "full", "--knn-every", "0"]
+    words = [
+        "train",
+        "--data",
+        "demo",
+        "--resume",
+        "--out",
+        str(out),
+        "--max-steps",
+        "150",
+        "--fsdp",
+        "full",
+        "--knn-every",
+        "0",
+    ]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "--max-restarts", "1", "-m", "dino_fast", *words, "--save-every", "0.05"]
+    command = [*launcher, "--max-restarts", "1", "-m", "dino_fast", *words, "--save-every", "0.05", "--knn-every", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not list((out / "checkpoints").glob("step-*")) and process.poll() is None:
         time.sleep(0.05)

@@ -44,7 +44,7 @@ MODEL: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes of 22 pictures; 4 are held out, so that an epoch has 5 steps of 8."""
+    """Two classes of 22 pictures: 5 steps of 8 an epoch."""
     root = tmp_path_factory.mktemp("images")
     random = np.random.default_rng(0)
     for name, low in (("dark", 0), ("light", 128)):
@@ -293,8 +293,66 @@ def test_resuming_as_another_run_is_refused(images: Path, tmp_path: Path) -> Non
 def test_other_images_on_resume_are_refused(images: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(_config(images, out, max_steps=2))
-    with pytest.raises(UserError, match="trains on 40 images"):
+    before = (out / "config.yaml").read_bytes()
+    with pytest.raises(UserError, match="trains on 44 images"):
         train(_config(images / "dark", out, resume=True, max_steps=4))
+    others = tmp_path / "others"
+    shutil.copytree(images, others)
+    for path in others.rglob("*.png"):
+        Image.open(path).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
+    with pytest.raises(UserError, match=r"trains on other images.*100% of a sample differ"):
+        train(_config(others, out, resume=True, max_steps=4))
+    assert (out / "config.yaml").read_bytes() == before
+
+
+def test_nothing_is_held_out_unless_asked(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "all"
+    train(_config(images, out, max_steps=2))
+    said = capsys.readouterr().out
+    assert "44 images of" in said and "all images are trained on; the k-NN leaves each of 44 out in turn" in said
+    assert "(k=20, temperature 0.07, 44 training images, leaving one out): teacher " in said
+    train(_config(images, tmp_path / "tenth", max_steps=2, hold_out=0.1))
+    said = capsys.readouterr().out
+    assert "40 images of" in said and "4 of 44 images are held out for the k-NN and not trained on" in said
+    assert "4 held-out images): teacher " in said
+
+
+def test_a_run_of_a_version_that_held_out_a_tenth_continues_so(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(_config(images, out, max_steps=2, hold_out=0.1))
+    text = (out / "config.yaml").read_text()
+    (out / "config.yaml").write_text(text.replace("hold_out: 0.1\n", ""))
+    assert "hold_out" not in (out / "config.yaml").read_text()
+    train(build_config({"out": str(out), "resume": True, "max_steps": 4}))
+    assert len(read_metrics(out)) == 4
+
+
+def test_the_same_images_elsewhere_continue(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(images, tmp_path / "photos")
+    monkeypatch.chdir(tmp_path)
+    train(_config(Path("photos"), Path("run"), max_steps=2))
+    assert f"data: {tmp_path / 'photos'}" in (tmp_path / "run" / "config.yaml").read_text()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    train(build_config({"out": "../run", "resume": True, "max_steps": 4}))  # a whole path: found from here
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    first = sorted((tmp_path / "moved").rglob("*.png"))[0]
+    Image.open(first).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(first)  # one was repaired
+    train(build_config({"out": "../run", "resume": True, "max_steps": 6, "data": str(tmp_path / "moved")}))
+    assert len(read_metrics(tmp_path / "run")) == 6
+
+    folder = tmp_path / "run" / "checkpoints" / "step-00000006"
+    step, state = checkpoint.read(folder)
+    del state["fingerprint"]  # as earlier versions wrote it
+    checkpoint.save(folder.parent, step, state)
+    train(build_config({"out": "../run", "resume": True, "max_steps": 8}))
+    assert len(read_metrics(tmp_path / "run")) == 8
+    file = tmp_path / "run" / "config.yaml"
+    file.write_text(file.read_text().replace(str(tmp_path / "moved"), "moved"))
+    with pytest.raises(UserError, match=r"'moved', which is not in this folder.*--data"):
+        train(build_config({"out": "../run", "resume": True, "max_steps": 9}))
 
 
 def test_a_loss_that_is_not_finite_leaves_its_inputs(

@@ -352,6 +352,8 @@ def test_opcheck(backend):
     shapes = [(5,), (3, 4)]
     copies = draw(shapes, torch.bfloat16, 9)
     torch.library.opcheck(ops.ema_update.default, (draw(shapes), draw(shapes, seed=1), 0.9, copies, backend))
+    momentum = torch.tensor(0.9, dtype=torch.float64)
+    torch.library.opcheck(ops.ema_update_by.default, (draw(shapes), draw(shapes, seed=1), momentum, copies, backend))
     torch.library.opcheck(ops.grad_norms.default, (draw(shapes), backend))
     params, grads, m1, m2, steps, teachers = make_state(shapes)
     args = (params, grads, m1, m2, steps, teachers, copies, draw(shapes, torch.bfloat16, 8), torch.ones(2), None)

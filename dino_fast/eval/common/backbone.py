@@ -1,8 +1,7 @@
-"""The frozen network of an evaluation, and what each evaluation takes from it.
+"""The frozen network of an evaluation: opened from a run, a file of weights or `timm:NAME`; its features and attention.
 
-Three places can name one: a run of ours, a file with the original's names, or `timm:NAME`. What is taken is a function
-of images `[B, C, H, W]` to features `[B, dim]`, or the attention of the class token, which is computed from the queries
-and keys of the last block: attention that keeps no matrix (fused, packed) gives it too.
+A feature is a function of images `[B, C, H, W]` to `[B, dim]`. The attention of the class token is computed from the
+queries and keys of the last block, so that fused and packed attention, which keep no matrix, give it too.
 """
 
 from __future__ import annotations
@@ -91,8 +90,12 @@ def open_backbone(
 
 
 def tokens_feature(backbone: VisionTransformer, blocks: int = 1, patch_mean: bool = False) -> tuple[Feature, str]:
-    """(images -> the normalised class tokens of the last `blocks` blocks side by side `[B, blocks * dim]`, with
-    `patch_mean` also the mean of the last block's patch tokens `[B, (blocks + 1) * dim]`; what to call it)."""
+    """A function from images `[B, C, H, W]` to features `[B, width]`, and the feature's name.
+
+    The feature is the normalized class tokens of the last `blocks` blocks side by side, width `blocks * dim`; with
+    `patch_mean` also the mean of the last block's patch tokens, width `(blocks + 1) * dim`. Of a convolutional network
+    it is the pooled output. Raises UserError for `blocks` out of range.
+    """
     if not isinstance(backbone, VisionTransformer):
         if patch_mean:
             raise UserError("--patch-mean needs patch tokens, which a convolutional network has not")
@@ -117,9 +120,9 @@ def tokens_feature(backbone: VisionTransformer, blocks: int = 1, patch_mean: boo
 
 @torch.no_grad()
 def class_attention(backbone: nn.Module, images: Tensor) -> Tensor:
-    """How much the class token attends to each patch in the last block: `[B, heads, N]`, each row at most 1 in sum
-    (the rest goes to the class token itself and to registers).
+    """Attention of the class token to each patch in the last block, `[B, heads, N]`.
 
+    A row's sum is at most 1: the rest goes to the class token itself and to registers.
     Read off the packed queries and keys as they leave `blocks[-1].attn.qkv`, so memory is linear in N, whatever
     computes the attention.
     """
@@ -133,4 +136,5 @@ def class_attention(backbone: nn.Module, images: Tensor) -> Tensor:
     qkv = caught[0].unflatten(-1, (3, attention.num_heads, -1))  # [..., 3, H, d], all tokens of all images
     q, k, _ = qkv.reshape(len(images), -1, *qkv.shape[-3:]).permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, 1 + N, d]
     scores = (q[:, :, :1].float() @ k.float().transpose(-2, -1)).squeeze(2) * q.shape[-1] ** -0.5  # [B, H, 1 + N]
-    return scores.softmax(dim=-1)[:, :, 1 + getattr(backbone, "registers", 0) :]
+    weights: Tensor = scores.softmax(dim=-1)
+    return weights[:, :, 1 + getattr(backbone, "registers", 0) :]

@@ -97,8 +97,11 @@ def can_write_video() -> str:
 
 
 def write_video(path: Path, frames: Iterable[np.ndarray], fps: float) -> int:
-    """Writes uint8 `[H, W, 3]` frames of one size as H.264; an odd side loses its last row or column, which the format
-    cannot hold. Returns their number."""
+    """Writes uint8 `[H, W, 3]` frames of one size as H.264 and returns their number.
+
+    An odd side loses its last row or column, which the format cannot hold. Raises UserError if the file cannot be
+    written or PyAV is missing.
+    """
     from fractions import Fraction
 
     av = _av(f"writing {path}")

@@ -1,4 +1,4 @@
-"""Labelled images to learn from and to classify: one numbering of the classes, and nothing left out without a word."""
+"""Labeled images to learn from and to classify, with one numbering of their classes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _same_numbers(bank: Source, queries: Source) -> np.ndarray:
         if name not in bank.classes:
             raise UserError(f"the test data has a class '{name}' that --data lacks{nearest(name, bank.classes)}")
     numbers = np.asarray([*(bank.classes.index(name) for name in queries.classes), -1], dtype=np.int64)
-    return numbers[queries.labels]  # -1 takes the last entry, which is -1
+    return np.asarray(numbers[queries.labels])  # -1 takes the last entry, which is -1
 
 
 def _class(source: Source, label: int) -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import torch
@@ -22,10 +23,10 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from dino_fast.backends import Backend, choose, cuda_missing, native_missing, register
+from dino_fast.ops import autograd
 from dino_fast.ops.multi_crop import cuda, native
 
 
-@torch.library.custom_op("dino_fast::multi_crop", mutates_args=())
 def multi_crop(
     images: list[Tensor],
     boxes: Tensor,
@@ -51,9 +52,13 @@ def multi_crop(
     dtype float32 or bfloat16. Raises ValueError for another dtype or device, shapes that disagree and boxes outside
     their image. On a GPU all work is queued on the current stream and nothing is waited for.
     """
-    crops = _empty(images, boxes, n_global, global_size, local_size, dtype)
-    multi_crop_into(crops, images, boxes, switches, order, factors, radius, mean, std, backend)
-    return crops
+    return cast(
+        "tuple[Tensor, Tensor]",
+        torch.ops.dino_fast.multi_crop(
+            images, boxes, switches, order, factors, radius,
+            n_global, global_size, local_size, mean, std, dtype, backend,
+        ),
+    )  # fmt: skip
 
 
 def multi_crop_into(
@@ -69,18 +74,58 @@ def multi_crop_into(
     backend: str = "auto",
 ) -> None:
     """`multi_crop`, its results written to `crops`: contiguous, of the shapes that it returns, on the images' device
-    and of one dtype. Raises ValueError for others."""
+    and of one dtype. Raises ValueError for others, and RuntimeError where autograd would have to differentiate them."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in crops):
+        raise RuntimeError("multi_crop: the crops to write require gradients; call it under torch.no_grad()")
+    if autograd.is_plain(*crops, *images, boxes, switches, order, factors, radius, mean, std):
+        _fill(crops, images, boxes, switches, order, factors, radius, mean, std, backend)
+        autograd.increment_versions(crops)
+        return
+    _check_images(images, boxes)
+    _check_results(crops, images, boxes.shape[1])
+    global_size, local_size = (list(x.shape[3:]) for x in crops)
+    made = multi_crop(
+        images, boxes, switches, order, factors, radius,
+        len(crops[0]), global_size, local_size, mean, std, crops[0].dtype, backend,
+    )  # fmt: skip
+    for given, crop in zip(crops, made, strict=True):
+        given.copy_(crop)
+
+
+def _run(
+    images: list[Tensor],
+    boxes: Tensor,
+    switches: Tensor,
+    order: Tensor,
+    factors: Tensor,
+    radius: Tensor,
+    n_global: int,
+    global_size: list[int],
+    local_size: list[int],
+    mean: Tensor,
+    std: Tensor,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    crops = _empty(images, boxes, n_global, global_size, local_size, dtype)
+    _fill(crops, images, boxes, switches, order, factors, radius, mean, std, backend)
+    return crops
+
+
+def _fake(images, boxes, switches, order, factors, radius, n_global, global_size, local_size, mean, std,
+          dtype=torch.float32, backend="auto"):  # type: ignore[no-untyped-def]  # fmt: skip
+    return _empty(images, boxes, n_global, global_size, local_size, dtype)
+
+
+autograd.define_operator("multi_crop", _run, _fake, alternative="the same distortions written in PyTorch")
+
+
+def _fill(crops, images, boxes, switches, order, factors, radius, mean, std, backend) -> None:  # type: ignore[no-untyped-def]
     _check_images(images, boxes)
     _check_results(crops, images, boxes.shape[1])
     _check(images, boxes, switches, order, factors, radius, mean, std, crops[0].dtype)
     run = _RUN[choose("multi_crop", *images, backend=backend)]
     run(images, boxes, switches, order, factors, radius, mean, std, *crops)
-
-
-@multi_crop.register_fake
-def _(images, boxes, switches, order, factors, radius, n_global, global_size, local_size, mean, std,
-      dtype=torch.float32, backend="auto"):  # fmt: skip
-    return _empty(images, boxes, n_global, global_size, local_size, dtype)
 
 
 def _empty(

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from dino_fast.backends import Backend, choose, cuda_missing, native_missing, register
+from dino_fast.ops.autograd import define_operator
 from dino_fast.ops.multi_tensor import cuda, native
 
 # ---- reference: the specification ----
@@ -117,6 +118,20 @@ def run_ema_update(
     _EMA_UPDATE[name](teacher, student, momentum, copies, found_inf)
 
 
+def run_ema_update_by(
+    teacher: list[Tensor],
+    student: list[Tensor],
+    momentum: Tensor,
+    copies: list[Tensor],
+    backend: str = "auto",
+    found_inf: Tensor | None = None,
+) -> None:
+    """`run_ema_update` by a momentum in a scalar tensor on the CPU: a compiled program takes it as an input, where a
+    number would be a constant of it, and another number another program."""
+    _check_momentum_tensor(momentum)
+    run_ema_update(teacher, student, momentum.item(), copies, backend, found_inf)
+
+
 def run_grad_norms(grads: list[Tensor], backend: str = "auto") -> Tensor:
     """The 2-norm of each gradient, float32 [n] on the gradients' device (float64 where any gradient is).
 
@@ -170,32 +185,51 @@ def run_adamw_ema(
     )  # fmt: skip
 
 
-ema_update = torch.library.custom_op("dino_fast::ema_update", run_ema_update, mutates_args=("teacher", "copies"))
-grad_norms = torch.library.custom_op("dino_fast::grad_norms", run_grad_norms, mutates_args=())
-adamw_ema = torch.library.custom_op(
-    "dino_fast::adamw_ema",
-    run_adamw_ema,
-    mutates_args=("params", "exp_avgs", "exp_avg_sqs", "steps", "teachers", "param_copies", "teacher_copies"),
-)
-
-
-@ema_update.register_fake
-def _(teacher, student, momentum, copies, backend="auto", found_inf=None):
+def _fake_ema_update(teacher, student, momentum, copies, backend="auto", found_inf=None):
     _check_ema(teacher, student, momentum, copies)
 
 
-@grad_norms.register_fake
-def _(grads, backend="auto"):
+def _fake_ema_update_by(teacher, student, momentum, copies, backend="auto", found_inf=None):
+    _check_momentum_tensor(momentum)
+    _check_ema(teacher, student, 1.0, copies)  # its value is checked where it is known
+
+
+def _fake_grad_norms(grads, backend="auto"):
     wide = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
     return grads[0].new_empty(len(grads), dtype=wide)
 
 
-@adamw_ema.register_fake
-def _(
+def _fake_adamw_ema(
     params, grads, exp_avgs, exp_avg_sqs, steps, teachers, param_copies, teacher_copies, multipliers, *rest, **options
 ):
     _check_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, teachers, param_copies, teacher_copies)
     _check_multipliers(params, multipliers)
+
+
+define_operator(
+    "ema_update",
+    run_ema_update,
+    _fake_ema_update,
+    alternative="dino_fast.ops.multi_tensor.ema_update_reference",
+    mutates_args=("teacher", "copies"),
+)
+define_operator(
+    "ema_update_by",
+    run_ema_update_by,
+    _fake_ema_update_by,
+    alternative="dino_fast.ops.multi_tensor.ema_update_reference",
+    mutates_args=("teacher", "copies"),
+)
+define_operator(
+    "grad_norms", run_grad_norms, _fake_grad_norms, alternative="dino_fast.ops.multi_tensor.grad_norms_reference"
+)
+define_operator(
+    "adamw_ema",
+    run_adamw_ema,
+    _fake_adamw_ema,
+    alternative="dino_fast.ops.multi_tensor.adamw_ema_reference",
+    mutates_args=("params", "exp_avgs", "exp_avg_sqs", "steps", "teachers", "param_copies", "teacher_copies"),
+)
 
 
 # ---- what is accepted ----
@@ -207,6 +241,14 @@ def _check_ema(teacher: list[Tensor], student: list[Tensor], momentum: float, co
     _check_same({"teacher": teacher, "student": student})
     _check_copies("copies", copies, teacher)
     _check_devices([*teacher, *student, *copies])
+
+
+def _check_momentum_tensor(momentum: Tensor) -> None:
+    if momentum.numel() != 1 or not momentum.is_cpu:
+        raise ValueError(
+            f"momentum must be a number, or a tensor of one on the CPU, where reading it waits for nothing; "
+            f"got a tensor of shape {tuple(momentum.shape)} on {momentum.device}"
+        )
 
 
 def _check_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, teachers, param_copies, teacher_copies) -> None:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from dino_fast.dtensor import to_local
+from dino_fast.ops.autograd import PLAIN_TYPES, increment_versions, is_plain
 from dino_fast.ops.multi_tensor import run_adamw_ema, run_grad_norms
-
-_PLAIN = {Tensor, torch.nn.Parameter}  # neither sharded nor fake
 
 
 @dataclass
@@ -23,6 +22,7 @@ class Rows:
     beta1: float
     beta2: float
     eps: float
+    momentum_of: int  # the group whose momentum is that of these teachers
     index: list[int] = field(default_factory=list)  # of the parameter, among all
     group: list[int] = field(default_factory=list)  # of its group
     states: list[dict[str, Any]] = field(default_factory=list)
@@ -54,15 +54,16 @@ class Rows:
         self.teacher_copies.append(copy)
 
     def step(self, multipliers: Tensor | None, found_inf: Tensor | None, momentum: float) -> None:
-        params, m1, m2, teachers = map(_locals, (self.params, self.exp_avgs, self.exp_avg_sqs, self.teachers))
+        lists = (self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.teachers)
+        params, grads, m1, m2, teachers = map(_locals, lists)
         copies, teacher_copies = self._copies(self.param_copies), self._copies(self.teacher_copies)
-        function = run_adamw_ema if _is_eager(params) else torch.ops.dino_fast.adamw_ema
+        function = run_adamw_ema if is_plain(*params, *grads, *teachers) else torch.ops.dino_fast.adamw_ema
         function(
-            params, _locals(self.grads), m1, m2, self.steps, teachers, copies, teacher_copies, multipliers, found_inf,
+            params, grads, m1, m2, self.steps, teachers, copies, teacher_copies, multipliers, found_inf,
             self.lrs, self.weight_decays, self.beta1, self.beta2, self.eps, momentum,
         )  # fmt: skip
         if function is run_adamw_ema:
-            torch.autograd.graph.increment_version([*params, *teachers, *copies, *teacher_copies])
+            increment_versions([*params, *teachers, *copies, *teacher_copies])
 
     def follow(self, momentum: float, found_inf: Tensor | None = None) -> None:
         """The EMA of parameters that do not move."""
@@ -133,7 +134,7 @@ def multipliers_of(
 def _norms(grads: list[Tensor]) -> Tensor:
     """The 2-norm of each whole gradient, [n]; shards' sums of squares are added over the mesh, as one vector."""
     shards = _locals(grads)
-    norms = run_grad_norms(shards) if _is_eager(shards) else torch.ops.dino_fast.grad_norms(shards)
+    norms = run_grad_norms(shards) if is_plain(*shards) else torch.ops.dino_fast.grad_norms(shards)
     sharded: dict[Any, list[int]] = {}
     for i, g in enumerate(grads):
         for dim, placement in enumerate(getattr(g, "placements", ())):
@@ -160,9 +161,4 @@ def _index(rows: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _locals(tensors: list[Tensor]) -> list[Tensor]:
-    return tensors if _PLAIN.issuperset(map(type, tensors)) else [to_local(t) for t in tensors]
-
-
-def _is_eager(tensors: list[Tensor]) -> bool:
-    """Whether these are tensors with memory, and nothing records what is done to them."""
-    return not torch.compiler.is_compiling() and _PLAIN.issuperset(map(type, tensors))
+    return tensors if PLAIN_TYPES.issuperset(map(type, tensors)) else [to_local(t) for t in tensors]
