@@ -7,6 +7,7 @@ of every epoch, the state dict. The work is one fused operation, `dino_fast.ops.
 from __future__ import annotations
 
 import warnings
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from dino_fast.ops import dino_loss as operation
 from dino_fast.ops import linear_dino_loss as linear_operation
+from dino_fast.ops.dino_loss.common import TEACHER_CROPS
 
 __all__ = ["DINOLoss", "dino_loss", "linear_dino_loss", "linear_ibot_loss"]
 
@@ -199,7 +201,7 @@ class DINOLoss(nn.Module):
         center_momentum: float = 0.9,
     ) -> None:
         super().__init__()
-        if ncrops < operation.TEACHER_CROPS:
+        if ncrops < TEACHER_CROPS:
             raise ValueError(f"DINOLoss: ncrops counts the two global crops too, so it is 2 or more; got {ncrops}")
         self.out_dim, self.ncrops = out_dim, ncrops
         self.student_temp, self.center_momentum = student_temp, center_momentum
@@ -221,7 +223,7 @@ class DINOLoss(nn.Module):
             epoch: counted from 0; beyond the schedule the last temperature holds.
         """
         student = self._by_crop("student_output", student_output, self.ncrops)
-        teacher = self._by_crop("teacher_output", teacher_output, operation.TEACHER_CROPS)
+        teacher = self._by_crop("teacher_output", teacher_output, TEACHER_CROPS)
         compiling = torch.compiler.is_compiling()
         temp = self._teacher_temps[self._entry(epoch)] if compiling else self.teacher_temp(epoch)
         result = operation.dino_loss(
@@ -243,11 +245,18 @@ class DINOLoss(nn.Module):
     def update_center(
         self, teacher_mean: Tensor, prototypes: slice | None = None, *, hold: Tensor | None = None
     ) -> None:
-        """Move the centre towards the mean over ranks of `teacher_mean` [K], this process's mean of raw logits.
+        """Moves the center towards the mean over ranks of `teacher_mean` [K], this process's mean of raw logits.
 
         With `prototypes` the mean is of these alone, and of all ranks already: nothing is communicated. Where `hold`, a
-        boolean scalar on the device, is true the centre stays as it is.
+        boolean scalar on the device, is true the center stays as it is. Raises ValueError for another shape: the
+        original's method takes the logits [2B, K] themselves.
         """
+        width = self.center[0, prototypes or slice(None)].numel()
+        if teacher_mean.shape != (width,):
+            raise ValueError(
+                f"DINOLoss.update_center takes the mean of the teacher's logits, [{width}]; got "
+                f"{list(teacher_mean.shape)}. For logits [2 B, K] give logits.mean(dim=0)"
+            )
         mean = teacher_mean.to(self.center.dtype)
         if prototypes is None and dist.is_available() and dist.is_initialized():
             mean = mean.clone()
@@ -269,9 +278,10 @@ class DINOLoss(nn.Module):
                 f"DINOLoss: {name} has {logits.shape[0]} rows, which {crops} crops do not divide; "
                 f"give one row for each of {crops} crops of every image, or make DINOLoss with the right ncrops"
             )
-        return logits.unflatten(0, (crops, logits.shape[0] // crops))
+        return cast(Tensor, logits.unflatten(0, (crops, logits.shape[0] // crops)))
 
     def extra_repr(self) -> str:
+        """Sizes and temperature, for `print(loss)`."""
         return f"out_dim={self.out_dim}, ncrops={self.ncrops}, student_temp={self.student_temp}"
 
 
@@ -287,8 +297,10 @@ def teacher_temp_schedule(warmup_temp: float, temp: float, warmup_epochs: int, e
 
 
 def teacher_temp_at(epoch: int, warmup_temp: float, temp: float, warmup_epochs: int, epochs: int) -> float:
-    """Constant within an epoch; linear over the warm-up's epochs, of which the last has the final value; then `temp`.
-    The warm-up is at most as long as the run of `epochs`."""
+    """The teacher's temperature in an epoch: linear over the warm-up's epochs, then `temp`.
+
+    The last epoch of the warm-up has the final value. The warm-up is at most as long as the run of `epochs`.
+    """
     warmup_epochs = min(warmup_epochs, epochs)
     if epoch >= warmup_epochs:
         return temp

@@ -222,3 +222,14 @@ def test_the_default_dtype_does_not_matter(default, gain):
     finally:
         torch.set_default_dtype(torch.float32)
     assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_update_center_asks_for_the_mean_where_logits_are_given():
+    loss = DINOLoss(8, 3, 0.04, 0.04, 0, 1)
+    logits = torch.randn(4, 8)
+    with pytest.raises(ValueError, match=r"takes the mean of the teacher's logits, \[8\]; got \[4, 8\].*mean\(dim=0\)"):
+        loss.update_center(logits)
+    with pytest.raises(ValueError, match=r"\[3\]; got \[8\]"):
+        loss.update_center(logits.mean(dim=0), slice(2, 5))
+    loss.update_center(logits.mean(dim=0))
+    torch.testing.assert_close(loss.center[0], 0.1 * logits.mean(dim=0))

@@ -9,6 +9,7 @@ from dino_fast.cli.evaluation import add_common, begin, left_out_note, report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options to its parser."""
     add_common(
         parser,
         "labelled images: a folder, list, .parquet or 'demo'",

@@ -9,6 +9,7 @@ from dino_fast.cli.evaluation import add_common, begin, left_out_note, report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options to its parser."""
     add_common(
         parser,
         "labelled images to train on: a folder, list, .parquet or 'demo'",
@@ -54,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
         f"linear top-1 {100 * result['top1']:.2f} %  top-5 {100 * result['top5']:.2f} %  ({result['which']} "
         f"{result['feature']}, {result['train']} training images, {result['test']} test images, "
         f"{result['epochs']} epochs, {result['crops']} crops)",
+        f"after the last epoch; the best epoch on the test images, as the original reports: "
+        f"{100 * result['best_epoch_top1']:.2f} % (epoch {result['best_epoch'] + 1})",
         "by learning rate (per 256 images; the best is chosen on the test images):",
         *(f"  {row['rate']:<8g} {100 * row['top1']:.2f} %" for row in result["results"]),
     ]

@@ -9,6 +9,7 @@ from dino_fast.errors import UserError, make_folder, unwritable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options to its parser."""
     parser.add_argument("run", type=Path, help="directory of a run, finished or not")
     parser.add_argument("--out", type=Path, metavar="FILE", help="page to write (default: report.html in the run)")
     parser.add_argument("--data", metavar="PATH", help="images to draw (default: those that the run was given)")

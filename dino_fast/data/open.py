@@ -156,7 +156,8 @@ def _open_file(path: Path) -> Source:
 
 def _mapped(path: Path) -> np.ndarray:
     try:
-        return np.load(path, mmap_mode="c", allow_pickle=False)
+        array: np.ndarray = np.load(path, mmap_mode="c", allow_pickle=False)
+        return array
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a readable array of numpy ({error})") from error
 

@@ -8,9 +8,7 @@ any number of processes.
 from __future__ import annotations
 
 import logging
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -23,6 +21,14 @@ from dino_fast.data.decode import ImageError, Jpeg
 from dino_fast.data.gpu_crops import prefetch_crops
 from dino_fast.data.shared_buffers import Slot, SlotPool, WorkerBuffers
 from dino_fast.data.source import Source
+from dino_fast.data.workers import (
+    ForkContext,
+    explained_shortages,
+    init_worker,
+    next_batch,
+    start_workers,
+    stop_workers,
+)
 from dino_fast.errors import UserError
 from dino_fast.seeding import derive_seed
 
@@ -82,6 +88,7 @@ class TrainLoader:
     gpu: torch.device | None = None
     encoded: bool = False
     bad: dict[int, str] = field(default_factory=dict)
+    _running: Iterator[Batch] | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.batch_size % self.world:
@@ -106,22 +113,33 @@ class TrainLoader:
 
         if self.workers:
             self.source.prepare()
-        slots = SlotPool(self.workers, _PREFETCH + 3)  # what a worker may be ahead, and a step and its successor
-        loader: DataLoader[Batch] = DataLoader(
-            CropDataset(self.source, self.crops, self.seed, self.gpu is not None, self.encoded, slots.free),  # type: ignore[arg-type]
-            batch_size=None,  # one request is one batch, so what a worker makes does not depend on how many there are
-            sampler=BatchSampler(self),
-            num_workers=self.workers,
-            worker_init_fn=_one_thread,
-            multiprocessing_context="fork" if self.workers else None,  # shares the source's memory; workers use no GPU
-            prefetch_factor=_PREFETCH if self.workers else None,
-            pin_memory=self.pin_memory,
-        )
-        batches = self._received(_started(loader), slots)
-        yield from batches if self.gpu is None else prefetch_crops(batches, self.source, self.crops, self.gpu)
+        with explained_shortages():
+            slots = SlotPool(self.workers, _PREFETCH + 3)  # what a worker may be ahead, and a step and its successor
+            loader: DataLoader[Batch] = DataLoader(
+                CropDataset(self.source, self.crops, self.seed, self.gpu is not None, self.encoded, slots.free),  # type: ignore[arg-type]
+                batch_size=None,  # a request is a batch: what a worker makes does not depend on how many there are
+                sampler=BatchSampler(self),
+                num_workers=self.workers,
+                worker_init_fn=init_worker,
+                multiprocessing_context=ForkContext() if self.workers else None,
+                prefetch_factor=_PREFETCH if self.workers else None,
+                pin_memory=self.pin_memory,
+            )
+            self._running = start_workers(loader, self.workers)
+        batches = self._received(self._running, slots)
+        try:
+            yield from batches if self.gpu is None else prefetch_crops(batches, self.source, self.crops, self.gpu)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the workers, as the end of the iteration does. Call it where an exception may leave a loop over the
+        batches: its traceback would keep the workers alive."""
+        stop_workers(self._running)
+        self._running = None
 
     def _received(self, batches: Iterator[Batch], slots: SlotPool) -> Iterator[Batch]:
-        while (batch := _next(batches)) is not None:
+        while (batch := next_batch(batches)) is not None:
             self._note(batch)
             if batch.slot is not None:
                 slots.lend(batch.slot, batch.global_crops)
@@ -143,29 +161,6 @@ class TrainLoader:
                 f"{len(self.bad)} of {len(self.source)} images cannot be read, more than the {self.max_bad:.1%} "
                 f"accepted. The last: {next(reversed(self.bad.values()))}. 'dino-fast data check' lists them all"
             )
-
-
-def _started(loader: Iterable[Batch]) -> Iterator[Batch]:
-    """Starts the workers. PyTorch's signal handler would have a worker's death raise from wherever this process is just
-    then, in the middle of a step; the wait for the next batch notices it as well, within seconds, so it is put back."""
-    before = signal.getsignal(signal.SIGCHLD)
-    batches = iter(loader)
-    if before is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, before)
-    return batches
-
-
-def _next(batches: Iterator[Batch]) -> Batch | None:
-    try:
-        return next(batches, None)
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        # Dead at its work or while it handed a batch over; what a living worker raised says "Caught".
-        if "Caught" in str(error) or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
-            raise
-        raise UserError(
-            f"a data-loading worker died ({error or type(error).__name__}). If memory ran out, use fewer --workers "
-            "or a smaller batch; --workers 0 loads in the training process"
-        ) from error
 
 
 class BatchSampler:
@@ -240,10 +235,6 @@ class CropDataset:
                 bad.append((used, str(error)))
             used = derive_seed(self.seed, _REPLACE, epoch, index, attempt) % len(self.source)
         return None, index
-
-
-def _one_thread(worker: int) -> None:
-    torch.set_num_threads(1)  # the workers are the parallelism
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:

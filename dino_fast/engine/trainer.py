@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from dino_fast.backends import native_missing
 from dino_fast.data import Batch, TrainLoader
+from dino_fast.defaults import torch_defaults
 from dino_fast.engine import checkpoint
 from dino_fast.engine.build import (
     Data,
@@ -46,6 +48,7 @@ from dino_fast.errors import UserError
 SAVE_SHARE = 0.1  # saving takes at most this share of the time, however short the epochs are
 
 
+@torch_defaults()
 def train(config: Config) -> Path:
     """Trains as configured; returns the run directory. Raises UserError, and Interrupted after Ctrl-C or SIGTERM."""
     validate(config)
@@ -186,7 +189,7 @@ class Trainer:
         self._introduce()
         untrained = self._measure_knn() if self.step == 0 else {}  # before any update, logged with the first step
         profile = profiled(self.config.profile, self.run_dir.path, self.context.rank, self.say)
-        with self.progress, profile as step_profiler:
+        with self.progress, contextlib.closing(self.loader), profile as step_profiler:
             for batch, elapsed in self._timed_batches():
                 hyperparams = self.schedules.values_at(self.step)
                 metrics = train_step(self.state, batch, hyperparams, self.step)  # on a GPU started, not finished
@@ -204,8 +207,7 @@ class Trainer:
                 if self._save_is_due(knn) or signal:
                     self.save_checkpoint(knn)
                 if signal:
-                    self.checkpointer.wait()
-                    raise Interrupted(signal, f"interrupted at step {self.step} and saved. {self._how_to_resume()}")
+                    self._interrupt(signal)
             self.flush_metrics()
 
     def _timed_batches(self) -> Iterator[tuple[Batch, Callable[[], dict[str, float]]]]:
@@ -241,14 +243,22 @@ class Trainer:
         if self.step <= max(self.saved_step, 0):
             raise reason
         self.save_checkpoint({})
+        if signal := self._signal():  # sent to the workers as well, which it ended
+            self._interrupt(signal)
         self.checkpointer.wait()
         raise UserError(f"{reason}. Saved at step {self.step}. {self._how_to_resume()}") from failure
+
+    def _interrupt(self, signal: int) -> NoReturn:
+        """Raises Interrupted once the checkpoint is on disk."""
+        self.checkpointer.wait()
+        raise Interrupted(signal, f"interrupted at step {self.step} and saved. {self._how_to_resume()}")
 
     def _batches(self) -> Iterator[Batch]:
         """The loader's batches from the current step on."""
         self.loader.start = divmod(self.step, self.loader.batches_per_epoch)
         batches = iter(self.loader)
         # Workers are forked here and inherit the signal mask: this process alone handles a Ctrl-C sent to the group.
+        # They unblock SIGTERM, by which they are ended.
         # The loader's iterator draws from the global generator when it is made, which must leave no trace.
         with block_signals(), torch.random.fork_rng(devices=[]):
             first = next(batches, None)

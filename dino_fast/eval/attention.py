@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from dino_fast.data import ImageError
+from dino_fast.defaults import torch_defaults
 from dino_fast.errors import UserError, make_folder, unwritable
 from dino_fast.eval.common.backbone import Frozen, class_attention, open_backbone
 from dino_fast.eval.common.frames import (
@@ -72,8 +73,8 @@ def overlay(seen: np.ndarray, attention: Tensor, patch: int) -> np.ndarray:
     low, high = attention.min(), attention.max()
     share = ((attention - low) / (high - low).clamp(min=1e-12)).numpy().repeat(patch, axis=0).repeat(patch, axis=1)
     opacity = 0.25 + 0.5 * share[..., None]
-    blend: np.ndarray = seen * (1 - opacity) + heat(attention, patch, "inferno") * opacity
-    return blend.round().astype(np.uint8)
+    blend: np.ndarray = (seen * (1 - opacity) + heat(attention, patch, "inferno") * opacity).round().astype(np.uint8)
+    return blend
 
 
 def masked(seen: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -102,6 +103,7 @@ def draw(seen: Tensor, attention: Tensor, patch: int, mass: float = MASS) -> dic
     return pictures
 
 
+@torch_defaults()
 def evaluate(
     checkpoint: str | Path,
     data: str | Path,

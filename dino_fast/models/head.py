@@ -104,7 +104,8 @@ class WeightNormLinear(nn.Module):
         The weight matrix is not made. With sharded parameters the result is that of this process's rows.
         """
         v, g = to_local(self.weight_v).float(), to_local(self.weight_g).float()
-        return torch.mv(v, mean.float()) * (g[:, 0] / torch.linalg.vector_norm(v, dim=1))
+        logits: Tensor = torch.mv(v, mean.float()) * (g[:, 0] / torch.linalg.vector_norm(v, dim=1))
+        return logits
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""

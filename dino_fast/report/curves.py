@@ -144,7 +144,7 @@ def _last(curves: Sequence[Curve], unit: str) -> str:
 
 
 def _at(curves: Sequence[Curve]) -> str:
-    """ "step", or "around step" where points are means of several."""
+    """Unit of the position along the curves: "around step" where points are means of several."""
     return "around step" if any(p.step % 1 or p.low < p.high for c in curves for p in c.points) else "step"
 
 

@@ -98,6 +98,7 @@ def test_the_command(tmp_path, checkpoint, capsys):
     assert len(list((tmp_path / "kept").iterdir())) == 1  # the training and the test images are the same here
     assert cli.main(words) == 0  # now from the kept features
     output = capsys.readouterr().out
+    assert "the best epoch on the test images, as the original reports: 100.00 %" in output
     assert "linear top-1 100.00 %" in output and "1 of train" in output
 
 
@@ -128,6 +129,16 @@ def test_the_command_with_random_crops(tmp_path, checkpoint):
     data = coloured(tmp_path / "data", ("red", "blue"))
     result, _ = linear.evaluate(checkpoint, data, data, blocks=1, epochs=3, crops="random", rates=[0.1], device="cpu")
     assert (result["top1"], result["crops"]) == (1.0, "random")
+
+
+def test_the_last_and_the_best_epoch_are_reported(tmp_path, checkpoint, monkeypatch):
+    shares = iter([[(0.25, 1.0), (0.5, 1.0)], [(1.0, 1.0), (0.25, 1.0)], [(0.5, 1.0), (0.75, 1.0)]])
+    monkeypatch.setattr(linear, "accuracy", lambda heads, features, labels: next(shares))
+    data = coloured(tmp_path / "data", ("red", "blue"))
+    result, _ = linear.evaluate(checkpoint, data, data, blocks=1, epochs=3, rates=[0.1, 0.2], device="cpu")
+    assert (result["rate"], result["top1"], result["best_epoch_top1"], result["best_epoch"]) == (0.2, 0.75, 0.75, 2)
+    first = result["results"][0]
+    assert (first["rate"], first["top1"], first["best_epoch_top1"], first["best_epoch"]) == (0.1, 0.5, 1.0, 1)
 
 
 def test_cifar(cifar, checkpoint, tiny):

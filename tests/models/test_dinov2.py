@@ -6,7 +6,6 @@ import re
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import save_file
 
 from dino_fast.errors import UserError
@@ -14,6 +13,8 @@ from dino_fast.eval.common.backbone import class_attention
 from dino_fast.models import DINOv2, build_backbone
 from dino_fast.models.weights import read as files
 from dino_fast.models.weights.key_mapping import to_transformers
+
+transformers = pytest.importorskip("transformers")
 
 SMALL = {"img_size": 56, "embed_dim": 64, "depth": 3, "num_heads": 2}
 KINDS = {

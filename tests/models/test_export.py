@@ -5,11 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
-import onnxruntime
 import pytest
-import timm
 import torch
-import transformers
 
 from dino_fast.cli import export as command
 from dino_fast.errors import UserError
@@ -19,6 +16,10 @@ from dino_fast.models.weights import key_mapping as names
 from dino_fast.models.weights import read as files
 from dino_fast.models.weights.export import FORMATS, export
 from tests.models.test_dinov2 import KINDS, SMALL, randomised, same
+
+onnxruntime = pytest.importorskip("onnxruntime")
+timm = pytest.importorskip("timm")
+transformers = pytest.importorskip("transformers")
 
 PLAIN = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 2}
 MEAN, STD = [0.4, 0.5, 0.6], [0.1, 0.2, 0.3]

@@ -15,6 +15,8 @@ from dino_fast.eval import knn, linear
 from dino_fast.eval.common.backbone import open_backbone
 from dino_fast.models.weights import read as files
 
+pytest.importorskip("timm")
+
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):

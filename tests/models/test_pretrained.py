@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 
 from dino_fast.engine import checkpoint, train
@@ -21,6 +20,8 @@ from tests.engine.test_train_step import _config, _run, _train_state, _weights
 from tests.engine.test_trainer import _config as run_config
 from tests.engine.test_trainer import images  # noqa: F401
 from tests.models.test_dinov2 import randomised, same
+
+timm = pytest.importorskip("timm")
 
 
 def started(source: Path | str, **given: Any) -> TrainState:
@@ -39,6 +40,28 @@ def ours(trained: TrainState, tmp_path: Path) -> Path:
     state = {**trained.state_dict(), "config": {"arch": "vit_tiny"}, "num_heads": 2}
     checkpoint.save(tmp_path / "run" / "checkpoints", 4, state)
     return tmp_path / "run"
+
+
+@pytest.mark.parametrize("norm_last_layer", [True, False])
+def test_prototypes_are_brought_to_length_1_where_they_must_keep_it(
+    trained: TrainState, tmp_path: Path, norm_last_layer: bool
+) -> None:
+    lengths = torch.linspace(0.977, 1.015, trained.config.out_dim)[:, None]
+    with torch.no_grad():
+        for network in (trained.student, trained.teacher):
+            network.head.last_layer.weight_g.copy_(lengths)
+    state = {**trained.state_dict(), "config": {"arch": "vit_tiny"}, "num_heads": 2}
+    checkpoint.save(tmp_path / "run" / "checkpoints", 4, state)
+    with pytest.warns(UserWarning, match="starting from") as caught:
+        state = started(tmp_path / "run", norm_last_layer=norm_last_layer, freeze_last_layer=0.0)
+    message = "prototypes of length 0.977 to 1.015 brought to 1"
+    assert (message in str(caught[0].message)) == norm_last_layer
+    expected = torch.ones_like(lengths) if norm_last_layer else lengths
+    for network in (state.student, state.teacher):
+        assert torch.equal(network.head.last_layer.weight_g, expected)
+    _run(state, range(3))
+    gains = [network.head.last_layer.weight_g for network in (state.student, state.teacher)]
+    assert all(torch.equal(gain, expected) == norm_last_layer for gain in gains)
 
 
 @pytest.fixture

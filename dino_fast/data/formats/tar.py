@@ -8,6 +8,7 @@ a reader that streams its shards cannot offer; the layout on disk is the same.
 from __future__ import annotations
 
 import os
+import resource
 import tarfile
 import warnings
 from array import array
@@ -22,7 +23,7 @@ from dino_fast.data.index_cache import Index, cached, watch
 from dino_fast.data.source import EXTENSIONS, TEST_DIRS, TRAIN_DIRS, Source, Subset, share_classes
 from dino_fast.errors import UserError
 
-_OPEN = 256  # tar files kept open; beyond that one is opened for each read
+_OPEN = 256  # tar files kept open, or a quarter of what the process may open; beyond, one is opened for each read
 
 
 class TarSource(Source):
@@ -34,6 +35,8 @@ class TarSource(Source):
         self._arrays, self.notes = index.arrays, list(index.facts["notes"])
         self.labels, self.classes = index.arrays.get("labels"), index.facts["classes"]
         self._files: dict[int, int] = {}
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._open = _OPEN if limit == resource.RLIM_INFINITY else min(_OPEN, limit // 4)
 
     def __len__(self) -> int:
         return len(self._arrays["ends"])
@@ -64,7 +67,7 @@ class TarSource(Source):
         if file is not None:
             return os.pread(file, size, offset)
         file = os.open(self.paths[shard], os.O_RDONLY)
-        if len(self._files) < _OPEN and self._files.setdefault(shard, file) == file:
+        if len(self._files) < self._open and self._files.setdefault(shard, file) == file:
             return os.pread(file, size, offset)
         try:
             return os.pread(file, size, offset)

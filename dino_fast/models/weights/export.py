@@ -268,11 +268,12 @@ class Batched(nn.Module):
         for block in cast("list[Block]", net.blocks):
             x = x + _plain(block, "ls1")(self._attention(block.attn, block.norm1(x)))
             x = x + _plain(block, "ls2")(block.mlp(block.norm2(x)))
-        return net.norm(x[:, 0])
+        return cast(Tensor, net.norm(x[:, 0]))
 
     def _attention(self, attention: Attention, x: Tensor) -> Tensor:
         q, k, v = attention.qkv(x).unflatten(2, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return attention.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        output = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return cast(Tensor, attention.proj(output))
 
 
 def _plain(block: Block, name: str) -> Callable[[Tensor], Tensor]:
