@@ -32,8 +32,11 @@ XAVIER_POSITION_STD = 0.3
 
 @dataclass
 class Data:
-    """The images of a run. Without `bank` no k-NN is measured; without `test` each image of the bank is left out in
-    turn. `note` says which of these, and why."""
+    """The images of a run.
+
+    Without `bank` no k-NN is measured; without `test` each image of the bank is left out in turn. `note` says which of
+    these, and why.
+    """
 
     train: Source
     bank: Source | None = None
