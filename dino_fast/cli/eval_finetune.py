@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(
         parser,
         "labeled images to train on: a folder, list, .parquet or 'demo'",
-        "labeled images to classify (default: the held-out part of --data)",
+        "labeled images to classify (default: the val/ or test/ part that came with --data, else a tenth of --data)",
     )
     parser.add_argument("--epochs", type=int, default=100, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=512, help="default: %(default)s")

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_common(
         parser,
         "labeled images: a folder, list, .parquet or 'demo'",
-        "labeled images to classify (default: the held-out part of --data)",
+        "labeled images to classify (default: the val/ or test/ part that came with --data, else a tenth of --data)",
     )
     parser.add_argument(
         "--k", type=int, nargs="+", default=[20], help="neighbors that vote; one or more numbers (default: 20)"

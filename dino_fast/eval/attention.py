@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from dino_fast.data import ImageError
+from dino_fast.defaults import torch_defaults
 from dino_fast.errors import UserError, make_folder, unwritable
 from dino_fast.eval.common.backbone import Frozen, class_attention, open_backbone
 from dino_fast.eval.common.frames import (
@@ -102,6 +103,7 @@ def draw(seen: Tensor, attention: Tensor, patch: int, mass: float = MASS) -> dic
     return pictures
 
 
+@torch_defaults()
 def evaluate(
     checkpoint: str | Path,
     data: str | Path,

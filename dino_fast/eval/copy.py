@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dino_fast.defaults import torch_defaults
 from dino_fast.errors import UserError
 from dino_fast.eval.common.backbone import Frozen, open_backbone
 from dino_fast.eval.common.frames import list_images, read_image, resize
@@ -107,6 +108,7 @@ def match(queries: list[str], database: list[str], pattern: str | None = None) -
     return [rows.get(key(name), []) for name in queries]
 
 
+@torch_defaults()
 def evaluate(
     checkpoint: str | Path,
     data: str | Path,

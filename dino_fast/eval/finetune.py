@@ -24,6 +24,7 @@ from torchvision.transforms import RandAugment, RandomErasing
 from dino_fast.augment import statistics
 from dino_fast.data import ImageError, Source, eval_batches
 from dino_fast.data.train_loader import epoch_order
+from dino_fast.defaults import torch_defaults
 from dino_fast.errors import UserError
 from dino_fast.eval.common.crops import random_crop
 from dino_fast.models import VisionTransformer, set_drop_path_seed
@@ -95,7 +96,7 @@ class _Pictures(torch.utils.data.Dataset["tuple[Tensor, int, int] | None"]):
         except ImageError:
             return None
         if self.augment is not None:
-            with torch.random.fork_rng(devices=[]):
+            with torch_defaults(), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(derive_seed(seed, _AUGMENT, self.epoch, index))
                 image = self.augment(image)
         label = self.source.label(index)
@@ -243,6 +244,7 @@ def accuracy(
     return first / count, five / count, count
 
 
+@torch_defaults()
 def evaluate(
     checkpoint: str | Path,
     data: str | Path,
@@ -300,6 +302,6 @@ def evaluate(
 
 
 def _erased(eraser: RandomErasing, image: Tensor, seed: int) -> Tensor:
-    with torch.random.fork_rng(devices=[]):
+    with torch_defaults(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return cast(Tensor, eraser(image))

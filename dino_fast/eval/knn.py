@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dino_fast.defaults import torch_defaults
 from dino_fast.errors import UserError
 from dino_fast.eval.common.backbone import open_backbone, tokens_feature
 from dino_fast.eval.common.features import labeled_features
@@ -13,6 +14,7 @@ from dino_fast.eval.common.labels import left_out, open_labeled
 from dino_fast.knn import knn_grid
 
 
+@torch_defaults()
 def evaluate(
     checkpoint: str | Path,
     data: str | Path,

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino_fast.data import Source
+from dino_fast.defaults import torch_defaults
 from dino_fast.errors import UserError
 from dino_fast.knn import extract_features
 from dino_fast.progress import watched
@@ -117,6 +118,7 @@ def accuracy(heads: Heads, features: Tensor, labels: Tensor) -> list[tuple[float
     return [(one / len(features), five / len(features)) for one, five in hits.T.tolist()]
 
 
+@torch_defaults()
 def evaluate(
     checkpoint: str | Path,
     data: str | Path,

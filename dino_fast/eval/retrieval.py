@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dino_fast.data import Source, open_source
 from dino_fast.data.formats.folder import FileSource
+from dino_fast.defaults import torch_defaults
 from dino_fast.errors import UserError, nearest
 from dino_fast.eval.common.backbone import Frozen, open_backbone
 from dino_fast.eval.common.frames import list_images, read_image, resize
@@ -108,6 +109,7 @@ def mean_precision(values: Tensor) -> tuple[float, int]:
     return (answered.mean().item() if len(answered) else float("nan")), len(values) - len(answered)
 
 
+@torch_defaults()
 def evaluate(
     checkpoint: str | Path,
     data: str | Path,

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dino_fast.defaults import torch_defaults
 from dino_fast.errors import UserError
 from dino_fast.eval.attention import MASS, attention_maps, mass_mask
 from dino_fast.eval.common.backbone import open_backbone
@@ -102,6 +103,7 @@ def _per_patch(pixels: Tensor, h: int, w: int) -> Tensor:
     return torch.zeros(h, w, dtype=torch.float64, device="cpu").index_add_(0, rows, columns)
 
 
+@torch_defaults()
 def evaluate(
     checkpoint: str | Path,
     data: str | Path,

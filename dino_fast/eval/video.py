@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from dino_fast.defaults import torch_defaults
 from dino_fast.errors import UserError, nearest, unwritable
 from dino_fast.eval.boundary import f_measure
 from dino_fast.eval.common.backbone import Frozen, open_backbone
@@ -143,6 +144,7 @@ def open_sequences(data: str | Path, names: list[str] | None = None) -> list[Seq
     return [_sequence(images / name, masks / name) for name in names or present]
 
 
+@torch_defaults()
 def evaluate(
     checkpoint: str | Path,
     data: str | Path,

@@ -15,6 +15,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from dino_fast.augment import statistics
 from dino_fast.data import ImageError, Source
+from dino_fast.defaults import torch_defaults
 from dino_fast.ops.multi_crop import from_pillow, to_pillow
 from dino_fast.seeding import derive_seed
 
@@ -28,7 +29,7 @@ def random_crop(image: Tensor, size: tuple[int, int], seed: int) -> Tensor:
     The crop is cut out first and then resized (bilinear with antialiasing), as `torchvision.transforms
     .RandomResizedCrop` does in the original's eval_linear.py: no pixel outside of the crop has an influence.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch_defaults(), torch.random.fork_rng(devices=[]):  # torchvision draws in the default dtype
         torch.manual_seed(seed)
         top, left, height, width = RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3])
         flip = bool(torch.rand((), dtype=torch.float32, device="cpu") < 0.5)
