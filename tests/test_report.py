@@ -150,11 +150,12 @@ def test_ticks_hold_the_range(low: float, high: float) -> None:
 
 
 def test_pictures_are_of_the_run(run: Path, page: str) -> None:
-    """4 held-out images at the untrained weights and each kept checkpoint, 6 neighbors of each, and thumbnails."""
+    """4 images at the untrained weights and each kept checkpoint, 6 neighbors of each, and thumbnails."""
     parsed = Page(page)
     images = parsed.all("img")
     named = [image["alt"] or "" for image in images]
     assert sum(name == "attention, untrained" for name in named) == 4
+    assert "among 40 of 40 other training images" in page and "Held-out" not in page  # nothing was kept from training
     kept = {int(folder.name[5:]) for folder in (run / "checkpoints").glob("step-*")}  # how many depends on the clock
     assert len(kept) > 1
     found = {name.removesuffix(" (best)") for name in named if name.startswith("attention, step")}
