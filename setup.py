@@ -1,6 +1,8 @@
 """Builds `dino_fast._C` with CMake and Ninja; everything else is in pyproject.toml.
 
 DINO_FAST_CUDA=0 leaves the CUDA sources out, =1 insists on them, unset compiles them where nvcc is found.
+DINO_FAST_SANITIZE=address builds for AddressSanitizer, for tests/test_native_sanitized.py alone: the library stays in
+the build folder (build_ext --build-temp) and replaces nothing.
 """
 
 import os
@@ -23,7 +25,9 @@ class CMakeBuild(build_ext):
         import pybind11
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
-        build = Path(self.build_temp).resolve() / f"cmake-{sys.implementation.cache_tag}"
+        sanitizer = os.environ.get("DINO_FAST_SANITIZE", "")
+        name = f"cmake-{sys.implementation.cache_tag}" + (sanitizer and f"-{sanitizer}")
+        build = Path(self.build_temp).resolve() / name
         build.mkdir(parents=True, exist_ok=True)
         if (build / "CMakeCache.txt").exists() and f"={pybind11.get_cmake_dir()}\n" not in (
             build / "CMakeCache.txt"
@@ -36,10 +40,13 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DDINO_FAST_CUDA={os.environ.get('DINO_FAST_CUDA', 'AUTO')}",
+            f"-DDINO_FAST_SANITIZE={sanitizer}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build}",
         ]  # fmt: skip
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)
+        if sanitizer:
+            return
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(build / target.name, target)
 

@@ -1,4 +1,5 @@
-# The compiled module (csrc/bindings.cpp). Its functions take raw addresses; dino_fast/ops checks what they are given.
+# The compiled module (csrc/bindings.cpp). Its functions take raw addresses and raise ValueError for sizes, codes and
+# addresses that cannot be; how long a buffer is they cannot see, so dino_fast/ops checks the tensors.
 from typing import Any
 
 cuda_version: str | None

@@ -86,7 +86,7 @@ def assert_equal(pair: Pair, expected: list[Tensor]) -> None:
 # ---- training loops ----
 
 
-@pytest.mark.filterwarnings("error:AdamWEMA")
+@pytest.mark.filterwarnings("error:the optimizer has teacher_params")
 @pytest.mark.parametrize("scheduled", [False, True])
 def test_accelerate(scheduled: bool, tmp_path: Path) -> None:
     from accelerate import Accelerator
@@ -112,7 +112,7 @@ def test_accelerate(scheduled: bool, tmp_path: Path) -> None:
     assert_equal(pair, expected)
 
 
-@pytest.mark.filterwarnings("error:AdamWEMA")
+@pytest.mark.filterwarnings("error:the optimizer has teacher_params")
 def test_hugging_face_trainer(tmp_path: Path) -> None:
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -158,7 +158,7 @@ class Rows(torch.utils.data.Dataset):
         return {"x": batch(index // 8)[index % 8]}
 
 
-@pytest.mark.filterwarnings("error:AdamWEMA")
+@pytest.mark.filterwarnings("error:the optimizer has teacher_params")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 def test_lightning(precision: str) -> None:
     import lightning
@@ -231,7 +231,7 @@ def states(pair: Pair, optimizer: AdamWEMA, options: StateDictOptions) -> dict[s
     }
 
 
-@pytest.mark.filterwarnings("error:AdamWEMA")
+@pytest.mark.filterwarnings("error:the optimizer has teacher_params")
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", OPTIONS)
@@ -239,7 +239,7 @@ def test_the_state_dict_api(options: str, dtype: torch.dtype, tmp_path: Path) ->
     resumes(lambda: Pair(dtype), tmp_path, OPTIONS[options])
 
 
-@pytest.mark.filterwarnings("error:AdamWEMA")
+@pytest.mark.filterwarnings("error:the optimizer has teacher_params")
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 def test_the_state_dict_api_without_a_momentum() -> None:
     pair = Pair()

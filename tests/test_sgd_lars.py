@@ -73,6 +73,32 @@ def test_a_held_step_changes_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sgd", "lars"])
+def test_a_step_without_a_momentum_says_that_the_teacher_stays(name: str) -> None:
+    optimizer, params, teacher = _pair(name)
+    before = copy.deepcopy(teacher)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with pytest.warns(UserWarning, match=r"the teacher stays.*EMA\.step\(momentum=0\.996\)") as told:
+        optimizer.step()
+        optimizer.step()
+    assert len(told) == 1 and all(map(torch.equal, teacher, before))
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars"])
+def test_copies_and_further_groups_keep_their_teachers(name: str) -> None:
+    optimizer, params, teacher = _pair(name)
+    params.append(torch.nn.Parameter(torch.ones(2)))
+    teacher.append(torch.zeros(2))
+    optimizer.add_param_group({"params": params[2:], "teacher_params": teacher[2:]})
+    assert not any("teacher_params" in group for group in optimizer.param_groups)
+    other = copy.deepcopy(optimizer)
+    optimizer.step(momentum=0.5)
+    other.step(momentum=0.5)
+    for p, t, theirs in zip(params, teacher, other.teacher, strict=True):
+        assert torch.equal(t, 0.5 * p) and torch.equal(theirs, t) and theirs is not t
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars"])
 def test_scaled_gradients_are_unscaled_and_clipped(name: str) -> None:
     plain, expected, _ = _pair(name, clip=0.5)
     scaled, params, _ = _pair(name, clip=0.5)
@@ -80,8 +106,8 @@ def test_scaled_gradients_are_unscaled_and_clipped(name: str) -> None:
         p.grad = torch.full_like(p, 3.0)
         q.grad = torch.full_like(q, 3.0 * 64)
     scaled.found_inf, scaled.grad_scale = torch.zeros(()), torch.full((), 64.0)
-    plain.step()
-    scaled.step()
+    plain.step(momentum=0.5)
+    scaled.step(momentum=0.5)
     for p, q in zip(expected, params, strict=True):
         torch.testing.assert_close(p, q)
         assert p.grad is not None and p.grad.norm().item() == pytest.approx(0.5, rel=1e-4)

@@ -19,10 +19,12 @@ LIBRARIES = ("torch", "torchvision", "triton", "xformers", "numpy", "pillow", "p
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options to its parser."""
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Runs the command and returns its exit status."""
     found = collect()
     print(json.dumps(found, indent=2) if args.json else as_text(found))
     return 0

@@ -9,11 +9,13 @@ from dino_fast.engine import config as settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options to its parser."""
     settings.add_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="print what the run would cost, and end")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Runs the command and returns its exit status."""
     config = settings.from_arguments(args)
     if args.dry_run:
         from dino_fast.engine.estimate import dry_run_report

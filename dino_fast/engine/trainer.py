@@ -15,6 +15,7 @@ import torch
 
 from dino_fast.backends import native_missing
 from dino_fast.data import Batch, TrainLoader
+from dino_fast.defaults import torch_defaults
 from dino_fast.engine import checkpoint
 from dino_fast.engine.build import (
     Data,
@@ -47,6 +48,7 @@ from dino_fast.errors import UserError
 SAVE_SHARE = 0.1  # saving takes at most this share of the time, however short the epochs are
 
 
+@torch_defaults()
 def train(config: Config) -> Path:
     """Trains as configured; returns the run directory. Raises UserError, and Interrupted after Ctrl-C or SIGTERM."""
     validate(config)
@@ -340,7 +342,7 @@ class Trainer:
 
     def _measure_knn(self) -> dict[str, float]:
         """k-NN accuracies of teacher and student; empty without labels, or after a signal."""
-        if self.data.bank is None or self.data.test is None:
+        if self.data.bank is None:
             return {}
         channels = self.data.train.channels
         knn, text = measure_knn(self.state, channels, self.data.bank, self.data.test, self.signals.watch)
@@ -435,7 +437,7 @@ class Trainer:
         )
         wants_graph = state.device.type == "cuda" and config.cuda_graph == "auto"
         reason = unsupported_reason(state) if wants_graph else None
-        for note in (*self.schedules.notes(), self.data.why, reason and f"no CUDA graph: {reason}"):
+        for note in (*self.schedules.notes(), self.data.note, reason and f"no CUDA graph: {reason}"):
             if note:
                 self.say(f"note: {note}")
 

@@ -68,6 +68,19 @@ def as_found_inf(hold: Tensor | None, found_inf: Tensor | None = None) -> Tensor
     return none.masked_fill(hold.to(none.device), torch.inf)
 
 
+def only_makes_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the step that comes is one with which torch.distributed.checkpoint makes an optimizer's state."""
+    return not any(optimizer.state.values()) and all(float(group["lr"]) == 0 for group in optimizer.param_groups)
+
+
+def warn_that_teacher_stays(cure: str) -> None:
+    warnings.warn(
+        f"the optimizer has teacher_params, but this step has no momentum, so the teacher stays as it is. {cure} "
+        f"Where something else moves the teacher, leave teacher_params out.",
+        stacklevel=3,
+    )
+
+
 def _on(device: torch.device, found_inf: Tensor | None) -> Tensor | None:
     return None if found_inf is None else found_inf.to(device, non_blocking=True)
 
@@ -240,11 +253,7 @@ class AdamWEMA(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        makes_state = (
-            momentum is None
-            and not any(self.state.values())
-            and all(float(group["lr"]) == 0 for group in self.param_groups)
-        )
+        makes_state = momentum is None and only_makes_state(self)
         momenta = self._momenta(momentum, makes_state)
         moving, resting = self._batches(momenta)
         found_inf, grad_scale = as_found_inf(hold, getattr(self, "found_inf", None)), getattr(self, "grad_scale", None)
@@ -281,11 +290,9 @@ class AdamWEMA(torch.optim.Optimizer):
             momenta.append(None if found is None or not teachers or makes_state else float(found))
             if found is None and teachers and not makes_state and not self._warned:
                 self._warned = True
-                warnings.warn(
-                    "AdamWEMA has teacher_params, but neither this step nor the group has a momentum, so the teacher "
-                    "stays as it is. Give AdamWEMA(..., momentum=0.996), set group['momentum'] in param_groups, or "
-                    "call step(momentum=0.996). Where something else moves the teacher, leave teacher_params out.",
-                    stacklevel=2,
+                warn_that_teacher_stays(
+                    "Give AdamWEMA(..., momentum=0.996), set group['momentum'] in param_groups, or call "
+                    "step(momentum=0.996)."
                 )
         return momenta
 

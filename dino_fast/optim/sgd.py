@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino_fast.optim.adamw_ema import as_found_inf, ema_update
+from dino_fast.optim.adamw_ema import as_found_inf, ema_update, only_makes_state, warn_that_teacher_stays
 
 MOMENTUM = 0.9
 
@@ -26,10 +26,18 @@ class SGDEMA(torch.optim.Optimizer):
     grad_scale: Tensor | None
 
     def __init__(self, groups: Sequence[dict[str, Any]], lr: float, weight_decay: float, clip_grad: float) -> None:
-        self.teacher = [t for group in groups for t in group.get("teacher_params", ())]  # in no state dict
-        self.clip_grad = clip_grad
-        plain = [{name: value for name, value in group.items() if name != "teacher_params"} for group in groups]
-        super().__init__(plain, {"lr": lr, "weight_decay": weight_decay, "momentum": MOMENTUM})
+        self.teacher: list[Tensor] = []  # in no group and no state dict
+        self.clip_grad, self._warned = clip_grad, False
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": MOMENTUM})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in every optimizer; the group may bring `teacher_params`."""
+        super().add_param_group({name: value for name, value in param_group.items() if name != "teacher_params"})
+        self.teacher += param_group.get("teacher_params") or ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in ("teacher", "clip_grad", "_warned")}
+        return {**super().__getstate__(), **own}
 
     @torch.no_grad()
     def step(  # type: ignore[override]
@@ -43,6 +51,9 @@ class SGDEMA(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if momentum is None and self.teacher and not self._warned and not only_makes_state(self):
+            self._warned = True
+            warn_that_teacher_stays(f"Call {type(self).__name__}.step(momentum=0.996).")
         found_inf = as_found_inf(hold, getattr(self, "found_inf", None))
         self._prepare()
         for group in self.param_groups:

@@ -134,6 +134,45 @@ def test_what_is_not_finite_stays_so_and_stays_in_its_row():
     assert bad[3].all() and bad[40].all() and bad.any(1).sum() == 2
 
 
+def test_out_that_does_not_fit_is_refused_by_every_backend():
+    a, b, base = torch.ones(4, 5), torch.ones(5, 6), torch.zeros(100)
+    for out in (
+        torch.zeros(4, 5),
+        torch.zeros(24),
+        torch.zeros(0),  # which torch.mm would resize
+        torch.zeros(4, 6, dtype=torch.float64),
+        torch.zeros(4, 6, device="meta"),
+        base[:6].expand(4, 6),
+        base.as_strided((4, 6), (5, 1)),
+        base.as_strided((4, 6), (1, 3)),
+    ):
+        with pytest.raises(ValueError, match=r"matmul: .*out"):
+            matmul(a, b, out=out)
+    for out in (base.as_strided((4, 6), (8, 1)), base.as_strided((4, 6), (2, 9)), base.as_strided((1, 6), (0, 1))):
+        torch.testing.assert_close(matmul(a[: len(out)], b, out=out), torch.full((len(out), 6), 5.0))
+
+
+def test_out_that_is_an_operand_too_is_refused():
+    base = torch.randn(12, 6)
+    for a, b, bias, out in (
+        (base[:6], base[6:], None, base[:6]),
+        (base[:6], base[6:], None, base[3:9]),
+        (torch.ones(6, 6), base[6:], None, base[5:11]),
+        (torch.ones(6, 6), torch.ones(6, 6), base[3], base[:6]),
+    ):
+        with pytest.raises(ValueError, match="matmul: out shares memory with"):
+            matmul(a, b, bias, out=out)
+    torch.testing.assert_close(matmul(base[:4], torch.ones(6, 6), out=base[4:8]), base[:4] @ torch.ones(6, 6))
+
+
+def test_add_needs_something_to_add_to_and_takes_no_bias():
+    a = torch.ones(4, 4)
+    with pytest.raises(ValueError, match="give out"):
+        matmul(a, a, add=True)
+    with pytest.raises(ValueError, match="no bias"):
+        matmul(a, a, a[0], out=torch.zeros(4, 4), add=True)
+
+
 def test_choice():
     big, small = torch.empty(4096, 192), torch.empty(8, 192)
     weight = torch.empty(192, 768)

@@ -206,7 +206,7 @@ def _field(column: Any, name: str) -> Any:
 def _is_bytes(kind: Any) -> bool:
     import pyarrow
 
-    return pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind)
+    return bool(pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind))
 
 
 def _image(file: Any) -> str:

@@ -33,10 +33,20 @@ def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None, *, out: Tensor | No
     """a [M, K] @ b [K, N], plus bias [N]; with `add` on top of what is in `out` [M, N] (then without bias).
 
     No gradients. The result is the same for any number of threads. What is not finite, and magnitudes above 3.38e38,
-    give inf or NaN. Raises RuntimeError, as torch does, for shapes and dtypes that do not fit.
+    give inf or NaN.
+
+    Raises:
+        ValueError: an `out` of another shape, dtype or device, or some of whose elements share memory with others or
+            with a, b or bias; `add` without `out`, or with a bias.
+        RuntimeError: as torch does, for shapes and dtypes of a, b and bias that do not fit.
     """
+    if add and (out is None or bias is not None):
+        missing = "out, what to add to" if out is None else "no bias, or add=False"
+        raise ValueError(f"matmul: add=True adds to what is in out; give {missing}")
     if out is None:
         out = a.new_empty(a.shape[0], b.shape[1])
+    else:
+        _validate_out(out, a, b, bias)
     tensors = (a, b, out) if bias is None else (a, b, out, bias)
     if choose("matmul", *tensors) == "amx":
         _amx(a, b, bias, add, out)
@@ -47,6 +57,39 @@ def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None, *, out: Tensor | No
     else:
         torch.mm(a, b, out=out)
     return out
+
+
+def _validate_out(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> None:
+    shape = (a.shape[0], b.shape[-1])
+    if out.shape != shape or out.dtype != a.dtype or out.device != a.device:
+        raise ValueError(
+            f"matmul: out must be {a.dtype} {list(shape)} on {a.device}, as the product is; "
+            f"got {out.dtype} {list(out.shape)} on {out.device}"
+        )
+    if not autograd.is_plain(a, b, out):  # fake tensors have no memory
+        return
+    (M, N), (row, column) = shape, out.stride()
+    if M > 1 and N > 1 and not (row >= N * column > 0 or column >= M * row > 0):
+        raise ValueError(
+            f"matmul: elements of out [{M}, {N}] of strides {(row, column)} share memory; give a contiguous one"
+        )
+    for name, other in (("a", a), ("b", b), ("bias", bias)):
+        if other is not None and _share_memory(out, other):
+            raise ValueError(f"matmul: out shares memory with {name}, which is read; give another out")
+
+
+def _share_memory(x: Tensor, y: Tensor) -> bool:
+    """Whether the memory from first to last element of these tensors overlaps; cheap where they have storages of their
+    own."""
+    if x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr() or 0 in (x.numel(), y.numel()):
+        return False
+    begin_x, end_x, begin_y, end_y = (end for t in (x, y) for end in _ends(t))
+    return begin_x < end_y and begin_y < end_x
+
+
+def _ends(x: Tensor) -> tuple[int, int]:
+    span = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + span * x.element_size()
 
 
 class Norm(NamedTuple):

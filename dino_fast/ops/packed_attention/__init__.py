@@ -165,7 +165,7 @@ def _validate_backward(grad, qkv, cu_seqlens, out, statistics, max_seqlen) -> No
 
 
 def _run_backward(grad, qkv, cu_seqlens, out, statistics, max_seqlen, backend) -> Tensor:
-    _check_ends(qkv, cu_seqlens, max_seqlen)  # again: numpy may have changed them since, which autograd does not see
+    _check_ends(qkv, cu_seqlens, max_seqlen)  # compiled code saves the caller's, which numpy may have changed
     chosen = choose("packed_attention", qkv, max_seqlen, backend=backend)
     return BACKWARD[chosen](grad, qkv, cu_seqlens, out, statistics, max_seqlen)
 
@@ -180,7 +180,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _keep_for_backward(ctx, qkv, cu_seqlens, out, statistics, max_seqlen, backend) -> None:
     ctx.max_seqlen, ctx.backend = max_seqlen, backend
-    ctx.save_for_backward(qkv, autograd.savable(cu_seqlens), out, statistics)
+    # numpy may write new ends between forward and backward, and autograd would not see it: on the host, a copy is kept.
+    ends = cu_seqlens.clone() if cu_seqlens.device.type == "cpu" else autograd.savable(cu_seqlens)
+    ctx.save_for_backward(qkv, ends, out, statistics)
 
 
 @autograd.once_differentiable("packed_attention", REFERENCE)
