@@ -42,9 +42,10 @@ def decoder() -> Decoder:
 def _torchvision() -> Decoder:
     from torchvision.io import ImageReadMode, decode_jpeg
 
+    # Once, and not around each call: filters are the process's, and threads decode.
+    warnings.filterwarnings("ignore", "The image decoding and encoding capabilities", DeprecationWarning)
+
     def decode(files: Sequence[Tensor], mode: str, device: torch.device) -> Sequence[Tensor]:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            return decode_jpeg(list(files), ImageReadMode[mode], device=device)  # type: ignore[arg-type, return-value]
+        return decode_jpeg(list(files), ImageReadMode[mode], device=device)  # type: ignore[arg-type, return-value]
 
     return decode

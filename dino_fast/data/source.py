@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dino_fast.data import jpeg
-from dino_fast.data.decode import ImageError, Jpeg, decode, jpeg_or_pixels
+from dino_fast.data.decode import ImageError, Jpeg, decode, ignore_pillow_warnings, jpeg_or_pixels
 from dino_fast.errors import UserError
 
 T = TypeVar("T")
@@ -75,7 +75,9 @@ class Source:
         raise TypeError(f"{type(self).__name__} has no encoded images")
 
     def prepare(self) -> None:
-        """Does once, before workers are forked, what each of them would otherwise do: imports what decodes."""
+        """Does once, before workers and threads start, what is not theirs to do: imports what decodes, and sets the
+        warning filters, which are the process's."""
+        ignore_pillow_warnings()
         jpeg.decoder()
 
     def label(self, index: int) -> int | None:

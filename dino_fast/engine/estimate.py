@@ -246,7 +246,7 @@ def dry_run_report(config: Config, environment: dict[str, str]) -> str:
             ("on the wire", f"{wire_bytes(config, channels, world) / 1e6:.1f} MB sent by each process in a step")
         )
     rows.append(("time", expected_time(config, channels, device, precision, flops, steps, world)))
-    rows += [("note", note) for note in (*schedules.notes(), data.why) if note]
+    rows += [("note", note) for note in (*schedules.notes(), data.note) if note]
     return "\n".join(f"{name:<12} {text}" for name, text in rows)
 
 

@@ -342,7 +342,7 @@ class Trainer:
 
     def _measure_knn(self) -> dict[str, float]:
         """k-NN accuracies of teacher and student; empty without labels, or after a signal."""
-        if self.data.bank is None or self.data.test is None:
+        if self.data.bank is None:
             return {}
         channels = self.data.train.channels
         knn, text = measure_knn(self.state, channels, self.data.bank, self.data.test, self.signals.watch)
@@ -437,7 +437,7 @@ class Trainer:
         )
         wants_graph = state.device.type == "cuda" and config.cuda_graph == "auto"
         reason = unsupported_reason(state) if wants_graph else None
-        for note in (*self.schedules.notes(), self.data.why, reason and f"no CUDA graph: {reason}"):
+        for note in (*self.schedules.notes(), self.data.note, reason and f"no CUDA graph: {reason}"):
             if note:
                 self.say(f"note: {note}")
 
