@@ -161,6 +161,19 @@ class Subset(Source):
         return self.source.data(int(self.indices[index]))
 
 
+def printable(name: str) -> str:
+    """A file's name as text that any terminal and file takes: bytes that are no UTF-8, line ends and other characters
+    that cannot be printed become escapes such as \\xe9 and \\n."""
+    return "".join(c if c.isprintable() else _escape(c) for c in name)
+
+
+def _escape(character: str) -> str:
+    number = ord(character)
+    if 0xDC80 <= number <= 0xDCFF:  # how Python keeps a byte that is no UTF-8
+        return f"\\x{number - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
+
+
 def share_classes(train: Source, test: Source) -> None:
     """Numbers the classes of both parts alike; classes that only the test part has come last."""
     if train.classes is None or test.classes is None or test.labels is None or train.classes == test.classes:
