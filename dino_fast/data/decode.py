@@ -28,6 +28,19 @@ _AS_IS = {1: ("L",), 3: ("L", "RGB")}  # modes that torchvision turns into 1 or 
 _EXIF = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}  # where Pillow keeps it
 
 
+def ignore_pillow_warnings() -> None:
+    """Lets Pillow's plugins warn of nothing: a broken file is an ImageError, and what it reads all the same is used.
+
+    One filter for the process, set here and again before workers and threads start, since an import inside
+    `warnings.catch_warnings` loses it. (`catch_warnings` around each image would not do: it swaps the process's
+    filters, so that threads lose each other's warnings and leave filters behind.)
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+ignore_pillow_warnings()
+
+
 class Jpeg(NamedTuple):
     """An ordinary JPEG file that is yet to be decoded."""
 
@@ -48,10 +61,8 @@ def decode(data: bytes, channels: int) -> Tensor:
     if not data:
         raise ImageError("the file is empty (0 bytes)")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
-                return _to_tensor(image, data, channels)
+        with Image.open(io.BytesIO(data)) as image:
+            return _to_tensor(image, data, channels)
     except ImageError:
         raise
     except Image.UnidentifiedImageError:
@@ -64,11 +75,9 @@ def jpeg_or_pixels(data: bytes, channels: int) -> Jpeg | Tensor:
     """The file itself where it is an ordinary, whole JPEG, which any decoder reads alike but for rounding; else what
     `decode` makes of it."""
     if data[:2] == b"\xff\xd8" and data.rstrip(b"\0")[-2:] == b"\xff\xd9":
-        with contextlib.suppress(Exception), warnings.catch_warnings():  # decode says what is wrong
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
-                if _is_ordinary(image, channels) and image.width * image.height <= MAX_PIXELS:
-                    return Jpeg(data, image.height, image.width)
+        with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:  # decode says what is wrong
+            if _is_ordinary(image, channels) and image.width * image.height <= MAX_PIXELS:
+                return Jpeg(data, image.height, image.width)
     return decode(data, channels)
 
 
