@@ -69,10 +69,12 @@ class CropParams:
 
     @staticmethod
     def from_dict(tensors: dict[str, Tensor]) -> CropParams:
+        """The inverse of `to_dict`."""
         return CropParams(**tensors)
 
     @staticmethod
     def concatenate(parts: Sequence[CropParams]) -> CropParams:
+        """The parameters of all images of `parts`, in order."""
         return CropParams(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(CropParams)})
 
 
@@ -121,6 +123,7 @@ class MultiCrop:
 
     @property
     def n_crops(self) -> int:
+        """Crops of an image, global and local."""
         return GLOBALS + self.n_local
 
     def skipped(self, channels: int) -> tuple[str, ...]:
@@ -165,8 +168,11 @@ class MultiCrop:
         )
 
     def boxes(self, params: CropParams, sizes: Sequence[tuple[int, int]]) -> np.ndarray:
-        """[n, V, 4] int64 (top, left, height, width) in images of `sizes` (height, width): the first candidate that
-        fits, else the largest centred box within `ratio`, as torchvision's RandomResizedCrop."""
+        """Boxes [n, V, 4] int64 (top, left, height, width) in images of `sizes` (height, width).
+
+        Each is the first candidate that fits, else the largest centered box within `ratio`, as torchvision's
+        RandomResizedCrop.
+        """
         extent = np.asarray(sizes, dtype=np.float64).reshape(-1, 1, 1, 2)  # [n, 1, 1, 2]
         area = params.area.double().numpy() * extent[..., 0] * extent[..., 1]  # [n, V, 10]
         aspect = np.exp(params.log_ratio.double().numpy())
@@ -200,8 +206,10 @@ class MultiCrop:
         return self.crop(images, table, dtype=dtype, backend=backend)
 
     def crop_table(self, params: CropParams, sizes: Sequence[tuple[int, int]]) -> CropTable:
-        """The boxes and distortions that `params` describes for images of `sizes` (height, width): all that `crop`
-        needs beside the pixels."""
+        """The boxes and distortions that `params` describes for images of `sizes` (height, width).
+
+        With the pixels they are all that `crop` needs.
+        """
         strength = _floats(self.jitter)
         used = params.jitter[..., None] & (strength > 0)[params.order]  # [n, V, 4]
         return CropTable(
@@ -265,8 +273,10 @@ class MultiCrop:
 
 
 def statistics(mean: Sequence[float], std: Sequence[float], channels: int) -> tuple[Tensor, Tensor]:
-    """`mean` and `std` for images of so many channels, [C, 1, 1] float32: as given, one for all, or three averaged by
-    luma for grey images. Raises UserError where the lengths do not fit."""
+    """`mean` and `std` for images of so many channels, each [C, 1, 1] float32.
+
+    As given, one for all, or three averaged by luma for gray images. Raises UserError where the lengths do not fit.
+    """
     both = []
     for name, given in (("mean", mean), ("std", std)):
         if len(given) == 3 and channels == 1:
@@ -297,6 +307,7 @@ def _central_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[i
 
 
 def pair(size: Size) -> tuple[int, int]:
+    """(height, width) of a size given as one number or two."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 

@@ -30,8 +30,11 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation. `unavailable_reason()` says what this machine or build lacks for it,
-    `unsupported_reason(*tensors)` why it does not take these inputs; both return None where it can run."""
+    """One implementation of an operation.
+
+    `unavailable_reason()` names the part that this machine or build lacks, `unsupported_reason(*tensors)` why it does
+    not take these inputs; both return None if it can run.
+    """
 
     name: str
     unavailable_reason: Callable[[], str | None] = lambda: None
@@ -40,8 +43,11 @@ class Backend:
 
 @dataclass(frozen=True)
 class Preference:
-    """Where which backend is fastest depends on the inputs: `first(*inputs)` names the one that `auto` tries before the
-    others, or None; `explain()` is the rule in words, for `dino-fast info`."""
+    """A rule for operations whose fastest backend depends on the inputs.
+
+    `first(*inputs)` names the one that `auto` tries before the others, or None; `explain()` is the rule in words, for
+    `dino-fast info`.
+    """
 
     first: Callable[..., str | None]
     explain: Callable[[], str]
@@ -56,8 +62,11 @@ EXAMPLES: dict[str, Example] = {}
 
 
 def register(operation: str, *backends: Backend, example: Example, preference: Preference | None = None) -> None:
-    """Declare an operation's backends, fastest first; the last must run everywhere. `example(device)` makes ordinary
-    inputs of the operation on a device, in the form that `choose` is given them, for `dino-fast info`."""
+    """Declares an operation's backends, fastest first; the last must run everywhere.
+
+    `example(device)` makes ordinary inputs of the operation on a device, in the form that `choose` is given them, for
+    `dino-fast info`.
+    """
     OPERATIONS[operation] = backends
     EXAMPLES[operation] = example
     if preference is not None:

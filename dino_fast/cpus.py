@@ -14,8 +14,11 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def usable_cpus() -> int:
-    """At least 1: the processors that the affinity mask allows (taskset, Slurm), and no more than the container's quota
-    of processor time, rounded up (`docker run --cpus`; cgroup v2's cpu.max, v1's cfs_quota_us)."""
+    """Number of processors that this process may use, at least 1.
+
+    Those that the affinity mask allows (taskset, Slurm), and no more than the container's quota of processor time,
+    rounded up (`docker run --cpus`; cgroup v2's cpu.max, v1's cfs_quota_us).
+    """
     allowed = len(os.sched_getaffinity(0))
     quota = _quota(_CGROUP)
     return max(1, allowed if quota is None else min(allowed, math.ceil(quota)))
@@ -38,7 +41,9 @@ def _quota(cgroup: Path) -> float | None:
 
 
 def shorten_spinning() -> None:
-    """Lets OpenMP's threads sleep soon, where the user has not said how they wait. libgomp reads it when torch is
-    imported; later it changes nothing."""
+    """Lets idle OpenMP threads sleep soon, unless the environment says how they wait.
+
+    libgomp reads the setting when torch is imported; later it changes nothing.
+    """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", _SPIN)

@@ -57,8 +57,10 @@ def too_old(device: torch.device) -> str | None:
 
 
 def driver_too_old(compiled_for: str | None) -> str | None:
-    """Why the driver cannot load programs of CUDA version `compiled_for` ("12.9"), or None. A driver runs what is
-    compiled for any minor version of its own CUDA major version, and of older ones."""
+    """Why the driver cannot load programs of CUDA version `compiled_for` ("12.9"), or None.
+
+    A driver runs programs compiled for any minor version of its own CUDA major version, and of older ones.
+    """
     version = driver_version()
     if not compiled_for or version is None or version[0] >= int(compiled_for.split(".")[0]):
         return None
@@ -80,8 +82,10 @@ def driver_version() -> tuple[int, int] | None:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[None]:
-    """Makes a GPU the current one. Without it a kernel is launched on the GPU that happens to be current, where its
-    tensors' addresses mean nothing. Nothing for a CPU."""
+    """Makes a GPU the current one; does nothing for a CPU.
+
+    Otherwise a kernel is launched on the GPU that happens to be current, where its tensors' addresses mean nothing.
+    """
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
@@ -101,8 +105,9 @@ _failed: list[torch.cuda.CUDAGraph] = []
 
 
 def capture_graph(work: Callable[[], T], stream: torch.cuda.Stream) -> Callable[[], T]:
-    """Captures the kernels that `work` launches on `stream` as a CUDA graph; returns a function that replays them and
-    gives what `work` returned.
+    """Captures the kernels that `work` launches on `stream` as a CUDA graph.
+
+    Returns a function that replays them and returns the result of `work`.
 
     A capture that fails raises the error of `work`, or else that of the capture, and leaves the process able to go on
     without it: `torch.cuda.graph` alone would leave its stream current, random numbers refused, and the memory

@@ -8,6 +8,7 @@ from dino_fast.cpus import usable_cpus
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options to its parser."""
     parser.add_argument(
         "path", help="folder, .parquet, .tar or .npy file, text file listing images, pattern, or 'demo'"
     )
@@ -17,7 +18,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the findings; 1 when an image cannot be read, else 0."""
-
     from dino_fast.data import open_source
     from dino_fast.data.inspect import check, crops_per_second, describe, speed
     from dino_fast.engine.config import build_config, multi_crop

@@ -12,6 +12,7 @@ from dino_fast.errors import UserError, make_folder, unwritable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options to its parser."""
     parser.add_argument("path", help="folder, .parquet file, text file listing images, or 'demo'")
     parser.add_argument("--out", type=Path, default=Path("preview.png"), help="picture to write (default: %(default)s)")
     parser.add_argument("--images", type=int, default=4, metavar="N", help="images to show (default: %(default)s)")

@@ -9,6 +9,7 @@ from dino_fast.cli.evaluation import add_common, report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options to its parser."""
     add_common(parser, "an image, a folder of images, a video file, or with --video a folder of frames", size=False)
     parser.add_argument("--image-size", type=int, default=480, help="shorter side in pixels (default: %(default)s)")
     parser.add_argument("--mass", type=float, default=0.6, help="share of attention in a mask (default: %(default)s)")

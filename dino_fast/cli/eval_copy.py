@@ -9,6 +9,7 @@ from dino_fast.errors import UserError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options to its parser."""
     add_common(parser, "a folder of originals", "a folder of distorted copies, named as their originals", size=False)
     parser.add_argument("--distractors", help="a folder of images that are nobody's original")
     parser.add_argument(

@@ -8,9 +8,10 @@ from dino_fast.cli.evaluation import add_common, begin, left_out_note, report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options to its parser."""
     add_common(
         parser,
-        "the database: labelled images, or any with --ground-truth",
+        "the database: labeled images, or any with --ground-truth",
         "the queries (default: the held-out part that came with --data, or each image of --data in turn)",
         size=False,
     )

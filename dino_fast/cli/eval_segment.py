@@ -8,6 +8,7 @@ from dino_fast.cli.evaluation import add_common, begin, left_out_note, report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options to its parser."""
     add_common(parser, "images, or a folder in the layout of PASCAL VOC, DAVIS, or images/ and masks/", size=False)
     parser.add_argument("--masks", help="the folder of their masks, of the same names (default: inside --data)")
     parser.add_argument("--image-size", type=int, default=480, help="shorter side in pixels (default: %(default)s)")

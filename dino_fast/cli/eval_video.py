@@ -8,6 +8,7 @@ from dino_fast.cli.evaluation import add_common, begin, report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options to its parser."""
     add_common(parser, "a folder in the layout of DAVIS: JPEGImages/480p/NAME and Annotations/480p/NAME", size=False)
     parser.add_argument("--sequences", nargs="+", metavar="NAME", help="only these (default: all)")
     parser.add_argument("--image-size", type=int, default=480, help="shorter side in pixels (default: %(default)s)")

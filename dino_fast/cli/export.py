@@ -10,6 +10,7 @@ FORMATS = ("safetensors", "timm", "torch-hub", "transformers", "onnx", "torch-ex
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options to its parser."""
     parser.add_argument(
         "--checkpoint",
         required=True,

@@ -15,14 +15,16 @@ from typing import Any
 from dino_fast import __version__
 from dino_fast.cpus import usable_cpus
 
-LIBRARIES = ("torch", "torchvision", "triton", "xformers", "numpy", "pillow", "pyarrow", "safetensors")
+LIBRARIES = ("torch", "torchvision", "torchcodec", "triton", "xformers", "numpy", "pillow", "pyarrow", "safetensors")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options to its parser."""
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Runs the command and returns its exit status."""
     found = collect()
     print(json.dumps(found, indent=2) if args.json else as_text(found))
     return 0

@@ -8,6 +8,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options to its parser."""
     parser.add_argument("paths", nargs="*", type=Path, default=[Path("runs")], help="runs, or folders of runs")
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw loss, entropy and k-NN over the steps (.png, .pdf)"

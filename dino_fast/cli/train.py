@@ -9,16 +9,20 @@ from dino_fast.engine import config as settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options to its parser."""
     settings.add_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="print what the run would cost, and end")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Runs the command and returns its exit status."""
     config = settings.from_arguments(args)
     if args.dry_run:
         from dino_fast.engine.estimate import dry_run_report
+        from dino_fast.engine.memory_limit import explained_out_of_memory
 
-        print(dry_run_report(config, dict(os.environ)))
+        with explained_out_of_memory():
+            print(dry_run_report(config, dict(os.environ)))
         return 0
     from dino_fast.engine.trainer import train  # imports torch: a wrong setting has been told by now
 

@@ -22,6 +22,7 @@ import torch
 from torch._utils import ExceptionWrapper
 
 from dino_fast.data.batch import Batch
+from dino_fast.defaults import torch_defaults
 from dino_fast.errors import UserError
 
 _FILES = 12  # that a worker opens here: pipes, and two for each batch on its way (measured: 9)
@@ -64,7 +65,8 @@ def start_workers(loader: Iterable[Batch], workers: int) -> Iterator[Batch]:
         _allow_open_files(workers)
     before = signal.getsignal(signal.SIGCHLD)
     try:
-        return iter(loader)
+        with torch_defaults():  # its seed is drawn on the default device
+            return iter(loader)
     finally:
         if before is not None and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, before)

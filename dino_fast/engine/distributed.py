@@ -131,9 +131,7 @@ def rendezvous_store(rank: int, world: int) -> Any:
     from torch.distributed.rendezvous import rendezvous
 
     store, _, _ = next(rendezvous("env://", rank, world, timeout=WAIT))
-    return dist.PrefixStore(  # type: ignore[attr-defined]
-        f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store
-    )
+    return dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def read_environment(environment: Mapping[str, str]) -> tuple[int, int, int, int]:

@@ -16,8 +16,10 @@ DIFFERING = 0.1  # share of them up to which the images count as the same: some 
 
 
 def fingerprint(source: Source) -> list[int | None]:
-    """CRC-32 of the encoded bytes (of the pixels, where images come decoded) of `SAMPLED` images, evenly spaced; None
-    for one that cannot be read."""
+    """CRC-32 of `SAMPLED` evenly spaced images: of the encoded bytes, or of the pixels where images come decoded.
+
+    None for an image that cannot be read.
+    """
     chosen = np.unique(np.linspace(0, len(source) - 1, min(len(source), SAMPLED), dtype=np.int64))
     return [_checksum(source, int(index)) for index in chosen]
 

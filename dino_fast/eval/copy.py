@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dino_fast.defaults import torch_defaults
 from dino_fast.errors import UserError
 from dino_fast.eval.common.backbone import Frozen, open_backbone
 from dino_fast.eval.common.frames import list_images, read_image, resize
@@ -72,7 +73,7 @@ def extract(frozen: Frozen, paths: list[Path], size: int, batch_size: int = 32) 
     for start in watched(starts, len(starts), "batches of features"):
         images = [read_image(path, frozen.backbone.in_chans) for path in paths[start : start + batch_size]]
         batch = torch.stack([resize(image, size, size) for image in images])
-        parts.append(copy_feature(frozen.backbone.forward_features(frozen.normalise(batch))).cpu())
+        parts.append(copy_feature(frozen.backbone.forward_features(frozen.normalize(batch))).cpu())
     features = torch.cat(parts)
     if not features.isfinite().all():
         raise UserError("the backbone gives features that are not finite: its weights are damaged or have diverged")
@@ -107,6 +108,7 @@ def match(queries: list[str], database: list[str], pattern: str | None = None) -
     return [rows.get(key(name), []) for name in queries]
 
 
+@torch_defaults()
 def evaluate(
     checkpoint: str | Path,
     data: str | Path,

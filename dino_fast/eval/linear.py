@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino_fast.data import Source
+from dino_fast.defaults import torch_defaults
 from dino_fast.errors import UserError
 from dino_fast.knn import extract_features
 from dino_fast.progress import watched
@@ -117,6 +118,7 @@ def accuracy(heads: Heads, features: Tensor, labels: Tensor) -> list[tuple[float
     return [(one / len(features), five / len(features)) for one, five in hits.T.tolist()]
 
 
+@torch_defaults()
 def evaluate(
     checkpoint: str | Path,
     data: str | Path,
@@ -145,12 +147,12 @@ def evaluate(
     """
     from dino_fast.eval.common.backbone import open_backbone, tokens_feature
     from dino_fast.eval.common.crops import random_batches
-    from dino_fast.eval.common.features import labelled_features
-    from dino_fast.eval.common.labels import left_out, open_labelled
+    from dino_fast.eval.common.features import labeled_features
+    from dino_fast.eval.common.labels import left_out, open_labeled
 
     if crops not in ("centre", "random"):
         raise UserError(f"crops is '{crops}'; it is 'centre' or 'random'")
-    train, held_out, classes = open_labelled(data, test)
+    train, held_out, classes = open_labeled(data, test)
     frozen = open_backbone(checkpoint, which, device, tokens=False)
     size = frozen.size(image_size)
     feature, kind = tokens_feature(
@@ -158,7 +160,7 @@ def evaluate(
     )
 
     def centered(source: Source) -> tuple[Tensor, Tensor]:
-        x, y = labelled_features(frozen, source, size, feature, kind, 128, features)
+        x, y = labeled_features(frozen, source, size, feature, kind, 128, features)
         return x.to(frozen.device), y.to(frozen.device)
 
     def fresh(epoch: int) -> tuple[Tensor, Tensor]:

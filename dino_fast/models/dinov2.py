@@ -8,7 +8,7 @@ of `VisionTransformer` and `register_tokens`, `mask_token`, `blocks.N.{ls1,ls2}.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -109,10 +109,10 @@ class ScaledBlock(Block):
         self.ls2 = LayerScale(dim, layer_scale) if scaled else nn.Identity()  # type: ignore[arg-type]
 
     def attention_branch(self, x: Tensor, packing: Packing, classes: bool) -> Tensor:
-        return self.ls1(super().attention_branch(x, packing, classes))
+        return cast(Tensor, self.ls1(super().attention_branch(x, packing, classes)))
 
     def mlp_branch(self, x: Tensor) -> Tensor:
-        return self.ls2(super().mlp_branch(x))
+        return cast(Tensor, self.ls2(super().mlp_branch(x)))
 
 
 class LayerScale(nn.Module):
@@ -134,7 +134,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
         gate, value = self.w12(x, norm).chunk(2, dim=-1)
-        return self.w3(F.silu(gate) * value)
+        return cast(Tensor, self.w3(F.silu(gate) * value))
 
 
 def options_of(name: str) -> dict[str, Any] | None:

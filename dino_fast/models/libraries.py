@@ -6,7 +6,7 @@ They take one resolution at a time; what they are given is a new model, without 
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -67,7 +67,7 @@ def _torchvision(name: str, options: dict[str, Any]) -> nn.Module:
             if layers:
                 model.embed_dim = layers[0].in_features
                 setattr(model, attribute, _kept_norm(getattr(model, attribute)))
-                return model
+                return cast(nn.Module, model)
     raise UserError(f"torchvision/{name} has no linear classifier to take off; take another model")
 
 

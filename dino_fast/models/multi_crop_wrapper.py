@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +24,12 @@ class MultiCropWrapper(nn.Module):
         self.head = head
 
     def forward(self, crops: Sequence[Tensor]) -> Tensor:
-        return self.head(self.features(crops))
+        """The head's output `[sum of rows, out_dim]` of crops, each `[B, C, h, w]`, crop by crop."""
+        return cast(Tensor, self.head(self.features(crops)))
 
     def features(self, crops: Sequence[Tensor], kept: Tensor | None = None) -> Tensor:
-        """What the head is given: `[sum of rows, embed_dim]`. `kept` is what the backbone's `stochastic_depth` drew."""
+        """The head's input `[sum of rows, embed_dim]`. `kept` is what the backbone's `stochastic_depth` drew."""
         if isinstance(self.backbone, VisionTransformer):
-            return self.backbone(crops, kept)
+            return cast(Tensor, self.backbone(crops, kept))
         outputs = [self.backbone(crop) for crop in crops]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -81,7 +81,7 @@ class VisionTransformer(nn.Module):
         for block, pair in zip(self.blocks[:-1], branches, strict=False):
             tokens = self.call_block(block, tokens, packing, pair)
         # Nothing but the class token is used after the last block, so the rest of it is made for that token alone.
-        return self.norm(self.call_block(self.blocks[-1], tokens, packing, branches[-1], True))
+        return cast(Tensor, self.norm(self.call_block(self.blocks[-1], tokens, packing, branches[-1], True)))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """`[B, C, H, W]` -> all normalised tokens `[B, 1 + N, embed_dim]`, the class token first."""
@@ -240,18 +240,18 @@ class Attention(nn.Module):
         [images, C]."""
         if not classes:
             qkv = self.qkv(x, norm).unflatten(1, (3, self.num_heads, -1))
-            return self.proj(attend(qkv, packing))
+            return cast(Tensor, self.proj(attend(qkv, packing)))
         dim, bias = x.shape[1], self.qkv.bias
         of_q, of_kv = (None, None) if bias is None else bias.split([dim, 2 * dim])
         weight_q, weight_kv = self.qkv.weight.split([dim, 2 * dim])
         q = linear(packing.first(x), weight_q, of_q, norm_of(norm)).unflatten(1, (self.num_heads, -1))
         kv = linear(x, weight_kv, of_kv, norm_of(norm)).unflatten(1, (2, self.num_heads, -1))
-        return self.proj(attend_first(q, kv, packing))
+        return cast(Tensor, self.proj(attend_first(q, kv, packing)))
 
     def probabilities(self, x: Tensor) -> Tensor:
         """[B, N, C] -> softmax(q k^T / sqrt(d)), `[B, H, N, N]`."""
         q, k, _ = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
+        return cast(Tensor, (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1))
 
 
 class Mlp(nn.Module):
@@ -294,10 +294,10 @@ class Block(nn.Module):
         return add_to_kept(rest, branch, packing_of_rest, single)
 
     def attention_branch(self, x: Tensor, packing: Packing, classes: bool) -> Tensor:
-        return self.attn(x, packing, classes, self.norm1)
+        return cast(Tensor, self.attn(x, packing, classes, self.norm1))
 
     def mlp_branch(self, x: Tensor) -> Tensor:
-        return self.mlp(x, self.norm2)
+        return cast(Tensor, self.mlp(x, self.norm2))
 
 
 class DropPath(nn.Module):

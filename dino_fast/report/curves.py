@@ -1,6 +1,6 @@
 """Curves as inline SVG: the plot stretches with the page, its labels are HTML and keep their size.
 
-A curve of more than `SHOWN` points is drawn as the means of equal numbers of neighbours, with their range behind it.
+A curve of more than `SHOWN` points is drawn as the means of equal numbers of neighbors, with their range behind it.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def _last(curves: Sequence[Curve], unit: str) -> str:
 
 
 def _at(curves: Sequence[Curve]) -> str:
-    """ "step", or "around step" where points are means of several."""
+    """Unit of the position along the curves: "around step" where points are means of several."""
     return "around step" if any(p.step % 1 or p.low < p.high for c in curves for p in c.points) else "step"
 
 

@@ -1,4 +1,4 @@
-"""Random crops of labelled images for training a classifier: area 8 to 100 %, a flip, nothing else.
+"""Random crops of labeled images for training a classifier: area 8 to 100 %, a flip, nothing else.
 
 Each crop is a function of (seed, epoch, image index), as all draws of the data side are.
 """
@@ -15,6 +15,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from dino_fast.augment import statistics
 from dino_fast.data import ImageError, Source
+from dino_fast.defaults import torch_defaults
 from dino_fast.ops.multi_crop import from_pillow, to_pillow
 from dino_fast.seeding import derive_seed
 
@@ -28,7 +29,7 @@ def random_crop(image: Tensor, size: tuple[int, int], seed: int) -> Tensor:
     The crop is cut out first and then resized (bilinear with antialiasing), as `torchvision.transforms
     .RandomResizedCrop` does in the original's eval_linear.py: no pixel outside of the crop has an influence.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch_defaults(), torch.random.fork_rng(devices=[]):  # torchvision draws in the default dtype
         torch.manual_seed(seed)
         top, left, height, width = RandomResizedCrop.get_params(image, [0.08, 1.0], [3 / 4, 4 / 3])
         flip = bool(torch.rand((), dtype=torch.float32, device="cpu") < 0.5)
@@ -48,7 +49,7 @@ def random_batches(
     epoch: int,
     indices: Sequence[int] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """A random crop of every readable, labelled image (of `indices`), in order: float32 `[B, C, h, w]`, labels `[B]`.
+    """A random crop of every readable, labeled image (of `indices`), in order: float32 `[B, C, h, w]`, labels `[B]`.
 
     Unreadable images are left out with a log warning in epoch 0.
     """

@@ -165,9 +165,7 @@ def _validate_backward(grad, qkv, cu_seqlens, out, statistics, max_seqlen) -> No
 
 
 def _run_backward(grad, qkv, cu_seqlens, out, statistics, max_seqlen, backend) -> Tensor:
-    _check_ends(
-        qkv, cu_seqlens, max_seqlen
-    )  # compiled code saves the caller's, which numpy may have changed
+    _check_ends(qkv, cu_seqlens, max_seqlen)  # compiled code saves the caller's, which numpy may have changed
     chosen = choose("packed_attention", qkv, max_seqlen, backend=backend)
     return BACKWARD[chosen](grad, qkv, cu_seqlens, out, statistics, max_seqlen)
 
