@@ -1,8 +1,8 @@
-"""k nearest neighbours on frozen features: the weighted vote of the original's evaluation, exact.
+"""k nearest neighbors on frozen features: the weighted vote of the original's evaluation, exact.
 
 Features are scaled to length 1; a query's k most similar bank images vote for their class with weight exp(similarity /
 temperature). Similarities exist for one tile of queries by bank images at a time, so memory does not grow with either;
-the neighbours are searched once, for the largest k, whatever the numbers of k and of temperatures.
+the neighbors are searched once, for the largest k, whatever the numbers of k and of temperatures.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dino_fast.errors import UserError
 from dino_fast.ops.linear.matmul import matmul
 
 _SIMILARITIES = 1 << 22  # held at once: 2^22 float32 are 16 MB. 2^20 is a fifth slower, 2^24 hardly faster
-_FEW = 50  # neighbours
+_FEW = 50  # neighbors
 _BLOCK = 16  # similarities whose maximum is looked at first; 32 takes as long for k = 20, a fifth longer for k = 200
 
 
@@ -83,6 +83,19 @@ def knn_accuracy(
     return row["top1"], row["top5"]
 
 
+def leave_one_out_accuracy(
+    features: Tensor, labels: Tensor, k: int = 20, temperature: float = 0.07
+) -> tuple[float, float]:
+    """`knn_accuracy` of each image among all others: features `[N, dim]`, labels int64 `[N]` from 0, k from 1 to N - 1.
+
+    Raises UserError where k is not, or for labels out of range.
+    """
+    if not 1 <= k < len(features):
+        raise UserError(f"k is {k} and each image has {len(features) - 1} others; k must be from 1 to their number")
+    row = knn_grid(features, labels, features, labels, [k], [temperature], leave_one_out=True)[0]
+    return row["top1"], row["top5"]
+
+
 @torch.no_grad()
 def knn_grid(
     bank: Tensor,
@@ -92,11 +105,13 @@ def knn_grid(
     ks: Sequence[int] = (20,),
     temperatures: Sequence[float] = (0.07,),
     num_classes: int | None = None,
+    leave_one_out: bool = False,
 ) -> list[dict[str, Any]]:
     """One row `{k, temperature, top1, top5}` for each pair, shares of queries, for one search.
 
     `bank` `[N, dim]` and `queries` `[M, dim]` of any length, labels int64 from 0. Equal votes go to the lower class;
     with five classes or fewer `top5` is 1. With k < 5, `top5` counts only classes that a neighbor votes for.
+    `leave_one_out`: the queries are the bank's own images in its order, and none votes for itself.
     Raises UserError where a k exceeds the bank, or for labels out of range.
     """
     for k in ks:
@@ -111,7 +126,10 @@ def knn_grid(
     if min(bank_labels.min(), query_labels.min()) < 0 or (num_classes is not None and highest >= num_classes):
         raise UserError(f"labels must be from 0 to {(num_classes or highest + 1) - 1}; -1 marks an image without one")
     classes = num_classes or highest + 1
-    values, index = neighbors(F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1), max(ks))
+    most = max(ks) + leave_one_out
+    values, index = neighbors(F.normalize(bank.float(), dim=1), F.normalize(queries.float(), dim=1), most)
+    if leave_one_out:
+        values, index = _without_itself(values, index)
     voters = bank_labels.to(index.device)[index]  # [M, k], classes
     labels = query_labels.to(index.device)
     hits = {(k, temperature): [0, 0] for k in ks for temperature in temperatures}
@@ -126,6 +144,14 @@ def knn_grid(
         {"k": k, "temperature": temperature, "top1": one / total, "top5": five / total}
         for (k, temperature), (one, five) in hits.items()
     ]
+
+
+def _without_itself(values: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Row i without image i, or, where copies of it came first, without its last neighbor: one column less."""
+    itself = index == torch.arange(len(index), dtype=torch.int64, device=index.device)[:, None]
+    itself[:, -1] |= ~itself.any(dim=1)
+    shape = len(index), index.shape[1] - 1
+    return values[~itself].view(shape), index[~itself].view(shape)
 
 
 def _search(bank: Tensor, queries: Tensor, k: int, columns: int, room: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,7 +175,7 @@ def _search(bank: Tensor, queries: Tensor, k: int, columns: int, room: Tensor) -
 def largest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`x.topk(k, dim=1)`. The k largest of a row lie in the k blocks of largest maximum, so only these are sorted.
 
-    A block is every (n // _BLOCK)-th number, so that maxima of neighbouring blocks are found side by side.
+    A block is every (n // _BLOCK)-th number, so that maxima of neighboring blocks are found side by side.
     """
     m, n = x.shape
     blocks = n // _BLOCK

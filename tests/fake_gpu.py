@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from dino_fast import backends, gpu
@@ -82,6 +83,8 @@ def fake_gpu(capability: tuple[int, int] = (9, 0), driver: tuple[int, int] | Non
         for name, value in patches.items():
             patch.setattr(torch.cuda, name, value)
         patch.setattr(gpu, "driver_version", lambda: driver)
+        # torch 2.11 makes a real tensor on the GPU before its first fake one, so that a backward pass finds a context.
+        patch.setattr(fake_tensor, "init_gpu_context", lambda device: None, raising=False)
         patch.setattr(FakeTensor, "__getitem__", _getitem, raising=False)
         patch.setattr(FakeTensor, "contiguous", lambda tensor: torch.ops.aten.contiguous(tensor), raising=False)
         for cached in caches:

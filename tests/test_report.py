@@ -150,11 +150,12 @@ def test_ticks_hold_the_range(low: float, high: float) -> None:
 
 
 def test_pictures_are_of_the_run(run: Path, page: str) -> None:
-    """4 held-out images at the untrained weights and each kept checkpoint, 6 neighbors of each, and thumbnails."""
+    """4 images at the untrained weights and each kept checkpoint, 6 neighbors of each, and thumbnails."""
     parsed = Page(page)
     images = parsed.all("img")
     named = [image["alt"] or "" for image in images]
     assert sum(name == "attention, untrained" for name in named) == 4
+    assert "among 40 of 40 other training images" in page and "Held-out" not in page  # nothing was kept from training
     kept = {int(folder.name[5:]) for folder in (run / "checkpoints").glob("step-*")}  # how many depends on the clock
     assert len(kept) > 1
     found = {name.removesuffix(" (best)") for name in named if name.startswith("attention, step")}
@@ -237,6 +238,26 @@ def test_images_that_moved(run: Path, tmp_path: Path) -> None:
     for file in damaged.glob("*/tensors.safetensors"):
         file.write_bytes(b"short")
     assert "no complete checkpoint" in render_report(copy, images, device="cpu")
+
+
+def test_a_page_with_pictures_is_not_replaced_by_one_without(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    (copy / "report.html").unlink(missing_ok=True)
+    settings = (copy / "config.yaml").read_text()
+    images = re.findall(r"^data: (.*)", settings)[0]
+    (copy / "config.yaml").write_text(settings.replace(images, "/nowhere/images"))
+    command = ["report", str(copy), "--device", "cpu"]
+    assert cli.main(command) == 0  # nothing is lost
+    assert cli.main([*command, "--data", images]) == 0
+    before = (copy / "report.html").read_bytes()
+    capsys.readouterr()
+    assert cli.main(command) == 2
+    error = capsys.readouterr().err
+    assert "report.html is left as it is" in error and "--data PATH" in error
+    assert (copy / "report.html").read_bytes() == before
 
 
 # ---- a real browser ----

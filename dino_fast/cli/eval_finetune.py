@@ -12,8 +12,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options to its parser."""
     add_common(
         parser,
-        "labelled images to train on: a folder, list, .parquet or 'demo'",
-        "labelled images to classify (default: the held-out part of --data)",
+        "labeled images to train on: a folder, list, .parquet or 'demo'",
+        "labeled images to classify (default: the val/ or test/ part that came with --data, else a tenth of --data)",
     )
     parser.add_argument("--epochs", type=int, default=100, help="default: %(default)s")
     parser.add_argument("--batch-size", type=int, default=512, help="default: %(default)s")

@@ -12,11 +12,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options to its parser."""
     add_common(
         parser,
-        "labelled images: a folder, list, .parquet or 'demo'",
-        "labelled images to classify (default: the held-out part of --data)",
+        "labeled images: a folder, list, .parquet or 'demo'",
+        "labeled images to classify (default: the val/ or test/ part that came with --data, else a tenth of --data)",
     )
     parser.add_argument(
-        "--k", type=int, nargs="+", default=[20], help="neighbours that vote; one or more numbers (default: 20)"
+        "--k", type=int, nargs="+", default=[20], help="neighbors that vote; one or more numbers (default: 20)"
     )
     parser.add_argument(
         "--temperature", type=float, nargs="+", default=[0.07], help="of their weights; one or more (default: 0.07)"

@@ -12,8 +12,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options to its parser."""
     add_common(
         parser,
-        "labelled images to train on: a folder, list, .parquet or 'demo'",
-        "labelled images to classify (default: the held-out part of --data)",
+        "labeled images to train on: a folder, list, .parquet or 'demo'",
+        "labeled images to classify (default: the val/ or test/ part that came with --data, else a tenth of --data)",
     )
     parser.add_argument("--blocks", type=int, default=4, help="last blocks whose class tokens are used (default: 4)")
     parser.add_argument("--patch-mean", action="store_true", help="also use the mean patch token (published for ViT-B)")

@@ -11,7 +11,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options to its parser."""
     add_common(
         parser,
-        "the database: labelled images, or any with --ground-truth",
+        "the database: labeled images, or any with --ground-truth",
         "the queries (default: the held-out part that came with --data, or each image of --data in turn)",
         size=False,
     )

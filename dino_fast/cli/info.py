@@ -15,7 +15,7 @@ from typing import Any
 from dino_fast import __version__
 from dino_fast.cpus import usable_cpus
 
-LIBRARIES = ("torch", "torchvision", "triton", "xformers", "numpy", "pillow", "pyarrow", "safetensors")
+LIBRARIES = ("torch", "torchvision", "torchcodec", "triton", "xformers", "numpy", "pillow", "pyarrow", "safetensors")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import getpass
 import importlib
 import os
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from dino_fast import __version__
 from dino_fast.cpus import shorten_spinning
 from dino_fast.errors import UserError, nearest
+from dino_fast.streams import lasting_streams
 
 # Words of a command -> (module with `add_arguments(parser)` and `run(args)`, what the command does).
 # Those modules import nothing slow: `--help` needs their options only.
@@ -40,8 +42,28 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line and returns its exit status: 0, 2 for what the user can correct, 130 or 143 for a signal."""
+    """Runs a command line and returns its exit status: 0, 2 for what the user can correct, 130 or 143 for a signal, 1
+    where the results could not be printed."""
     words = list(sys.argv[1:] if argv is None else argv)
+    with lasting_streams() as output:
+        _name_user()
+        status = _status(words)
+        output.flush()
+        if output.error is None or status or words[:1] == ["train"]:  # whose results are in its directory
+            return status
+        print(f"dino-fast: the output could not be written ({output.error}): it is not complete", file=sys.stderr)
+        return 1
+
+
+def _name_user() -> None:
+    """A user without a name (`docker run --user 12345`) gets a number as one: torch.compile names its cache by it."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = str(os.getuid())
+
+
+def _status(words: list[str]) -> int:
     plain, warnings.formatwarning = warnings.formatwarning, _note
     try:
         return _run(words)

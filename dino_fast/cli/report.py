@@ -7,6 +7,8 @@ from pathlib import Path
 
 from dino_fast.errors import UserError, make_folder, unwritable
 
+PICTURE = 'src="data:image/'  # how a page holds one
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options to its parser."""
@@ -28,6 +30,11 @@ def run(args: argparse.Namespace) -> int:
     page = render_report(args.run, args.data, args.images, args.device)
     out = args.out or args.run / "report.html"
     make_folder(out.parent)
+    if PICTURE not in page and out.is_file() and PICTURE in out.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(
+            f"{out} is left as it is, since it has pictures and a new page would have none: its images or checkpoints "
+            "cannot be read. Say where the images are with --data PATH; with another --out FILE the page says why"
+        )
     try:
         out.write_text(page, encoding="utf-8")
     except OSError as error:

@@ -19,8 +19,10 @@ def run(args: argparse.Namespace) -> int:
     config = settings.from_arguments(args)
     if args.dry_run:
         from dino_fast.engine.estimate import dry_run_report
+        from dino_fast.engine.memory_limit import explained_out_of_memory
 
-        print(dry_run_report(config, dict(os.environ)))
+        with explained_out_of_memory():
+            print(dry_run_report(config, dict(os.environ)))
         return 0
     from dino_fast.engine.trainer import train  # imports torch: a wrong setting has been told by now
 

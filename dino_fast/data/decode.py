@@ -1,7 +1,7 @@
 """Bytes of an image file -> uint8 [C, H, W], whatever the format, or an ImageError that says what is wrong with it.
 
 Pillow opens every file: it knows every format people have, says what is wrong, and finds the extent before any memory
-is asked for. The pixels of an ordinary JPEG then come from torchvision.io, which hands libjpeg-turbo's rows on without
+is asked for. The pixels of an ordinary JPEG then come from jpeg.py, which hands libjpeg-turbo's rows on without
 Pillow's copies (half the time, the same bits); what it refuses (CMYK, truncation) Pillow decides about.
 
 JPEGs are decoded at full size, never at a half or an eighth: libjpeg scales in its transform, and crops made from that
@@ -20,12 +20,26 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from dino_fast.data.jpeg import decode_jpegs
 from dino_fast.errors import UserError
 
 MAX_PIXELS = 89_478_485  # a quarter of a GiB of RGB; more is a decompression bomb (the limit at which Pillow warns)
 _ORIENTATION = 0x0112  # the EXIF tag
-_AS_IS = {1: ("L",), 3: ("L", "RGB")}  # modes that torchvision turns into 1 or 3 channels with Pillow's bits
+_AS_IS = {1: ("L",), 3: ("L", "RGB")}  # modes that libjpeg turns into 1 or 3 channels with Pillow's bits
 _EXIF = {"exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"}  # where Pillow keeps it
+
+
+def ignore_pillow_warnings() -> None:
+    """Lets Pillow's plugins warn of nothing: a broken file is an ImageError, and what it reads all the same is used.
+
+    One filter for the process, set here and again before workers and threads start, since an import inside
+    `warnings.catch_warnings` loses it. (`catch_warnings` around each image would not do: it swaps the process's
+    filters, so that threads lose each other's warnings and leave filters behind.)
+    """
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+ignore_pillow_warnings()
 
 
 class Jpeg(NamedTuple):
@@ -48,10 +62,8 @@ def decode(data: bytes, channels: int) -> Tensor:
     if not data:
         raise ImageError("the file is empty (0 bytes)")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
-                return _to_tensor(image, data, channels)
+        with Image.open(io.BytesIO(data)) as image:
+            return _to_tensor(image, data, channels)
     except ImageError:
         raise
     except Image.UnidentifiedImageError:
@@ -64,11 +76,9 @@ def jpeg_or_pixels(data: bytes, channels: int) -> Jpeg | Tensor:
     """The file itself where it is an ordinary, whole JPEG, which any decoder reads alike but for rounding; else what
     `decode` makes of it."""
     if data[:2] == b"\xff\xd8" and data.rstrip(b"\0")[-2:] == b"\xff\xd9":
-        with contextlib.suppress(Exception), warnings.catch_warnings():  # decode says what is wrong
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data)) as image:
-                if _is_ordinary(image, channels) and image.width * image.height <= MAX_PIXELS:
-                    return Jpeg(data, image.height, image.width)
+        with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:  # decode says what is wrong
+            if _is_ordinary(image, channels) and image.width * image.height <= MAX_PIXELS:
+                return Jpeg(data, image.height, image.width)
     return decode(data, channels)
 
 
@@ -99,12 +109,10 @@ def _turned(image: Image.Image) -> bool:
 
 
 def _jpeg(data: bytes, image: Image.Image, channels: int) -> Tensor | None:
-    """uint8 [channels, H, W] by torchvision, None where it refuses the file or was built without libjpeg."""
+    """uint8 [channels, H, W] by libjpeg-turbo, None where it refuses the file or is not here."""
     try:
-        from torchvision.io import ImageReadMode, decode_jpeg
-
-        mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
-        pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode)
+        file = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        pixels = decode_jpegs([file], channels, torch.device("cpu"))[0]
     except (ImportError, RuntimeError):
         return None
     return pixels if pixels.shape == (channels, image.height, image.width) else None

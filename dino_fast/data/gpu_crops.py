@@ -20,6 +20,7 @@ from torch import Tensor
 from dino_fast.augment import MultiCrop
 from dino_fast.data.batch import Batch, PackedImages
 from dino_fast.data.decode import ImageError, decode
+from dino_fast.data.jpeg import decode_jpegs
 from dino_fast.data.source import Source
 from dino_fast.errors import UserError
 
@@ -93,16 +94,13 @@ def unpack(packed: PackedImages, device: torch.device, name: Any) -> list[Tensor
 
 
 def _decoded(files: list[Tensor], channels: int, device: torch.device) -> Sequence[Tensor | None]:
-    """uint8 [C, H, W] of each JPEG file by torchvision, on a GPU by nvJPEG; all None where one of them is refused."""
-    from torchvision.io import ImageReadMode, decode_jpeg
-
+    """uint8 [C, H, W] of each JPEG file by libjpeg-turbo, on a GPU by nvJPEG; all None where one of them is refused."""
     if not files:
         return []
-    mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
     try:
         if device.type == "cuda":
-            return _in_order(lambda: decode_jpeg(files, mode, device=device), files, device)  # type: ignore[arg-type, return-value]
-        return decode_jpeg(files, mode, device=device)  # type: ignore[return-value]
+            return _in_order(lambda: decode_jpegs(files, channels, device), files, device)
+        return decode_jpegs(files, channels, device)
     except RuntimeError:
         return [None] * len(files)
 
@@ -116,11 +114,12 @@ def _decode_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _in_order(decode: Callable[[], list[Tensor]], files: list[Tensor], device: torch.device) -> list[Tensor]:
+def _in_order(decode: Callable[[], Sequence[Tensor]], files: list[Tensor], device: torch.device) -> Sequence[Tensor]:
     """The images of `decode()`, ordered with the current stream by events; the host waits for nothing.
 
-    nvJPEG works on a stream of torchvision's, which the caller's stream waits for but which itself waits for none: it
-    would write at once into memory that is free for the current stream but still read by work queued there. So images
+    torchvision's nvJPEG, unlike torchcodec's, works on a stream of its own, which the caller's stream waits for but
+    which itself waits for none: it would write at once into memory that is free for the current stream but still read
+    by work queued there. So images
     are allocated on a stream that has no other memory, and used on the current one by `record_stream`, after which
     the allocator hands their memory out again only when the current stream's work is done.
     """
@@ -142,12 +141,11 @@ def nvjpeg_unavailable_reason(device: torch.device) -> str | None:
     import io
 
     from PIL import Image
-    from torchvision.io import decode_jpeg
 
     data = io.BytesIO()
     Image.new("RGB", (16, 16)).save(data, "JPEG")
     try:
-        decode_jpeg([torch.frombuffer(bytearray(data.getvalue()), dtype=torch.uint8)], device=device)
+        decode_jpegs([torch.frombuffer(bytearray(data.getvalue()), dtype=torch.uint8)], 3, device)
     except RuntimeError as error:
         return str(error).splitlines()[0]
     return None

@@ -43,11 +43,15 @@ class Index:
 
 
 def cache_folder() -> Path:
-    """`DINO_FAST_CACHE`, else dino-fast/ in the user's cache folder."""
+    """`DINO_FAST_CACHE`, else dino-fast/ in the user's cache folder; a user without a home has it beside the temporary
+    files."""
     given = os.environ.get("DINO_FAST_CACHE")
-    if given:
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dino-fast"
+    try:
+        if given:
+            return Path(given).expanduser()
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dino-fast"
+    except RuntimeError:  # `docker run --user 12345`
+        return Path(os.environ.get("TMPDIR") or "/tmp") / f"dino-fast-{os.getuid()}"
 
 
 def cached(kind: str, places: Sequence[Path], build: Callable[[], Index]) -> Index:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -146,10 +145,8 @@ def _look(source: Source, index: int) -> Seen:
 
 
 def _kind(data: bytes) -> str:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(data)) as image:
-            return f"{image.format} {image.mode}"
+    with Image.open(io.BytesIO(data)) as image:
+        return f"{image.format} {image.mode}"
 
 
 def _spread(values: list[int]) -> str:

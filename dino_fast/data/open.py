@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,15 +48,15 @@ def open_source(given: Any) -> Source:
     )
 
 
-def split(source: Source) -> tuple[Source, Source]:
+def split(source: Source, share: float = 0.1) -> tuple[Source, Source]:
     """(what to train and build the k-NN bank on, what to hold out): the test part that came with the source, else a
-    seeded tenth of it. The two share no image."""
+    seeded share of it, at least one image. The two share no image."""
     if source.test is not None:
         return source, source.test
     if len(source) < 2:
         raise UserError(f"{len(source)} image cannot be split into training and held-out images; give at least 2")
     order = np.random.default_rng(0).permutation(len(source))
-    count = max(1, len(source) // 10)
+    count = max(1, math.floor(len(source) * share + 1e-9))
     return Subset(source, np.sort(order[count:])), Subset(source, np.sort(order[:count]))
 
 

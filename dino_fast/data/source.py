@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dino_fast.data.decode import ImageError, Jpeg, decode, jpeg_or_pixels
+from dino_fast.data import jpeg
+from dino_fast.data.decode import ImageError, Jpeg, decode, ignore_pillow_warnings, jpeg_or_pixels
 from dino_fast.errors import UserError
 
 T = TypeVar("T")
@@ -74,8 +75,10 @@ class Source:
         raise TypeError(f"{type(self).__name__} has no encoded images")
 
     def prepare(self) -> None:
-        """Does once, before workers are forked, what each of them would otherwise do: imports what decodes."""
-        import torchvision.io  # noqa: F401 - takes a second
+        """Does once, before workers and threads start, what is not theirs to do: imports what decodes, and sets the
+        warning filters, which are the process's."""
+        ignore_pillow_warnings()
+        jpeg.decoder()
 
     def label(self, index: int) -> int | None:
         if self.labels is None or self.labels[index] < 0:
@@ -156,6 +159,19 @@ class Subset(Source):
 
     def data(self, index: int) -> bytes:
         return self.source.data(int(self.indices[index]))
+
+
+def printable(name: str) -> str:
+    """A file's name as text that any terminal and file takes: bytes that are no UTF-8, line ends and other characters
+    that cannot be printed become escapes such as \\xe9 and \\n."""
+    return "".join(c if c.isprintable() else _escape(c) for c in name)
+
+
+def _escape(character: str) -> str:
+    number = ord(character)
+    if 0xDC80 <= number <= 0xDCFF:  # how Python keeps a byte that is no UTF-8
+        return f"\\x{number - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode()
 
 
 def share_classes(train: Source, test: Source) -> None:

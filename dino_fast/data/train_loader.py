@@ -111,8 +111,7 @@ class TrainLoader:
     def __iter__(self) -> Iterator[Batch]:
         from torch.utils.data import DataLoader
 
-        if self.workers:
-            self.source.prepare()
+        self.source.prepare()
         with explained_shortages():
             slots = SlotPool(self.workers, _PREFETCH + 3)  # what a worker may be ahead, and a step and its successor
             loader: DataLoader[Batch] = DataLoader(

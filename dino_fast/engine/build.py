@@ -32,29 +32,62 @@ XAVIER_POSITION_STD = 0.3
 
 @dataclass
 class Data:
-    """The images of a run; `bank` and `test` are None if k-NN is not measured, for the reason in `why`."""
+    """The images of a run.
+
+    Without `bank` no k-NN is measured; without `test` each image of the bank is left out in turn. `note` says which of
+    these, and why.
+    """
 
     train: Source
     bank: Source | None = None
     test: Source | None = None
-    why: str = ""
+    note: str = ""
 
 
 def open_data(config: Config) -> Data:
-    """Opens the images. If they have labels and no held-out part of their own, some are held out for k-NN."""
+    """Opens the images. All are trained on, but for a part that came as a test set and the share `hold_out`."""
     source = open_source(config.data)
     if config.channels is not None:
         for part in (source, source.test):
             if part is not None:
                 part.channels = config.channels
     if config.knn_every == 0:
-        return Data(source, why="k-NN evaluation is off (knn_every 0)")
+        return Data(source, note="k-NN evaluation is off (knn_every 0)")
     if not is_labeled(source):
-        return Data(source, why="no k-NN evaluation: the images have no labels (class sub-folders give them labels)")
-    training, test = split(source)
+        return Data(source, note="no k-NN evaluation: the images have no labels (class sub-folders give them labels)")
+    note, train, test = "", source, source.test
+    if test is None and config.hold_out:
+        train, test = split(source, config.hold_out)
+        note = f"{len(test)} of {len(source)} images are held out for the k-NN and not trained on"
+    if reason := useless_labels(train, test):
+        return Data(train, note=f"no k-NN evaluation: {reason}")
+    bank = sample(train, config.knn_images)
+    if test is not None:
+        return Data(train, bank, sample(test, config.knn_images), note)
+    return Data(
+        train,
+        bank,
+        note=f"all images are trained on; the k-NN leaves each of {len(bank)} out in turn "
+        "(--hold-out 0.1 keeps a tenth for it alone)",
+    )
+
+
+def useless_labels(bank: Source, test: Source | None) -> str:
+    """Why a k-NN accuracy with these labels would say nothing, or an empty text."""
+    assert bank.labels is not None
+    known, counts = np.unique(bank.labels[bank.labels >= 0], return_counts=True)
+    if len(known) < 2:
+        name = f" ({bank.classes[known[0]]})" if bank.classes and len(known) else ""
+        return f"all labeled images are of one class{name}"
+    if test is None:
+        return "each label is of one image only, so that the labels are no classes" if counts.max() == 1 else ""
     if not is_labeled(test):
-        return Data(training, why="no k-NN evaluation: the held-out images have no labels")
-    return Data(training, sample(training, config.knn_images), sample(test, config.knn_images))
+        return "the held-out images have no labels"
+    assert test.labels is not None
+    asked = np.unique(test.labels[test.labels >= 0])
+    if not np.isin(asked, known).any():
+        return "no held-out image is of a class that the training images have; are their folders classes?"
+    return ""
 
 
 def is_labeled(source: Source) -> bool:
@@ -106,7 +139,7 @@ def resolve_crop_device(augment_on: str, decode_on: str, device: torch.device) -
     if augment_on == "cpu" or missing:
         return None
     if decode_on == "gpu" and (reason := nvjpeg_unavailable_reason(device)):
-        raise UserError(f"--decode-on gpu: torchvision cannot ({reason}); use --decode-on cpu")
+        raise UserError(f"--decode-on gpu: JPEGs cannot be decoded there ({reason}); use --decode-on cpu")
     return device
 
 

@@ -116,7 +116,10 @@ class Config:
     freeze_last_layer: float = option(1.0, "epochs in which the prototypes stay as they are")
 
     # evaluation
-    knn_every: float = option(1.0, "epochs between k-NN evaluations on held-out images; 0 for none")
+    knn_every: float = option(1.0, "epochs between k-NN evaluations; 0 for none")
+    hold_out: float = option(
+        0.0, "share of the images to keep from training for the k-NN, where no val/ came with them; 0: leave-one-out"
+    )
     knn_k: int = option(20, "neighbours that vote")
     knn_temperature: float = option(0.07, "of the votes' weights")
     knn_images: int = option(10_000, "at most so many images on either side of the k-NN evaluation")
@@ -227,9 +230,14 @@ def build_config(
 
 def load_config(path: str | Path) -> Config:
     """The configuration in a YAML file (a run's config.yaml, say) over the defaults."""
-    config = Config(**_read_yaml(Path(path)))
+    config = Config(**_read_run(Path(path)))
     validate(config)
     return config
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    """A run's config.yaml. Versions that had no `hold_out` held out a tenth."""
+    return {"hold_out": 0.1} | _read_yaml(path)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -257,7 +265,7 @@ def stored_config(config: Config) -> Config | None:
     if not config.resume or config.out is None:
         return None
     path = expand_user(config.out) / "config.yaml"
-    return Config(**_read_yaml(path)) if path.exists() else None
+    return Config(**_read_run(path)) if path.exists() else None
 
 
 def expand_user(path: str | Path) -> Path:
@@ -578,5 +586,6 @@ _RULES: tuple[_Rule, ...] = (
     ),
     ("above 0 and at most 1", lambda x: 0 < x <= 1, "global_scale local_scale"),
     ("at least 0 and below 1", lambda x: 0 <= x < 1, "drop_path_rate"),
+    ("from 0 to 0.5", lambda x: 0 <= x <= 0.5, "hold_out"),
     ("1 or 3", lambda x: x in (1, 3), "channels"),
 )

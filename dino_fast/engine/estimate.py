@@ -246,7 +246,7 @@ def dry_run_report(config: Config, environment: dict[str, str]) -> str:
             ("on the wire", f"{wire_bytes(config, channels, world) / 1e6:.1f} MB sent by each process in a step")
         )
     rows.append(("time", expected_time(config, channels, device, precision, flops, steps, world)))
-    rows += [("note", note) for note in (*schedules.notes(), data.why) if note]
+    rows += [("note", note) for note in (*schedules.notes(), data.note) if note]
     return "\n".join(f"{name:<12} {text}" for name, text in rows)
 
 
@@ -258,20 +258,21 @@ def expected_time(
     largest = images
     if device.type == "cpu" and flops is not None:
         largest = min(images, int(CPU_BUDGET / (4.5 * flops)))  # three steps of it and three of half of it
-    tried = [largest // 2, largest]
-    if largest < 4 or flops is None:
-        return "not tried here: a trial step would take long itself"
+    tried = [largest // 2, largest] if largest >= 4 and flops is not None else [1]
     seconds = [trial(config, channels, device, precision, n) for n in tried]
-    slope = max((seconds[1] - seconds[0]) / (tried[1] - tried[0]), seconds[1] / tried[1] / 10)
-    step = seconds[1] + slope * (images - tried[1])
-    rate = images * flops / step
+    step = seconds[-1] / tried[-1] * images
+    if len(tried) == 2:
+        slope = max((seconds[1] - seconds[0]) / (tried[1] - tried[0]), seconds[1] / tried[1] / 10)
+        step = seconds[1] + slope * (images - tried[1])
+    rate = images * (flops or 0.0) / step
     peak = peak_flops(device, precision)
     share = f", {rate / peak:.0%} of the matrix units' peak" if peak else ""
     left_out = "data loading, evaluation, checkpoints" + (" and the network" if world > 1 else "")
+    sizes = f"{tried[0]} and {tried[1]} images" if len(tried) == 2 else "1 image"
     return (
         f"{clock(step * steps)} for {steps:,} steps of {step * 1e3:.0f} ms ({config.batch_size / step:.0f} images/s, "
-        f"{rate / 1e12:.3g} TFLOP/s{share}), from trial steps of {tried[0]} and {tried[1]} images on this "
-        f"{device.type}; without {left_out}"
+        f"{rate / 1e12:.3g} TFLOP/s{share}), from trial steps of {sizes} "
+        f"on this {device.type}; without {left_out}"
     )
 
 

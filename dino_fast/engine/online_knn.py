@@ -16,32 +16,39 @@ from dino_fast.engine.distributed import DistContext
 from dino_fast.engine.parallelize import full_state_dict
 from dino_fast.engine.signals import Halted
 from dino_fast.engine.train_state import TrainState
-from dino_fast.knn import extract_features, knn_accuracy
+from dino_fast.knn import extract_features, knn_accuracy, leave_one_out_accuracy
 from dino_fast.models import MultiCropWrapper
 
 Watch = Callable[[Iterable[Any]], Iterator[Any]]  # passes items through; raises Halted after a signal
 
 
 def measure_knn(
-    state: TrainState, channels: int, bank: Source, test: Source, watch: Watch
+    state: TrainState, channels: int, bank: Source, test: Source | None, watch: Watch
 ) -> tuple[dict[str, float], str]:
-    """k-NN accuracies of teacher and student on `test`, as shares of its labeled images.
+    """k-NN accuracies of teacher and student, as shares of the labeled images that are classified.
 
-    `bank` holds the images that vote. Returns {"knn": teacher's, "knn_student": student's} and a line of text about
-    them; ({}, "") after a signal.
+    `bank` holds the images that vote; without `test` each of them is classified by the others. Returns
+    {"knn": teacher's, "knn_student": student's} and a line of text about them; ({}, "") after a signal.
     """
     config, accuracies, text = state.config, {}, ""
     for name, model in (("knn", state.teacher), ("knn_student", state.student)):
         backbone = whole_backbone(state, model, channels)
-        bank_features, test_features = (all_features(state, backbone, source, watch) for source in (bank, test))
-        if bank_features is None or test_features is None:
+        found = [all_features(state, backbone, source, watch) for source in (bank, test) if source is not None]
+        sets = [features for features in found if features is not None]
+        if len(sets) < len(found):
             return {}, ""
-        queries, k = test_features[0], min(config.knn_k, len(bank_features[0]))
+        (known, labels), (queries, truth) = sets[0], sets[-1]
+        k = min(config.knn_k, len(known) - (test is None))
+        if k < 1:  # of two images one cannot be read
+            return {}, ""
         top1 = 0.0
-        if state.context.first:
-            top1 = float(knn_accuracy(*bank_features, *test_features, k, config.knn_temperature)[0])
+        if state.context.first and test is None:
+            top1 = leave_one_out_accuracy(known, labels, k, config.knn_temperature)[0]
+        elif state.context.first:
+            top1 = knn_accuracy(known, labels, queries, truth, k, config.knn_temperature)[0]
         accuracies[name] = state.context.run_on_rank0(lambda value=top1: value)  # type: ignore[misc]
-        text = f"k-NN (k={k}, temperature {config.knn_temperature:g}, {len(queries)} held-out images): "
+        whose = "training images, leaving one out" if test is None else "held-out images"
+        text = f"k-NN (k={k}, temperature {config.knn_temperature:g}, {len(queries)} {whose}): "
     return accuracies, text + f"teacher {accuracies['knn']:.1%}, student {accuracies['knn_student']:.1%}"
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dino_fast.engine.health import WAIT
+from dino_fast.streams import LastingStream
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -39,7 +40,9 @@ class Progress:
 
         self.total, self.interval, self.enabled, self.device = total, interval, enabled, device
         # Without a terminal, lines go to a file or a pipe: never wrapped, no colours.
-        self.console = console or (Console() if sys.stdout.isatty() else Console(width=1000, color_system=None))
+        output: Any = LastingStream(sys.stdout)
+        plain: dict[str, Any] = {} if output.isatty() else {"width": 1000, "color_system": None}
+        self.console = console or Console(file=output, **plain)
         self._step = self._start = start
         self._shown: dict[str, Any] = {}
         self._began = self._printed = time.monotonic()

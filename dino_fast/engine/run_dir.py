@@ -196,7 +196,8 @@ class RunDir:
 
     def log_text(self, text: str) -> None:
         """Append a message with the time to log.txt."""
-        with _writable(self.path), open(self.path / "log.txt", "a", encoding="utf-8") as file:
+        log = self.path / "log.txt"  # names of files may hold what UTF-8 cannot
+        with _writable(self.path), open(log, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}  {text}\n")
 
     def close(self) -> None:

@@ -30,9 +30,10 @@ from dino_fast.engine.build import (
 from dino_fast.engine.checkpoint import AsyncCheckpointer
 from dino_fast.engine.config import Config, check_same, stored_config, to_dict, validate, with_whole_paths
 from dino_fast.engine.distributed import broadcast_state, init_distributed
-from dino_fast.engine.estimate import flops_per_image, peak_flops, sizes_of
+from dino_fast.engine.estimate import flops_per_image, memory_parts, peak_flops, sizes_of
 from dino_fast.engine.fingerprint import DIFFERING, fingerprint, share_differing
 from dino_fast.engine.health import Health
+from dino_fast.engine.memory_limit import check_memory, explained_out_of_memory, memory_limit
 from dino_fast.engine.metrics import PendingStep, dump_nonfinite
 from dino_fast.engine.online_knn import measure_knn, whole_backbone
 from dino_fast.engine.parallelize import full_state_dict
@@ -66,10 +67,13 @@ def train(config: Config) -> Path:
         from dino_fast import _C
 
         _C.keep_freed_memory()
-    with init_distributed(kind.type) as context:
+    with init_distributed(kind.type) as context, explained_out_of_memory():
         device = torch.device(kind.type, context.local) if kind.type == "cuda" else kind
         data = open_data(config)
         loader = make_loader(config, data.train, device, context)
+        if device.type == "cpu":
+            parts = memory_parts(config, data.train.channels, precision, context.world, device.type)
+            check_memory(sum(parts.values()), context.local_world, memory_limit())
         out = Path(config.out) if config.out else None
         resumes = config.resume and out is not None and has_checkpoint(out)
         begun = replace(config, init_from=None) if resumes else config  # the checkpoint replaces those weights
@@ -342,7 +346,7 @@ class Trainer:
 
     def _measure_knn(self) -> dict[str, float]:
         """k-NN accuracies of teacher and student; empty without labels, or after a signal."""
-        if self.data.bank is None or self.data.test is None:
+        if self.data.bank is None:
             return {}
         channels = self.data.train.channels
         knn, text = measure_knn(self.state, channels, self.data.bank, self.data.test, self.signals.watch)
@@ -437,7 +441,7 @@ class Trainer:
         )
         wants_graph = state.device.type == "cuda" and config.cuda_graph == "auto"
         reason = unsupported_reason(state) if wants_graph else None
-        for note in (*self.schedules.notes(), self.data.why, reason and f"no CUDA graph: {reason}"):
+        for note in (*self.schedules.notes(), self.data.note, reason and f"no CUDA graph: {reason}"):
             if note:
                 self.say(f"note: {note}")
 

@@ -52,19 +52,19 @@ def attention_maps(frozen: Frozen, image: Tensor, image_size: int) -> tuple[Tens
     """uint8 `[C, H, W]` -> (the image as the backbone saw it, uint8 `[C, h, w]`; attention `[heads, h/p, w/p]`)."""
     patch = frozen.backbone.patch_size
     seen = fit_to_patches(image, image_size, patch)
-    attention = class_attention(frozen.backbone, frozen.normalise(seen[None]))[0].cpu()
+    attention = class_attention(frozen.backbone, frozen.normalize(seen[None]))[0].cpu()
     if not attention.isfinite().all():
         raise UserError("the attention is not finite: the weights are damaged or have diverged")
     return seen, attention.view(-1, seen.shape[1] // patch, seen.shape[2] // patch)
 
 
-def heat(attention: Tensor, patch: int, colours: str = "viridis") -> np.ndarray:
+def heat(attention: Tensor, patch: int, colormap: str = "viridis") -> np.ndarray:
     """`[h, w]` -> uint8 `[h * patch, w * patch, 3]`: darkest at its least, brightest at its largest value."""
     import matplotlib
 
     low, high = attention.min(), attention.max()
     scaled = ((attention - low) / (high - low).clamp(min=1e-12)).numpy()
-    picture: np.ndarray = (matplotlib.colormaps[colours](scaled)[..., :3] * 255).round().astype(np.uint8)
+    picture: np.ndarray = (matplotlib.colormaps[colormap](scaled)[..., :3] * 255).round().astype(np.uint8)
     return picture.repeat(patch, axis=0).repeat(patch, axis=1)
 
 

@@ -73,7 +73,7 @@ def extract(frozen: Frozen, paths: list[Path], size: int, batch_size: int = 32) 
     for start in watched(starts, len(starts), "batches of features"):
         images = [read_image(path, frozen.backbone.in_chans) for path in paths[start : start + batch_size]]
         batch = torch.stack([resize(image, size, size) for image in images])
-        parts.append(copy_feature(frozen.backbone.forward_features(frozen.normalise(batch))).cpu())
+        parts.append(copy_feature(frozen.backbone.forward_features(frozen.normalize(batch))).cpu())
     features = torch.cat(parts)
     if not features.isfinite().all():
         raise UserError("the backbone gives features that are not finite: its weights are damaged or have diverged")

@@ -31,7 +31,7 @@ from dino_fast.models import VisionTransformer, set_drop_path_seed
 from dino_fast.seeding import derive_seed
 
 _AUGMENT, _CROP, _ERASE, _MIX, _HEAD = range(10, 15)  # what a draw is for, apart from the loader's
-_GREY = 128  # fills what RandAugment uncovers
+_GRAY = 128  # fills what RandAugment uncovers
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class _Pictures(torch.utils.data.Dataset["tuple[Tensor, int, int] | None"]):
 
     def __init__(self, source: Source, size: tuple[int, int], recipe: Recipe, epoch: int) -> None:
         self.source, self.size, self.recipe, self.epoch = source, size, recipe, epoch
-        fill = [_GREY] * source.channels
+        fill = [_GRAY] * source.channels
         self.augment = RandAugment(recipe.operations, recipe.magnitude, fill=fill) if recipe.operations else None
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int] | None:
@@ -107,10 +107,10 @@ class _Pictures(torch.utils.data.Dataset["tuple[Tensor, int, int] | None"]):
 def batches(
     source: Source, size: tuple[int, int], recipe: Recipe, epoch: int, workers: int = 0
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """One epoch: uint8 images `[B, C, h, w]`, labels `[B]`, indices `[B]`; every labelled, readable image once."""
+    """One epoch: uint8 images `[B, C, h, w]`, labels `[B]`, indices `[B]`; every labeled, readable image once."""
     assert source.labels is not None
-    labelled = torch.from_numpy(np.flatnonzero(source.labels >= 0))
-    order = labelled[epoch_order(len(labelled), recipe.seed, epoch)]
+    labeled = torch.from_numpy(np.flatnonzero(source.labels >= 0))
+    order = labeled[epoch_order(len(labeled), recipe.seed, epoch)]
     loader = torch.utils.data.DataLoader(
         _Pictures(source, size, recipe, epoch),
         batch_sampler=[part.tolist() for part in order.split(recipe.batch_size)],
@@ -167,7 +167,7 @@ def fit(
     workers: int = 0,
     on_epoch: Callable[[int, float], None] | None = None,
 ) -> tuple[Classifier, int]:
-    """Trains `backbone` (on its device, in place) and a new linear layer on the labelled images of `source`.
+    """Trains `backbone` (on its device, in place) and a new linear layer on the labeled images of `source`.
 
     bf16 on a GPU that has it. `on_epoch` gets the epoch and its mean loss. Returns the network, in evaluation mode, and
     how many images an epoch had. Raises UserError where the loss is not finite.
@@ -230,7 +230,7 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
 def accuracy(
     model: nn.Module, source: Source, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> tuple[float, float, int]:
-    """The shares of labelled images whose class is first, and among the first five, and the number of these images."""
+    """The shares of labeled images whose class is first, and among the first five, and the number of these images."""
     device = next(model.parameters()).device
     first = five = count = 0
     for images, labels in eval_batches(source, size, mean, std, 128):
@@ -263,14 +263,14 @@ def evaluate(
     `left_out` and the settings; the trained network).
     """
     from dino_fast.eval.common.backbone import open_backbone
-    from dino_fast.eval.common.labels import left_out, open_labelled
+    from dino_fast.eval.common.labels import left_out, open_labeled
 
     recipe = recipe or Recipe()
     recipe.check()
-    train, held, classes = open_labelled(data, test)
+    train, held, classes = open_labeled(data, test)
     assert train.labels is not None
-    labelled = int((train.labels >= 0).sum())
-    recipe = replace(recipe, batch_size=min(recipe.batch_size, labelled))
+    labeled = int((train.labels >= 0).sum())
+    recipe = replace(recipe, batch_size=min(recipe.batch_size, labeled))
     frozen = open_backbone(checkpoint, which, device)
     size = frozen.size(image_size)
     train.channels = held.channels = frozen.backbone.in_chans

@@ -9,8 +9,8 @@ from typing import Any
 from dino_fast.defaults import torch_defaults
 from dino_fast.errors import UserError
 from dino_fast.eval.common.backbone import open_backbone, tokens_feature
-from dino_fast.eval.common.features import labelled_features
-from dino_fast.eval.common.labels import left_out, open_labelled
+from dino_fast.eval.common.features import labeled_features
+from dino_fast.eval.common.labels import left_out, open_labeled
 from dino_fast.knn import knn_grid
 
 
@@ -28,7 +28,7 @@ def evaluate(
     image_size: int | None = None,
     features: Path | None = None,
 ) -> dict[str, Any]:
-    """k-NN accuracy of a checkpoint on a labelled image source.
+    """k-NN accuracy of a checkpoint on a labeled image source.
 
     The bank is `data`, the queries `test`, or without it the held-out part of `data`. `image_size` defaults to the
     size the position embeddings were learned for; `features` is a folder that keeps features between calls. Returns
@@ -37,14 +37,14 @@ def evaluate(
     """
     ks = [k] if isinstance(k, int) else list(k)
     temperatures = [temperature] if isinstance(temperature, int | float) else list(temperature)
-    sources = dict(zip(("bank", "queries"), open_labelled(data, test)[:2], strict=True))
+    sources = dict(zip(("bank", "queries"), open_labeled(data, test)[:2], strict=True))
     if max(ks) > len(sources["bank"]):  # said before an hour of features
         raise UserError(f"k is {max(ks)} and the bank has {len(sources['bank'])} images; give a smaller --k")
     frozen = open_backbone(checkpoint, which, device, tokens=False)
     size = frozen.size(image_size)
     feature, kind = tokens_feature(frozen.backbone)
     extracted = {
-        name: labelled_features(frozen, source, size, feature, kind, batch_size, features)
+        name: labeled_features(frozen, source, size, feature, kind, batch_size, features)
         for name, source in sources.items()
     }
     (bank, bank_labels), (queries, query_labels) = extracted.values()

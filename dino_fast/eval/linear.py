@@ -147,12 +147,12 @@ def evaluate(
     """
     from dino_fast.eval.common.backbone import open_backbone, tokens_feature
     from dino_fast.eval.common.crops import random_batches
-    from dino_fast.eval.common.features import labelled_features
-    from dino_fast.eval.common.labels import left_out, open_labelled
+    from dino_fast.eval.common.features import labeled_features
+    from dino_fast.eval.common.labels import left_out, open_labeled
 
     if crops not in ("centre", "random"):
         raise UserError(f"crops is '{crops}'; it is 'centre' or 'random'")
-    train, held_out, classes = open_labelled(data, test)
+    train, held_out, classes = open_labeled(data, test)
     frozen = open_backbone(checkpoint, which, device, tokens=False)
     size = frozen.size(image_size)
     feature, kind = tokens_feature(
@@ -160,7 +160,7 @@ def evaluate(
     )
 
     def centered(source: Source) -> tuple[Tensor, Tensor]:
-        x, y = labelled_features(frozen, source, size, feature, kind, 128, features)
+        x, y = labeled_features(frozen, source, size, feature, kind, 128, features)
         return x.to(frozen.device), y.to(frozen.device)
 
     def fresh(epoch: int) -> tuple[Tensor, Tensor]:

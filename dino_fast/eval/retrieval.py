@@ -71,7 +71,7 @@ def multi_scale_feature(frozen: Frozen, image: Tensor, longest: int, scales: tup
     patch = frozen.backbone.patch_size
     shrink = min(1.0, longest / max(image.shape[1:]))
     height, width = (max(1, round(side * shrink)) for side in image.shape[1:])
-    pixels = frozen.normalise(resize(image, height, width)[None])
+    pixels = frozen.normalize(resize(image, height, width)[None])
     total = torch.zeros(frozen.backbone.embed_dim, dtype=torch.float32, device="cpu")
     for scale in scales:
         size = [max(1, round(side * scale / patch)) * patch for side in (height, width)]
@@ -190,7 +190,7 @@ def _by_labels(data: str | Path, test: str | Path | None) -> tuple[dict[str, Any
         if label >= 0:
             members.setdefault(_class(source, label), []).append(i)
     if len(members) < 2:
-        raise UserError(f"all labelled images of {data} are of one class, so any ranking is right; give at least two")
+        raise UserError(f"all labeled images of {data} are of one class, so any ranking is right; give at least two")
     files = {path: i for i in range(len(source)) if (path := _path(source, i)) is not None}
     questions = []
     for i, label in enumerate(asked.labels.tolist()):

@@ -31,8 +31,8 @@ _LAYOUTS = (("JPEGImages", "SegmentationClass"), ("JPEGImages", "Annotations"), 
 def read_mask(path: Path) -> np.ndarray:
     """uint8 `[H, W]`: 0 background, 255 void, else the object's or class's number.
 
-    In images with a palette these are the indices. In grey images of two values, the higher is object 1; in images with
-    colours, each colour but black is an object, numbered by rising colour.
+    In images with a palette these are the indices. In gray images of two values, the higher is object 1; in images with
+    colors, each color but black is an object, numbered by rising color.
     """
     try:
         with Image.open(path) as image:
@@ -46,7 +46,7 @@ def read_mask(path: Path) -> np.ndarray:
     values = np.unique(flat)
     objects = values[values > 0]
     if len(objects) > 254:
-        raise UserError(f"{path} has {len(values)} colours; it is a picture, not a mask. Save masks as PNG, not JPEG")
+        raise UserError(f"{path} has {len(values)} colors; it is a picture, not a mask. Save masks as PNG, not JPEG")
     if pixels.ndim == 2 and not np.array_equal(objects, [_VOID]):
         return pixels  # class or object numbers, perhaps with void
     number = np.zeros(len(values), dtype=np.uint8)

@@ -81,7 +81,7 @@ def carry(target: Tensor, sources: Tensor, masks: Tensor, settings: Settings) ->
     """
     n, h, w, dim = sources.shape
     radius = settings.radius or max(h, w)
-    # Tiles about as large as the reach: smaller ones copy neighbours more often, larger ones compare what is too far.
+    # Tiles about as large as the reach: smaller ones copy neighbors more often, larger ones compare what is too far.
     side = settings.radius or max(1, math.isqrt(_SIMILARITIES // (n * h * w)))
     result = target.new_empty(h, w, masks.shape[-1])
     for (top, end), (left, right) in itertools.product(_parts(h, side), _parts(w, side)):
@@ -191,9 +191,7 @@ def _score(frozen: Frozen, sequence: Sequence, image_size: int, settings: Settin
     if not objects:
         raise UserError(f"the first mask of '{sequence.name}', {sequence.masks[0]}, has no object to follow")
     if len(objects) > 1 and Image.open(sequence.masks[0]).mode not in ("P", "L"):
-        raise UserError(
-            f"{sequence.masks[0]} has {len(objects)} objects by colour; save masks with a palette, as DAVIS"
-        )
+        raise UserError(f"{sequence.masks[0]} has {len(objects)} objects by color; save masks with a palette, as DAVIS")
     height, width = truth.shape
     patch = frozen.backbone.patch_size
     size = _frame_size(height, width, image_size, patch)
@@ -231,12 +229,12 @@ def _measures(labels: Tensor, path: Path, objects: list[int], size: tuple[int, i
 
 @torch.no_grad()
 def _features(frozen: Frozen, path: Path, truth: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """`[h, w, dim]`, the last block's normalised patch tokens."""
+    """`[h, w, dim]`, the last block's normalized patch tokens."""
     image = read_image(path, frozen.backbone.in_chans)
     if image.shape[1:] != truth:
         given = f"{image.shape[2]}x{image.shape[1]}"
         raise UserError(f"{path} is {given}, the first mask of the sequence {truth[1]}x{truth[0]} pixels")
-    tokens = frozen.backbone.forward_features(frozen.normalise(resize(image, *size)[None]))[0, 1:]
+    tokens = frozen.backbone.forward_features(frozen.normalize(resize(image, *size)[None]))[0, 1:]
     patch = frozen.backbone.patch_size
     return tokens.view(size[0] // patch, size[1] // patch, -1)
 
@@ -283,7 +281,7 @@ def _sequence(frames: Path, masks: Path) -> Sequence:
 
 
 def _save(labels: np.ndarray, path: Path) -> None:
-    """A PNG with VOC's palette, whose n-th colour has n's bits spread from the top of its red, green and blue."""
+    """A PNG with VOC's palette, whose n-th color has n's bits spread from the top of its red, green and blue."""
     palette = [
         sum(((n >> (3 * bit + part)) & 1) << (7 - bit) for bit in range(3)) for n in range(256) for part in range(3)
     ]

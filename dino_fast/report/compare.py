@@ -113,7 +113,7 @@ def table(runs: list[Summary]) -> Any:
 
 
 def plot(runs: list[Summary], file: Path) -> None:
-    """Curves of loss, teacher entropy and k-NN accuracy over the steps, one colour a run."""
+    """Curves of loss, teacher entropy and k-NN accuracy over the steps, one color a run."""
     import matplotlib
 
     matplotlib.use("agg")

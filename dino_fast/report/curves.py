@@ -1,6 +1,6 @@
 """Curves as inline SVG: the plot stretches with the page, its labels are HTML and keep their size.
 
-A curve of more than `SHOWN` points is drawn as the means of equal numbers of neighbours, with their range behind it.
+A curve of more than `SHOWN` points is drawn as the means of equal numbers of neighbors, with their range behind it.
 """
 
 from __future__ import annotations

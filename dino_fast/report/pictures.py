@@ -80,6 +80,7 @@ class Pictures(NamedTuple):
     map: Map
     images: int  # training images compared
     bank: int  # training images
+    held_out: bool  # whether the queries were kept from training
     labeled: bool  # whether a query has a label
 
 
@@ -97,9 +98,10 @@ def draw_pictures(run: Path, config: Config | None, data: str | None, images: in
         raise UserError(f"The images of the run have moved: {error}. Say where with --data PATH.") from error
     newest = trained[-1][1]
     source.channels = newest.backbone.in_chans
-    training, held_out = split(source)
+    training, asked = split(source)  # two parts that share no image
+    held_out = source.test is not None or (config is not None and config.hold_out > 0 and source.labels is not None)
     size = newest.size(None)
-    queries = _draw_images(held_out, max(ATTENDED, QUERIES), size, source.classes)
+    queries = _draw_images(asked, max(ATTENDED, QUERIES), size, source.classes)
     bank = _draw_images(training, images, size, source.classes)
     feature = tokens_feature(newest.backbone)[0]
     query_features, bank_features = (
@@ -115,6 +117,7 @@ def draw_pictures(run: Path, config: Config | None, data: str | None, images: in
         map=_map(bank, bank_features),
         images=len(bank.images),
         bank=len(training),
+        held_out=held_out,
         labeled=any(label >= 0 for label in queries.labels),
     )
 
@@ -181,7 +184,7 @@ def _draw_images(source: Source, count: int, size: tuple[int, int], classes: lis
 def _batches(frozen: Frozen, images: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     for start in range(0, len(images), _BATCH):
         batch = torch.stack(images[start : start + _BATCH])
-        yield frozen.normalise(batch), torch.full((len(batch),), -1, dtype=torch.int64, device="cpu")
+        yield frozen.normalize(batch), torch.full((len(batch),), -1, dtype=torch.int64, device="cpu")
 
 
 def _attention(networks: list[tuple[str, Frozen]], queries: Images) -> list[list[Picture]]:

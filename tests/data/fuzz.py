@@ -93,7 +93,7 @@ def fuzz(numbers: Iterable[int], every: int = 1) -> Counter[str]:
                 decode._jpeg = fast
             seen["compared"] += 1
             if (pixels is None) != (alone is None):
-                seen["only torchvision" if alone is None else "only Pillow"] += 1
+                seen["only libjpeg" if alone is None else "only Pillow"] += 1
             elif pixels is not None and not torch.equal(pixels, alone):
                 seen["differ"] += 1
     return seen

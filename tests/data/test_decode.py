@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ from PIL import Image
 
 from dino_fast.augment import MultiCrop
 from dino_fast.data import ImageError, open_source
-from dino_fast.data.decode import decode
+from dino_fast.data.decode import decode, ignore_pillow_warnings
 
 from .example_files import picture, save
 
@@ -75,3 +78,35 @@ def test_unusual_extents_make_crops(tmp_path: Path) -> None:
     crops = MultiCrop(global_size=32, local_size=16)
     global_crops, local_crops = crops.apply([source.read(0), source.read(1)], crops.sample_each([0, 1]))
     assert global_crops.isfinite().all() and local_crops.isfinite().all()
+
+
+def test_threads_that_decode_leave_the_warnings_of_others() -> None:
+    """Pillow warns of a bomb; nobody is to see that, and everybody else's warnings are to be seen."""
+    bomb = io.BytesIO()
+    Image.new("1", (30000, 3000)).save(bomb, "PNG")
+    ignore_pillow_warnings()
+    before = list(warnings.filters)
+
+    def read(number: int) -> None:
+        with contextlib.suppress(ImageError):
+            decode(bomb.getvalue(), 3)
+
+    with ThreadPoolExecutor(8) as pool, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        reading = [pool.submit(read, i) for i in range(400)]
+        number = 0
+        while not all(future.done() for future in reading):
+            warnings.warn(f"mine {number}", UserWarning, stacklevel=1)
+            number += 1
+    seen = [str(warning.message) for warning in caught if "mine" in str(warning.message)]
+    assert seen == [f"mine {i}" for i in range(number)]
+    assert warnings.filters == before
+
+
+def test_pillows_warnings_are_not_shown(recwarn: pytest.WarningsRecorder) -> None:
+    bomb = io.BytesIO()
+    Image.new("1", (30000, 3000)).save(bomb, "PNG")
+    ignore_pillow_warnings()
+    with pytest.raises(ImageError, match="decompression bomb"):
+        decode(bomb.getvalue(), 3)
+    assert not recwarn

@@ -156,7 +156,7 @@ def test_a_gpu_whose_kernels_are_missing(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(UserError, match="--decode-on gpu: the crops are made on the CPU"):
         resolve_crop_device("cpu", "gpu", gpu)
     monkeypatch.setattr("dino_fast.engine.build.nvjpeg_unavailable_reason", lambda device: "no nvjpeg")
-    with pytest.raises(UserError, match=r"--decode-on gpu: torchvision cannot \(no nvjpeg\)"):
+    with pytest.raises(UserError, match=r"--decode-on gpu: JPEGs cannot be decoded there \(no nvjpeg\)"):
         resolve_crop_device("auto", "gpu", gpu)
 
 
@@ -194,11 +194,11 @@ def test_nvjpeg_writes_and_reads_in_order_with_the_crops(monkeypatch: pytest.Mon
     gpu_crops._decode_stream.cache_clear()
     allocated_on, used_on = [], []
 
-    def decode_jpeg(files: list, mode: object, device: torch.device) -> list:
+    def decode_jpegs(files: list, channels: int, device: torch.device) -> list:
         allocated_on.append(FakeStream.current)
         return [SimpleNamespace(record_stream=used_on.append) for _ in files]
 
-    monkeypatch.setattr("torchvision.io.decode_jpeg", decode_jpeg)
+    monkeypatch.setattr(gpu_crops, "decode_jpegs", decode_jpegs)
     files = [torch.zeros(4, dtype=torch.uint8)]
     try:
         for _ in range(2):

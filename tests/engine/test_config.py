@@ -264,7 +264,7 @@ def test_other_names_of_settings_are_accepted(alias: str, tmp_path: Path) -> Non
     present = {"last_layer": "chunked", "saveckp_freq": 20.0}.get(
         alias, tuple(value) if isinstance(value, list) else value
     )
-    base = {"data": "x"} if name != "data" else {}
+    base: dict[str, object] = {"data": "x", "hold_out": 0.0} if name != "data" else {}
     expected = build_config({**base, name: present})
     assert getattr(expected, name) == present != getattr(Config(), name)
     assert build_config({**base, alias: value}) == expected

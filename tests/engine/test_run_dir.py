@@ -97,6 +97,12 @@ def test_what_a_check_refuses_is_left_as_it_is(tmp_path: Path) -> None:
     assert not (tmp_path / "log.txt").exists()
 
 
+def test_a_name_that_is_no_text_is_logged(tmp_path: Path) -> None:
+    with open_run(tmp_path, CONFIG, resume=False) as run:
+        run.log_text("cannot read \udcff.jpg")
+    assert (tmp_path / "log.txt").read_text().endswith("cannot read \\udcff.jpg\n")
+
+
 def test_bad_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="is a file"):

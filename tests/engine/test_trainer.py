@@ -44,7 +44,7 @@ MODEL: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes of 22 pictures; 4 are held out, so that an epoch has 5 steps of 8."""
+    """Two classes of 22 pictures: 5 steps of 8 an epoch."""
     root = tmp_path_factory.mktemp("images")
     random = np.random.default_rng(0)
     for name, low in (("dark", 0), ("light", 128)):
@@ -269,6 +269,32 @@ def test_a_start_that_failed_does_not_block_the_next(
     assert len(read_metrics(out)) == 2
 
 
+@pytest.mark.parametrize("redirection", [">/dev/full", "2>/dev/full >/dev/full", ">&- 2>&-", "<&- >&- 2>&-", "| true"])
+def test_no_output_never_ends_a_run(images: Path, tmp_path: Path, redirection: str) -> None:
+    out = tmp_path / "run"
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(json.dumps({**MODEL, "data": str(images), "max_steps": 3, "knn_every": 0}))
+    command = f"{sys.executable} -m dino_fast train --config {settings} --out {out}"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"{command} {redirection}"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    assert len(read_metrics(out)) == 3 and "finished at step 3" in (out / "log.txt").read_text()
+    assert (out / "export" / "teacher.safetensors").exists()
+
+
+def test_a_closed_output_does_not_end_a_run_from_python(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = open(os.devnull, "w")  # noqa: SIM115
+    lost.close()
+    for number, stream in enumerate((lost, None)):
+        monkeypatch.setattr(sys, "stdout", stream)
+        train(_config(images, tmp_path / str(number), max_steps=2))
+        assert len(read_metrics(tmp_path / str(number))) == 2
+
+
 def test_a_directory_with_a_run_is_refused(images: Path, tmp_path: Path) -> None:
     train(_config(images, tmp_path / "run", max_steps=1))
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
@@ -294,7 +320,7 @@ def test_other_images_on_resume_are_refused(images: Path, tmp_path: Path) -> Non
     out = tmp_path / "run"
     train(_config(images, out, max_steps=2))
     before = (out / "config.yaml").read_bytes()
-    with pytest.raises(UserError, match="trains on 40 images"):
+    with pytest.raises(UserError, match="trains on 44 images"):
         train(_config(images / "dark", out, resume=True, max_steps=4))
     others = tmp_path / "others"
     shutil.copytree(images, others)
@@ -303,6 +329,28 @@ def test_other_images_on_resume_are_refused(images: Path, tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"trains on other images.*100% of a sample differ"):
         train(_config(others, out, resume=True, max_steps=4))
     assert (out / "config.yaml").read_bytes() == before
+
+
+def test_nothing_is_held_out_unless_asked(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "all"
+    train(_config(images, out, max_steps=2))
+    said = capsys.readouterr().out
+    assert "44 images of" in said and "all images are trained on; the k-NN leaves each of 44 out in turn" in said
+    assert "(k=20, temperature 0.07, 44 training images, leaving one out): teacher " in said
+    train(_config(images, tmp_path / "tenth", max_steps=2, hold_out=0.1))
+    said = capsys.readouterr().out
+    assert "40 images of" in said and "4 of 44 images are held out for the k-NN and not trained on" in said
+    assert "4 held-out images): teacher " in said
+
+
+def test_a_run_of_a_version_that_held_out_a_tenth_continues_so(images: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(_config(images, out, max_steps=2, hold_out=0.1))
+    text = (out / "config.yaml").read_text()
+    (out / "config.yaml").write_text(text.replace("hold_out: 0.1\n", ""))
+    assert "hold_out" not in (out / "config.yaml").read_text()
+    train(build_config({"out": str(out), "resume": True, "max_steps": 4}))
+    assert len(read_metrics(out)) == 4
 
 
 def test_the_same_images_elsewhere_continue(

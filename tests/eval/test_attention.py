@@ -83,7 +83,7 @@ def test_a_folder(tmp_path, checkpoint, tiny, capsys):
     # The mask in the file is the one computed by hand from the attention of the image as it was resized.
     frozen = open_backbone(checkpoint, device="cpu")
     seen = fit_to_patches(read_image(data / "b.png"), 32, 8)
-    row = frozen.backbone.get_last_selfattention(frozen.normalise(seen[None]))[0, 1, 0, 1:]
+    row = frozen.backbone.get_last_selfattention(frozen.normalize(seen[None]))[0, 1, 0, 1:]
     expected = mask_by_hand(row.double().numpy(), 0.6).reshape(4, -1)
     drawn = np.asarray(Image.open(tmp_path / "out" / "b" / "head1-mask.png"))
     assert np.array_equal(drawn, expected.repeat(8, 0).repeat(8, 1) * 255)

@@ -49,6 +49,29 @@ def test_accuracy_equals_a_computation_by_hand(n, m, classes, k, chunk, monkeypa
     assert got == pytest.approx(by_hand(bank, labels, queries, query_labels, k, 0.07, classes), abs=1e-12)
 
 
+@pytest.mark.parametrize("n,classes,k", [(60, 5, 7), (9, 4, 8), (2, 2, 1)])
+@pytest.mark.parametrize("chunk", [1 << 24, 70])
+def test_leaving_one_out_equals_a_computation_by_hand(n, classes, k, chunk, monkeypatch):
+    """Each image among the others, some of which are copies of it."""
+    monkeypatch.setattr(knn, "_SIMILARITIES", chunk)
+    rng = np.random.default_rng(n)
+    features, labels = rng.standard_normal((n, 6)), rng.integers(0, classes, n)
+    features[1:4], labels[1:4] = features[0], labels[0]  # of one class: which of them is cut off changes no vote
+    expected = np.zeros(2)
+    for i in range(n):
+        others = np.arange(n) != i
+        bank = features[others], labels[others]
+        expected += by_hand(*bank, features[i : i + 1], labels[i : i + 1], k, 0.07, classes)
+    got = knn.leave_one_out_accuracy(torch.from_numpy(features), torch.from_numpy(labels), k)
+    assert n < 9 or 0 < got[0] < 1
+    assert got == pytest.approx(expected / n, abs=1e-12)
+
+
+def test_leaving_one_out_needs_more_images_than_neighbors():
+    with pytest.raises(UserError, match="each image has 2 others"):
+        knn.leave_one_out_accuracy(torch.eye(3), torch.arange(3), k=3)
+
+
 @pytest.mark.parametrize("k,temperature", [(1, 0.07), (20, 0.07), (200, 0.5)])
 def test_accuracy_equals_the_transcription_of_the_original(k, temperature):
     torch.manual_seed(k)

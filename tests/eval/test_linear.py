@@ -174,7 +174,7 @@ def test_labels_that_are_missing_of_another_set_or_of_one_class(tmp_path, checkp
         (tmp_path / f"{name}.txt").write_text("".join(rows))
     cases = [
         (data / "red", None, "has no labels"),
-        (one, one, "all labelled images .* are of one class"),
+        (one, one, "all labeled images .* are of one class"),
         (tmp_path / "known.txt", tmp_path / "other.txt", "2 classes that .* has none of: label 5, label 6"),
     ]
     for path, test, message in cases:

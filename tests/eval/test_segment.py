@@ -31,7 +31,7 @@ def by_hand(checkpoint, image_path, truth, size, mass=0.6):
     """The Jaccard index of each object with each head: sort, add up, look up the patch of each pixel."""
     frozen = open_backbone(checkpoint, device="cpu")
     seen = fit_to_patches(read_image(image_path), size, 8)
-    rows = frozen.backbone.get_last_selfattention(frozen.normalise(seen[None]))[0, :, 0, 1:].double().numpy()
+    rows = frozen.backbone.get_last_selfattention(frozen.normalize(seen[None]))[0, :, 0, 1:].double().numpy()
     h, w = seen.shape[1] // 8, seen.shape[2] // 8
     scores = []  # [heads, objects]
     for row in rows:

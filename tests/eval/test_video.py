@@ -123,7 +123,7 @@ def test_davis_equals_a_plain_pipeline(davis, checkpoint, tmp_path, capsys):
         features = []
         for path in frames:
             pixels = np.asarray(Image.open(path).resize((64, 64), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-            image = frozen.normalise(torch.from_numpy(pixels.copy())[None])
+            image = frozen.normalize(torch.from_numpy(pixels.copy())[None])
             features.append(frozen.backbone.forward_features(image)[0, 1:].view(8, 8, -1))
         start = np.asarray(Image.open(masks[0]).resize((8, 8), Image.Resampling.NEAREST)) > 0
         first = torch.from_numpy(np.stack([~start, start])).float()

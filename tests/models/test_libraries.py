@@ -9,8 +9,6 @@ from dino_fast.errors import UserError
 from dino_fast.models import DINOHead, MultiCropWrapper, build_backbone
 from tests import original
 
-pytest.importorskip("timm")
-
 SIZES = {"hidden_dim": 8, "bottleneck_dim": 4}
 
 

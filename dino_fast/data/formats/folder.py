@@ -14,7 +14,7 @@ import numpy as np
 
 from dino_fast.data.decode import ImageError
 from dino_fast.data.index_cache import Index, cached, stamp, watch
-from dino_fast.data.source import EXTENSIONS, Source
+from dino_fast.data.source import EXTENSIONS, Source, printable
 from dino_fast.errors import UserError
 
 _CHECKED = 1000  # entries of a file list that are looked for when it is opened; a missing later one is an ImageError
@@ -37,13 +37,13 @@ class FileSource(Source):
         return self.root / os.fsdecode(self._names[self._starts[index] : self._ends[index]].tobytes())
 
     def name(self, index: int) -> str:
-        return str(self.path(index))
+        return printable(str(self.path(index)))
 
     def data(self, index: int) -> bytes:
         try:
             return self.path(index).read_bytes()
         except OSError as error:
-            raise ImageError(f"{self.path(index)}: {error.strerror or error}") from error
+            raise ImageError(f"{self.name(index)}: {error.strerror or error}") from error
 
 
 def open_images(root: Path) -> FileSource | None:
@@ -96,7 +96,7 @@ def scan(root: Path, extensions: set[str]) -> Index:
         flat = flat or not inside
         if inside and inside.split(b"/", 1)[0] != top:
             top = inside.split(b"/", 1)[0]
-            classes.append(os.fsdecode(top))
+            classes.append(printable(os.fsdecode(top)))
         names += b"".join(inside + name for name in folder.files)
         lengths.extend(len(inside) + len(name) for name in folder.files)
         labels.extend([len(classes) - 1] * len(folder.files))

@@ -20,7 +20,7 @@ import numpy as np
 
 from dino_fast.data.decode import ImageError
 from dino_fast.data.index_cache import Index, cache_file, holds, load, save, watch
-from dino_fast.data.source import Source
+from dino_fast.data.source import Source, printable
 from dino_fast.errors import UserError
 
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels", "fine_label")
@@ -61,7 +61,8 @@ class ParquetSource(Source):
         try:
             return (self.paths[part].parent / os.fsdecode(data)).read_bytes()
         except OSError as error:
-            raise ImageError(f"{self.name(index)}: {os.fsdecode(data)}: {error.strerror or error}") from error
+            file = printable(os.fsdecode(data))
+            raise ImageError(f"{self.name(index)}: {file}: {error.strerror or error}") from error
 
 
 class EncodedRows:

@@ -20,7 +20,7 @@ import numpy as np
 
 from dino_fast.data.decode import ImageError
 from dino_fast.data.index_cache import Index, cached, watch
-from dino_fast.data.source import EXTENSIONS, TEST_DIRS, TRAIN_DIRS, Source, Subset, share_classes
+from dino_fast.data.source import EXTENSIONS, TEST_DIRS, TRAIN_DIRS, Source, Subset, printable, share_classes
 from dino_fast.errors import UserError
 
 _OPEN = 256  # tar files kept open, or a quarter of what the process may open; beyond, one is opened for each read
@@ -47,7 +47,7 @@ class TarSource(Source):
         return os.fsdecode(self._arrays["names"][start : self._arrays["ends"][index]].tobytes())
 
     def name(self, index: int) -> str:
-        return f"{self.paths[self._arrays['shards'][index]]}, {self.member(index)}"
+        return printable(f"{self.paths[self._arrays['shards'][index]]}, {self.member(index)}")
 
     def data(self, index: int) -> bytes:
         size, offset = int(self._arrays["sizes"][index]), int(self._arrays["offsets"][index])
@@ -214,6 +214,6 @@ def _folders(names: bytes, ends: np.ndarray) -> tuple[np.ndarray | None, list[st
         below = [folder[1:] for folder in below]
     if not all(below):
         return None, None, parts
-    classes = sorted({os.fsdecode(folder[0]) for folder in below})
-    labels = np.array([classes.index(os.fsdecode(folder[0])) for folder in below], np.int64)
+    classes = sorted({printable(os.fsdecode(folder[0])) for folder in below})
+    labels = np.array([classes.index(printable(os.fsdecode(folder[0]))) for folder in below], np.int64)
     return labels[rows], classes, parts

@@ -23,7 +23,7 @@ Feature = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Frozen:
-    """A backbone in evaluation mode on its device, with the statistics its images are normalised by."""
+    """A backbone in evaluation mode on its device, with the statistics its images are normalized by."""
 
     backbone: VisionTransformer
     mean: tuple[float, ...]
@@ -32,7 +32,7 @@ class Frozen:
     which: str
     device: torch.device
 
-    def normalise(self, images: Tensor) -> Tensor:
+    def normalize(self, images: Tensor) -> Tensor:
         """uint8 `[B, C, H, W]` -> float32 on the backbone's device, as it was trained."""
         from dino_fast.augment import statistics
 

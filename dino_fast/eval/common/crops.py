@@ -1,4 +1,4 @@
-"""Random crops of labelled images for training a classifier: area 8 to 100 %, a flip, nothing else.
+"""Random crops of labeled images for training a classifier: area 8 to 100 %, a flip, nothing else.
 
 Each crop is a function of (seed, epoch, image index), as all draws of the data side are.
 """
@@ -49,7 +49,7 @@ def random_batches(
     epoch: int,
     indices: Sequence[int] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """A random crop of every readable, labelled image (of `indices`), in order: float32 `[B, C, h, w]`, labels `[B]`.
+    """A random crop of every readable, labeled image (of `indices`), in order: float32 `[B, C, h, w]`, labels `[B]`.
 
     Unreadable images are left out with a log warning in epoch 0.
     """

@@ -20,7 +20,7 @@ from dino_fast.knn import extract_features
 from dino_fast.progress import watched
 
 
-def labelled_features(
+def labeled_features(
     frozen: Frozen,
     source: Source,
     size: tuple[int, int],
@@ -29,7 +29,7 @@ def labelled_features(
     batch_size: int = 128,
     cache: Path | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Features `[N, dim]` and labels `[N]` of the labelled, readable images of `source`, from `cache` if there.
+    """Features `[N, dim]` and labels `[N]` of the labeled, readable images of `source`, from `cache` if there.
 
     `kind` names the feature. Raises UserError where not one image has both a label and readable pixels.
     """

@@ -14,7 +14,7 @@ from dino_fast.errors import UserError, nearest
 logger = logging.getLogger(__name__)
 
 
-def open_labelled(data: str | Path, test: str | Path | None = None) -> tuple[Source, Source, int]:
+def open_labeled(data: str | Path, test: str | Path | None = None) -> tuple[Source, Source, int]:
     """(images to learn from, images to classify, number of classes), labels numbered alike, -1 where one is missing.
 
     `test` defaults to the held-out part of `data`. Raises UserError where labels are missing, of another set, or all
@@ -34,7 +34,7 @@ def open_labelled(data: str | Path, test: str | Path | None = None) -> tuple[Sou
     known = np.unique(bank.labels[bank.labels >= 0])
     asked = np.unique(queries.labels[queries.labels >= 0])
     if len(known) < 2:
-        raise UserError(f"all labelled images of {data} are of one class ({_class(bank, known[0])}); give at least two")
+        raise UserError(f"all labeled images of {data} are of one class ({_class(bank, known[0])}); give at least two")
     unseen = [_class(bank, label) for label in np.setdiff1d(asked, known)]
     if unseen and (test is not None or source.test is not None):
         raise UserError(

@@ -12,7 +12,7 @@ import torch
 from dino_fast.data import ImageError, open_source
 from dino_fast.errors import UserError
 
-from ..example_files import picture, save
+from ..example_files import picture, png, save
 
 
 def test_folder_with_classes(tmp_path: Path) -> None:
@@ -56,3 +56,23 @@ def test_a_file_without_permission_is_named(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(Path, "read_bytes", refuse)  # root may read anything, so no mode would do
     with pytest.raises(ImageError, match=r"mine\.png: Permission denied"):
         source.read(0)
+
+
+def test_names_that_cannot_be_printed_are_escaped(tmp_path: Path) -> None:
+    """One broken image of such a name is a line in the log, and ends no run."""
+    folder = os.fsencode(tmp_path) + b"/caf\xe9\n"
+    os.mkdir(folder)
+    for name in (b"1.png", b"\xe9\x1b[2J\n.png"):
+        with open(os.path.join(folder, name), "wb") as file:
+            file.write(png(7) if name == b"1.png" else b"no image")
+    source = open_source(tmp_path)
+    assert source.classes == ["caf\\xe9\\n"] and source.read(0).unique().tolist() == [7]
+    assert source.name(1) == f"{tmp_path}/caf\\xe9\\n/\\xe9\\x1b[2J\\n.png"
+    with pytest.raises(ImageError) as caught:
+        source.read(1)
+    assert str(caught.value).startswith(source.name(1)) and str(caught.value).isprintable()
+    os.remove(os.path.join(folder, b"1.png"))
+    with pytest.raises(ImageError) as caught:
+        source.read(0)
+    assert str(caught.value) == f"{tmp_path}/caf\\xe9\\n/1.png: No such file or directory"
+    assert str(caught.value).encode() and source.name(0).isprintable()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import tarfile
 import warnings
 from pathlib import Path
@@ -154,3 +155,16 @@ def test_a_tar_that_goes_away_is_named(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(ImageError, match=r"x\.tar, 000001\.png: No such file"):
         source.read(1)
+
+
+def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
+    """A quarter of the limit is kept open at most: want of files is no fault of an image."""
+    for i in range(40):
+        shard(tmp_path / f"{i:02d}.tar", i, 1)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + 32, limits[1]))
+    try:
+        source = open_source(tmp_path)
+        assert [int(source.read(i).unique().item()) for i in range(40)] == list(range(40))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
