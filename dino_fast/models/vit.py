@@ -352,7 +352,7 @@ class DropPath(nn.Module):
         int64 on the CPU: a mask of all images, 1 where the branch is kept; from a rate of `GATHER_FROM` on, the indices
         of those that it is computed for, ascending, group by group, and a mask of these.
         """
-        seed = mix(self.seed, self.draws)
+        seed = derive_seed(self.seed, self.draws)
         self.draws += 1
         chances = uniform(seed, numbers)
         if self.rate < GATHER_FROM:
@@ -363,7 +363,7 @@ class DropPath(nn.Module):
             taken = chances[start : start + n].argsort(kind="stable")[:count]  # in random order
             last = numbers[start + taken[count - 1 :]]
             mask = np.ones(count, dtype=np.int64)
-            mask[count - 1 :] = uniform(mix(seed, 1), last) < n * (1 - self.rate) - (count - 1)
+            mask[count - 1 :] = uniform(derive_seed(seed, 1), last) < n * (1 - self.rate) - (count - 1)
             order = taken.argsort()
             crops.append(taken[order])
             masks.append(mask[order])
