@@ -3,7 +3,7 @@ of a buffer, reads too. Slow: it is built first, into build/asan, where the next
 
 Not among them: the tests that compile host libraries or kernels of their own (CUDA, `torch.compile`), and those that
 measure memory, of which the sanitizer takes its share. An allocation that fails ends a sanitized process instead of
-raising, so tests/test_parallel.py is not here either. All of it takes about two minutes of two cores, the build one.
+raising, so tests/test_parallel.py is not here either. All of it takes about three minutes of two cores, the build one.
 """
 
 from __future__ import annotations

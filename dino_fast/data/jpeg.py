@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def decoder() -> Decoder:
         return _torchvision()
 
     def decode(files: Sequence[Tensor], mode: str, device: torch.device) -> Sequence[Tensor]:
-        return decode_jpeg(list(files), mode=mode, device=device)  # type: ignore[arg-type, return-value]
+        return cast(Sequence[Tensor], decode_jpeg(list(files), mode=mode, device=device))
 
     return decode
 
@@ -46,6 +47,6 @@ def _torchvision() -> Decoder:
     warnings.filterwarnings("ignore", "The image decoding and encoding capabilities", DeprecationWarning)
 
     def decode(files: Sequence[Tensor], mode: str, device: torch.device) -> Sequence[Tensor]:
-        return decode_jpeg(list(files), ImageReadMode[mode], device=device)  # type: ignore[arg-type, return-value]
+        return cast(Sequence[Tensor], decode_jpeg(list(files), ImageReadMode[mode], device=device))
 
     return decode

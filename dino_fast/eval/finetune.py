@@ -267,13 +267,13 @@ def evaluate(
 
     recipe = recipe or Recipe()
     recipe.check()
-    train, held, classes = open_labeled(data, test)
+    train, held_out, classes = open_labeled(data, test)
     assert train.labels is not None
     labeled = int((train.labels >= 0).sum())
     recipe = replace(recipe, batch_size=min(recipe.batch_size, labeled))
     frozen = open_backbone(checkpoint, which, device)
     size = frozen.size(image_size)
-    train.channels = held.channels = frozen.backbone.in_chans
+    train.channels = held_out.channels = frozen.backbone.in_chans
     model, used = fit(
         frozen.backbone,
         train,
@@ -285,13 +285,13 @@ def evaluate(
         workers=workers,
         on_epoch=on_epoch,
     )
-    top1, top5, count = accuracy(model, held, size, frozen.mean, frozen.std)
+    top1, top5, count = accuracy(model, held_out, size, frozen.mean, frozen.std)
     result = {
         "top1": top1,
         "top5": top5,
         "train": used,
         "test": count,
-        "left_out": {"train": left_out(train, used), "test": left_out(held, count)},
+        "left_out": {"train": left_out(train, used), "test": left_out(held_out, count)},
         "classes": classes,
         "image_size": list(size),
         "which": which,

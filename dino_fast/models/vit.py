@@ -345,7 +345,7 @@ class DropPath(nn.Module):
     def reseed(self, seed: int) -> None:
         self.seed, self.draws = seed, 0
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[misc, untyped-decorator]
     def draw(self, counts: Sequence[int], numbers: np.ndarray[Any, Any]) -> Tensor:
         """For groups of so many images, numbered one group after the other: what `KeptSamples` holds of a branch.
 

@@ -29,6 +29,10 @@ EPOCH = 8  # steps: long enough to record in each
 LAUNCHES = ("cuda_multi_tensor_norms", "cuda_multi_tensor_adamw_ema", "cuda_multi_tensor_ema_update", "cuda_upload")
 
 
+# Operators whose kernels' launches are recorded one by one.
+RECORDED = [getattr(torch.ops.dino_fast, name).default for name in ("ema_update", "adamw_ema", "grad_norms")]
+
+
 class Tape(TorchDispatchMode):
     """A recorded graph: every operation with its tensors and numbers, and every launch of the optimizer's kernels.
 
@@ -44,7 +48,7 @@ class Tape(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if func is not torch.ops.dino_fast.ema_update.default:  # of which the kernel is recorded
+        if func not in RECORDED:  # of these the kernels are
             self.calls.append(partial(self._again, func, args, kwargs, out))
         return out
 

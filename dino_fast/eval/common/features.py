@@ -35,14 +35,14 @@ def labeled_features(
     """
     source.channels = frozen.backbone.in_chans
     path = None if cache is None else cache / f"{_fingerprint(frozen, source, size, kind)}.safetensors"
-    found = None if path is None or not path.exists() else _read(path)
-    if found is None:
+    extracted = None if path is None or not path.exists() else _read(path)
+    if extracted is None:
         batches = eval_batches(source, size, frozen.mean, frozen.std, batch_size)
         batches = watched(batches, -(-len(source) // batch_size), "batches of features")
-        found = extract_features(frozen.backbone, batches, feature)
+        extracted = extract_features(frozen.backbone, batches, feature)
         if path is not None:
-            _write(path, *found)
-    features, labels = found
+            _write(path, *extracted)
+    features, labels = extracted
     if not (labels >= 0).any():
         raise UserError("no image that can be read has a label")
     return features[labels >= 0], labels[labels >= 0]

@@ -33,11 +33,11 @@ def list_images(path: str | Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UserError(f"{path} does not exist; give an image or a folder of images")
-    found = [p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file()]
-    found = sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(path).parts))
-    if not found:
+    images = [p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file()]
+    images = sorted(p for p in images if not any(part.startswith(".") for part in p.relative_to(path).parts))
+    if not images:
         raise UserError(f"{path} holds no images (looked in all sub-folders for {', '.join(sorted(EXTENSIONS))})")
-    return found
+    return images
 
 
 def read_image(path: Path, channels: int = 3) -> Tensor:
