@@ -30,23 +30,27 @@ def decode_jpegs(files: Sequence[Tensor], channels: int, device: torch.device) -
 def decoder() -> Decoder:
     """The function behind `decode_jpegs`. The first call imports its library, which takes a second."""
     try:
-        from torchcodec.decoders import decode_jpeg  # since 0.16
+        from torchcodec.decoders import decode_jpeg as torchcodec_decode  # since 0.16
     except (ImportError, OSError, RuntimeError):  # OSError: a library that its own needs is not here
         return _torchvision()
+    decode_jpeg = cast(Callable[..., Sequence[Tensor]], torchcodec_decode)  # of lists, which its types leave out
 
     def decode(files: Sequence[Tensor], mode: str, device: torch.device) -> Sequence[Tensor]:
-        return cast(Sequence[Tensor], decode_jpeg(list(files), mode=mode, device=device))
+        return decode_jpeg(list(files), mode=mode, device=device)
 
     return decode
 
 
 def _torchvision() -> Decoder:
-    from torchvision.io import ImageReadMode, decode_jpeg
+    from torchvision.io import ImageReadMode
+    from torchvision.io import decode_jpeg as torchvision_decode
+
+    decode_jpeg = cast(Callable[..., Sequence[Tensor]], torchvision_decode)
 
     # Once, and not around each call: filters are the process's, and threads decode.
     warnings.filterwarnings("ignore", "The image decoding and encoding capabilities", DeprecationWarning)
 
     def decode(files: Sequence[Tensor], mode: str, device: torch.device) -> Sequence[Tensor]:
-        return cast(Sequence[Tensor], decode_jpeg(list(files), ImageReadMode[mode], device=device))
+        return decode_jpeg(list(files), ImageReadMode[mode], device=device)
 
     return decode
