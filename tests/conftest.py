@@ -9,7 +9,6 @@ from importlib.util import find_spec
 NEEDED = {
     "models/test_export.py": "transformers",
     "models/test_pretrained.py": "transformers",
-    "test_examples.py": "datasets",
 }
 collect_ignore = [file for file, library in NEEDED.items() if find_spec(library) is None]
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from examples import hugging_face, original_loop
+from examples import original_loop
 from tests import original
 
+hugging_face = pytest.importorskip("examples.hugging_face")
 lightly_loss = pytest.importorskip("examples.lightly_loss")
 lightning_module = pytest.importorskip("examples.lightning_module")
 
