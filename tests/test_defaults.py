@@ -31,7 +31,7 @@ from dino_fast.engine.config import build_config
 from dino_fast.eval import boundary, finetune, knn, segment
 from dino_fast.eval import linear as linear_protocol
 from dino_fast.eval.common.crops import random_crop
-from dino_fast.knn import extract_features, knn_accuracy, knn_grid, largest, neighbors
+from dino_fast.knn import extract_features, knn_accuracy, knn_grid, largest, leave_one_out_accuracy, neighbors
 from dino_fast.loss import DINOLoss, dino_loss, linear_dino_loss, linear_ibot_loss
 from dino_fast.models import DINOHead, DINOv2, MultiCropWrapper, VisionTransformer, build_backbone
 from dino_fast.ops.linear.matmul import Norm, linear, matmul
@@ -206,6 +206,7 @@ def nearest() -> list[Any]:
         *largest(bank @ bank.T, 3),
         *knn_accuracy(*given, k=5),
         knn_grid(*given, ks=(1, 5)),
+        *leave_one_out_accuracy(*given[:2], k=5),
     ]
 
 
@@ -283,7 +284,7 @@ CALLS: dict[str, tuple[str, Callable[[], Any]]] = {
     "train_loader with a worker": ("train_loader", lambda: loaded(workers=1)),
     "sources": ("open_source split held_out Subset Source", sources),
     "decode": ("", decoded),
-    "k-NN": ("neighbors largest knn_accuracy knn_grid", nearest),
+    "k-NN": ("neighbors largest knn_accuracy knn_grid leave_one_out_accuracy", nearest),
     "features": ("extract_features eval_batches", features),
     "protocols": ("", protocols),
     "VisionTransformer": ("VisionTransformer", lambda: model(lambda: VisionTransformer(**SMALL), PIXELS, OTHER)),

@@ -89,7 +89,7 @@ def assert_equal(pair: Pair, expected: list[Tensor]) -> None:
 @pytest.mark.filterwarnings("error:the optimizer has teacher_params")
 @pytest.mark.parametrize("scheduled", [False, True])
 def test_accelerate(scheduled: bool, tmp_path: Path) -> None:
-    from accelerate import Accelerator
+    Accelerator = pytest.importorskip("accelerate").Accelerator
 
     accelerator, pair = Accelerator(cpu=True), Pair()
     model, optimizer = accelerator.prepare(pair, pair.optimizer(momentum=MOMENTUM))
@@ -114,6 +114,8 @@ def test_accelerate(scheduled: bool, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("error:the optimizer has teacher_params")
 def test_hugging_face_trainer(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    pytest.importorskip("transformers")
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     class Schedule(TrainerCallback):
@@ -161,7 +163,7 @@ class Rows(torch.utils.data.Dataset):
 @pytest.mark.filterwarnings("error:the optimizer has teacher_params")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 def test_lightning(precision: str) -> None:
-    import lightning
+    lightning = pytest.importorskip("lightning")
 
     class Module(lightning.LightningModule):
         def __init__(self) -> None:
