@@ -412,7 +412,7 @@ def _typed(name: str, value: Any, where: str) -> Any:
         value = str(value).lower()  # use_fp16: true
     try:
         value = _convert(_HINTS[name], value)
-        return VALUE_ALIASES[name].get(value, value) if name in VALUE_ALIASES else value
+        return VALUE_ALIASES[name].get(str(value).lower(), value) if name in VALUE_ALIASES else value
     except (TypeError, ValueError):
         raise UserError(f"{where} is {value!r}; expected {_describe(_HINTS[name])}") from None
 
