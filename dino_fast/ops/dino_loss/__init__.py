@@ -7,17 +7,18 @@ With s the student's logits [V, B, K], t the teacher's [2, B, K], c the centre [
 
 (Caron et al. 2021, "Emerging properties in self-supervised vision transformers", algorithm 1 with multi-crop.)
 
-On a CPU the kernels write the gradient w.r.t. the student's logits in the forward pass, for an upstream gradient of 1,
-which is what `loss.backward()` brings. Another one multiplies it; for bfloat16, where that would round a second time,
-the backward makes the gradient anew with the upstream gradient included, from the logits and each row's maximum and sum
-that the forward saved. float16 logits never get theirs in the forward: divided by tau_s B (2 V - 2) it would underflow
+On a CPU the kernels write the gradient w.r.t. the student's logits in the forward pass, for the upstream gradient of 1
+of `loss.backward()`. Another one multiplies it; for bfloat16, where that would round a second time, the backward makes
+the gradient anew with the upstream gradient included, from the logits and each row's maximum and sum that the forward
+saved. float16 logits never get theirs in the forward: divided by tau_s B (2 V - 2) it would underflow
 before a loss scale could lift it.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,16 +27,16 @@ from dino_fast import gpu
 from dino_fast.backends import Backend, choose, native_unavailable_reason, register, triton_unavailable_reason
 from dino_fast.ops import autograd
 from dino_fast.ops.dino_loss import native, triton
-from dino_fast.ops.dino_loss.common import KERNEL_DTYPES, TEACHER_CROPS, pair_weights
+from dino_fast.ops.dino_loss.common import KERNEL_DTYPES, TEACHER_CROPS, Outputs, pair_weights
 
 DTYPES = (*KERNEL_DTYPES, torch.float64)
 REFERENCE = "dino_fast.ops.dino_loss.dino_loss_reference"
 
 
 class DinoLoss(NamedTuple):
-    """What `dino_loss` returns."""
+    """The results of `dino_loss`."""
 
-    loss: Tensor  # scalar, float32 (float64 for float64 logits), differentiable by the student's logits
+    loss: Tensor  # scalar, float32 (float64 for float64 logits), differentiable w.r.t. the student's logits
     teacher_mean: Tensor  # [K], mean of the raw teacher logits over its 2 B rows, detached
     teacher_entropy: Tensor  # scalar, mean entropy of the teacher's target rows in nats, detached
 
@@ -90,7 +91,7 @@ def dino_loss(
 def validate_inputs(
     student: Tensor, teacher: Tensor, center: Tensor, student_temp: float = 1.0, teacher_temp: float = 1.0
 ) -> None:
-    """Raises ValueError for inputs that do not fit, with what was given and what is accepted."""
+    """Raises ValueError for inputs that do not fit; the message names the given and the accepted ones."""
     if wrong := _wrong_shapes(student.shape, teacher.shape, center.shape):
         shapes = f"got student {list(student.shape)}, teacher {list(teacher.shape)}, centre {list(center.shape)}"
         raise ValueError(f"dino_loss: {wrong}; {shapes}")
@@ -160,12 +161,22 @@ def _forward(
     differentiable: bool,
     backend: str = "auto",
     changing_temps: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Outputs:
     temps = autograd.read_temps(student_temp, teacher_temp, changing_temps)
     return _run(student, teacher, center, *temps, differentiable, backend)
 
 
-def _run(student, teacher, center, student_temp, teacher_temp, differentiable, backend, inplace=False, direct=False):
+def _run(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+    differentiable: bool,
+    backend: str,
+    inplace: bool = False,
+    direct: bool = False,
+) -> Outputs:
     validate_inputs(student, teacher, center, student_temp, teacher_temp)
     chosen = choose("dino_loss", student, teacher, backend=backend)
     written = differentiable and _written_in_forward(student, chosen, direct)
@@ -185,15 +196,22 @@ def _run(student, teacher, center, student_temp, teacher_temp, differentiable, b
 
 
 def _fake_forward(
-    student, teacher, center, student_temp, teacher_temp, differentiable, backend="auto", changing_temps=None
-):
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+    differentiable: bool,
+    backend: str = "auto",
+    changing_temps: Tensor | None = None,
+) -> Outputs:
     temps = (student_temp, teacher_temp) if changing_temps is None else ()
     validate_inputs(student, teacher, center, *temps)
     written = differentiable and _written_in_forward(student, "", direct=False)
     return _empty_outputs(student, differentiable, written, overwritten=False)
 
 
-def _empty_outputs(student: Tensor, differentiable: bool, written: bool, overwritten: bool) -> tuple[Tensor, ...]:
+def _empty_outputs(student: Tensor, differentiable: bool, written: bool, overwritten: bool) -> Outputs:
     V, B, K = student.shape
     result = torch.float64 if student.dtype == torch.float64 else torch.float32
     made_anew = differentiable and (not written or (_rounds_twice(student) and not overwritten))
@@ -257,8 +275,16 @@ def _gradient(
 
 
 def _fake_gradient(
-    student, teacher, center, row_statistics, upstream, student_temp, teacher_temp, backend="auto", changing_temps=None
-):
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    row_statistics: Tensor,
+    upstream: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+    backend: str = "auto",
+    changing_temps: Tensor | None = None,
+) -> Tensor:
     validate_inputs(student, teacher, center)
     _validate_backward(student, row_statistics, upstream)
     return student.new_empty(student.shape)
@@ -282,12 +308,12 @@ def _validate_backward(student: Tensor, row_statistics: Tensor, upstream: Tensor
             raise ValueError(f"dino_loss: the {name} on {tensor.device} but the student on {student.device}")
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     ctx.mark_non_differentiable(*output[1:])
     _keep_for_backward(ctx, inputs, output, keep_student=True)
 
 
-def _keep_for_backward(ctx, inputs, output, keep_student: bool) -> None:
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Outputs, keep_student: bool) -> None:
     student, teacher, _, student_temp, teacher_temp, differentiable, backend, changing_temps = inputs
     gradient, row_statistics, kept_center = output[3:]
     ctx.set_materialize_grads(False)
@@ -299,7 +325,7 @@ def _keep_for_backward(ctx, inputs, output, keep_student: bool) -> None:
     kept = [gradient] if ctx.written else []
     if kept_center.numel() > 0:
         kept += [student, autograd.savable(teacher), kept_center, row_statistics, changing_temps]
-    elif keep_student:  # for autograd to see what the gradient depends on; compiled code drops it
+    elif keep_student:  # so that autograd sees that the gradient depends on it; compiled code drops it
         kept += [student]
     elif differentiable:
         ctx.anchors = (autograd.anchor(student),)
@@ -307,7 +333,7 @@ def _keep_for_backward(ctx, inputs, output, keep_student: bool) -> None:
 
 
 @autograd.once_differentiable("dino_loss", REFERENCE)
-def _backward(ctx, upstream, *unused):
+def _backward(ctx: Any, upstream: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     nothing = (None,) * 7
     if upstream is None:
         return None, *nothing
@@ -324,9 +350,10 @@ def _backward(ctx, upstream, *unused):
     return _scale_grad(gradient, upstream), *nothing
 
 
-def _make_anew(ctx, inputs, upstream: Tensor) -> Tensor:
+def _make_anew(ctx: Any, inputs: Sequence[Tensor | None], upstream: Tensor) -> Tensor:
     *tensors, changing_temps = inputs
-    return torch.ops.dino_fast.dino_loss_gradient(*tensors, upstream, *ctx.numbers, changing_temps)
+    gradient: Tensor = torch.ops.dino_fast.dino_loss_gradient(*tensors, upstream, *ctx.numbers, changing_temps)
+    return gradient
 
 
 def _scale_grad(gradient: Tensor, upstream: Tensor) -> Tensor:
@@ -353,15 +380,17 @@ class _Direct(torch.autograd.Function):
 
     # Not a `setup_context`: for a function that has one, PyTorch binds the arguments by signature at each call.
     @staticmethod
-    def forward(ctx, *arguments):
-        outputs = _run(*arguments, direct=True)
-        _keep_for_backward(ctx, (*arguments[:-1], None), outputs, keep_student=False)
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *given, inplace = arguments
+        outputs = _run(*given, inplace=inplace, direct=True)
+        _keep_for_backward(ctx, (*given, None), outputs, keep_student=False)
         ctx.mark_non_differentiable(*outputs[1:3])
         return outputs[:3]
 
     @staticmethod
-    def backward(ctx, *upstream):
-        return _backward(ctx, *upstream)
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradients: tuple[Tensor | None, ...] = _backward(ctx, *upstream)
+        return gradients
 
 
 # --- backends, fastest first ----------------------------------------------------------------------------------------
@@ -387,7 +416,9 @@ register(
 )
 
 
-def _reference_forward(student, teacher, center, student_temp, teacher_temp, outputs):
+def _reference_forward(
+    student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float, outputs: Outputs
+) -> Outputs:
     temps = {"student_temp": student_temp, "teacher_temp": teacher_temp}
     loss, teacher_mean, teacher_entropy = dino_loss_reference(student, teacher, center, **temps)
     *_, gradient, row_statistics, kept_center = outputs
@@ -402,7 +433,15 @@ def _reference_forward(student, teacher, center, student_temp, teacher_temp, out
     return loss, teacher_mean, teacher_entropy, gradient, row_statistics, kept_center
 
 
-def _reference_gradient(student, teacher, center, row_statistics, upstream, student_temp, teacher_temp):
+def _reference_gradient(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    row_statistics: Tensor | None,
+    upstream: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+) -> Tensor:
     """(w softmax(s / tau_s) - q) / (tau_s B N), q the sum of a student crop's targets and w their number.
 
     Written out, because inside an operator's implementation autograd does not record.
@@ -416,13 +455,13 @@ def _reference_gradient(student, teacher, center, row_statistics, upstream, stud
     return (difference * (upstream / (student_temp * B * pairs.sum()))).to(student.dtype).contiguous()
 
 
-FORWARD = {
+FORWARD: dict[str, Callable[..., Outputs]] = {
     "triton": triton.forward,
     "triton_sweep": triton.sweep_forward,
     "native": native.forward,
     "reference": _reference_forward,
 }
-GRADIENT = {
+GRADIENT: dict[str, Callable[..., Tensor]] = {
     "triton": triton.gradient,
     "triton_sweep": triton.gradient,
     "native": native.gradient,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dino_fast import gpu
-from dino_fast.ops.dino_loss.common import KERNEL_DTYPES
+from dino_fast.ops.dino_loss.common import KERNEL_DTYPES, Outputs
 from dino_fast.ops.layout import contiguous_rows
 
 
@@ -25,15 +26,19 @@ def unsupported_reason(student: Tensor | None = None, *others: Tensor) -> str | 
 
 
 def sweep_unsupported_reason(student: Tensor | None = None, *others: Tensor) -> str | None:
-    """The same for `triton_sweep`."""
+    """Why `triton_sweep` cannot take these logits, or None."""
     if (reason := unsupported_reason(student, *others)) or student is None:
         return reason
     from dino_fast.kernels import dino_loss_sweep
 
-    return dino_loss_sweep.unsupported_reason(student)
+    reason = dino_loss_sweep.unsupported_reason(student)
+    return reason
 
 
-def forward(student, teacher, center, student_temp, teacher_temp, outputs):
+def forward(
+    student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float, outputs: Outputs
+) -> Outputs:
+    """The operator's outputs: the last three filled, the gradient [V, B, K] only if it has elements; results anew."""
     from dino_fast.kernels import dino_loss as kernels
 
     *_, grad, row_statistics, kept_center = outputs
@@ -48,7 +53,10 @@ def forward(student, teacher, center, student_temp, teacher_temp, outputs):
     return loss, mean, entropy, grad, row_statistics, kept_center
 
 
-def sweep_forward(student, teacher, center, student_temp, teacher_temp, outputs):
+def sweep_forward(
+    student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float, outputs: Outputs
+) -> Outputs:
+    """As `forward`, loss and gradient in one kernel; without a gradient it is `forward`."""
     *_, grad, row_statistics, kept_center = outputs
     if grad.numel() == 0:
         return forward(student, teacher, center, student_temp, teacher_temp, outputs)
@@ -60,7 +68,16 @@ def sweep_forward(student, teacher, center, student_temp, teacher_temp, outputs)
     return loss, mean, entropy, grad, row_statistics, kept_center
 
 
-def gradient(student, teacher, center, row_statistics, upstream, student_temp, teacher_temp):
+def gradient(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    row_statistics: Tensor,
+    upstream: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+) -> Tensor:
+    """The gradient w.r.t. the student's logits [V, B, K], in their dtype, times `upstream`, one number on the GPU."""
     from dino_fast.kernels import dino_loss as kernels
 
     grad = student.new_empty(student.shape)
@@ -71,14 +88,17 @@ def gradient(student, teacher, center, row_statistics, upstream, student_temp, t
     return grad
 
 
-def scale_grad(ctx, grad: Tensor, upstream: Tensor) -> Tensor:
+def scale_grad(ctx: Any, grad: Tensor, upstream: Tensor) -> Tensor:
     """grad * upstream, where only the GPU knows upstream: in place, by a kernel that returns at once if it is 1.
-    A graph that is run again gets a new tensor, from what the first run left; if that was for an upstream gradient of
-    0, the second run's is not finite."""
+
+    `ctx.taken` is the factor that an earlier backward of the same graph left in `grad`, or None. A later one gets a new
+    tensor, grad * (upstream / taken); after a factor of 0 that is not finite.
+    """
     from dino_fast.kernels.dino_loss_sweep import scale
 
     if ctx.taken is None:
         ctx.taken = upstream
         scale(grad, upstream)
         return grad
-    return grad * (upstream / ctx.taken).to(grad.dtype)
+    rescaled: Tensor = grad * (upstream / ctx.taken).to(grad.dtype)
+    return rescaled
