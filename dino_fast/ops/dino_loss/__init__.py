@@ -380,8 +380,18 @@ class _Direct(torch.autograd.Function):
 
     # Not a `setup_context`: for a function that has one, PyTorch binds the arguments by signature at each call.
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        *given, inplace = arguments
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        center: Tensor,
+        student_temp: float,
+        teacher_temp: float,
+        differentiable: bool,
+        backend: str,
+        inplace: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        given = (student, teacher, center, student_temp, teacher_temp, differentiable, backend)
         outputs = _run(*given, inplace=inplace, direct=True)
         _keep_for_backward(ctx, (*given, None), outputs, keep_student=False)
         ctx.mark_non_differentiable(*outputs[1:3])

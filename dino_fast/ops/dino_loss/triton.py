@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -31,8 +31,7 @@ def sweep_unsupported_reason(student: Tensor | None = None, *others: Tensor) -> 
         return reason
     from dino_fast.kernels import dino_loss_sweep
 
-    reason = dino_loss_sweep.unsupported_reason(student)
-    return reason
+    return cast("str | None", dino_loss_sweep.unsupported_reason(student))
 
 
 def forward(

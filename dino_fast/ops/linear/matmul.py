@@ -119,8 +119,8 @@ class Norm(NamedTuple):
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: Norm | None = None) -> Tensor:
     """x [..., C] weight^T + bias [D] for weight [D, C], as `torch.nn.functional.linear`, but differentiable once.
 
-    With `norm`, norm(x) takes the place of x; for float32 and float64 rows [n, C] on a CPU it is not saved: the backward
-    makes it again.
+    With `norm`, norm(x) takes the place of x; for float32 and float64 rows [n, C] on a CPU it is not saved: the
+    backward makes it again.
     """
     if norm is not None:
         tensors = (x, weight, bias, norm.weight, norm.bias)

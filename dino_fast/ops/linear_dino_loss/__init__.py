@@ -193,7 +193,8 @@ def effective_weight(weight: Tensor, gain: Tensor | None, dtype: torch.dtype) ->
     weight = weight.to(dtype)
     if gain is None:
         return weight
-    return weight * (gain.to(dtype) / torch.linalg.vector_norm(weight, dim=1))[:, None]
+    lengths: Tensor = torch.linalg.vector_norm(weight, dim=1)
+    return weight * (gain.to(dtype) / lengths)[:, None]
 
 
 def flops(V: int, T: int, B: int, K: int, D: int, *, student: bool = True, weight: bool = True) -> int:
@@ -482,7 +483,7 @@ def project_weight_gradient(gradient: Tensor, weight: Tensor, gain: Tensor | Non
     if gain is None:
         return weight.new_empty((0,))
     v = weight.to(gradient.dtype)
-    length = torch.linalg.vector_norm(v, dim=1)
+    length: Tensor = torch.linalg.vector_norm(v, dim=1)
     grad_gain = (gradient * v).sum(1) / length
     gradient.addcmul_(v, (grad_gain / length)[:, None], value=-1).mul_((gain.to(gradient.dtype) / length)[:, None])
     return grad_gain.to(gain.dtype)

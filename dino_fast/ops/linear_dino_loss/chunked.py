@@ -8,7 +8,7 @@ at a third of the memory of all logits.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +75,7 @@ class _TeacherLogits:
             return self.logits[:, images]
         rows = self.rows[:, images]
         # Flattened first: a batched product would be one product for each crop.
-        return matmul(rows.reshape(-1, rows.shape[2]), self.weight.t()).unflatten(0, rows.shape[:2])
+        return cast(Tensor, matmul(rows.reshape(-1, rows.shape[2]), self.weight.t()).unflatten(0, rows.shape[:2]))
 
 
 class ChunkedDinoLoss(torch.autograd.Function):

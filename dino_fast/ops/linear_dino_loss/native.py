@@ -70,7 +70,7 @@ def forward(
             tiles.native.linear_dino_loss_attend(description, *state, readers, width, torch.get_num_threads())
             if chunk.read is not None:
                 matmul(tile, layers[1].tile(first), out=chunk.read, add=True)
-            elif differentiable:
+            elif differentiable and pair_weights is not None:
                 # All sums are known before anything is read: the difference is taken before the product, not after.
                 factors, pair_factors = (x.to(torch.float32).contiguous() for x in chunk.shares(pair_weights))
                 pair_addresses = _address(factors), _address(pair_factors)

@@ -15,7 +15,7 @@ gradient. Cutting the prototypes for storage alone, and gathering both layers, t
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -100,12 +100,16 @@ class _Loss(torch.autograd.Function):
         T, B = len(teacher), student.shape[1]
         rows, targets = gathered_images(student.detach(), group), gathered_images(teacher.detach(), group)
         layers = (student_weight.detach(), None if student_gain is None else student_gain.detach())
-        others = (teacher_weight.detach(), None if teacher_gain is None else teacher_gain.detach(), center.detach())
+        others: tuple[Tensor, Tensor | None, Tensor] = (
+            teacher_weight.detach(),
+            None if teacher_gain is None else teacher_gain.detach(),
+            center.detach(),
+        )
         images = rows.shape[1]
         temps = torch.full((T + len(rows), 1), student_temp, dtype=torch.float64, device=student.device)
         temps[:T] = teacher_temp
         with torch.autocast(student.device.type, enabled=False):
-            statistics, pairs, reads = _own(rows, *layers, targets, *others, student_temp, teacher_temp, backend)
+            statistics, pairs, reads = _own(rows, *layers, targets, others, student_temp, teacher_temp, backend)
             maxima = statistics[0].double()
             top = maxima.clone()
             dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
@@ -167,14 +171,13 @@ def _own(
     weight: Tensor,
     gain: Tensor | None,
     targets: Tensor,
-    teacher_weight: Tensor,
-    teacher_gain: Tensor | None,
-    center: Tensor,
+    others: tuple[Tensor, Tensor | None, Tensor],
     student_temp: float,
     teacher_temp: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Statistics [2, T + V, B], products [T, V, B] and reads [T + V, B, D] over this process's prototypes."""
+    teacher_weight, teacher_gain, center = others
     T, V, images, D = len(targets), len(rows), rows.shape[1], rows.shape[2]
     if len(weight) == 0:  # more processes than prototypes
         wide = whole.result_dtype(rows)
@@ -206,7 +209,7 @@ def _entropy_sums(
         e = y.exp()
         total[0] += e.sum(1, dtype=torch.float64)
         total[1] += torch.where(e == 0, 0.0, e * y).sum(1, dtype=torch.float64)
-    return total.unflatten(1, targets.shape[:2])
+    return cast(Tensor, total.unflatten(1, targets.shape[:2]))
 
 
 def gathered_images(rows: Tensor, group: Any) -> Tensor:

@@ -144,7 +144,7 @@ def _gradient(
     max_seqlen: int,
     backend: str,
 ) -> Tensor:
-    """The gradient w.r.t. qkv, [tokens, 3, H, d], from the output's and the statistics of the same backend's forward."""
+    """The gradient w.r.t. qkv, [tokens, 3, H, d], from the output's and the same backend's `out` and statistics."""
     _validate_backward(grad, qkv, cu_seqlens, out, statistics, max_seqlen)
     return _run_backward(grad, qkv, cu_seqlens, out, statistics, max_seqlen, backend)
 

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from dino_fast.ops.layout import contiguous_rows
 
-
-# An attention on q, k, v [n, H, L, d] -> (out [n, H, L, d], logsumexp [n, H, L]), and its backward: (grad, q, k, v, out,
-# logsumexp) -> the gradients w.r.t. q, k and v.
+# An attention on q, k, v [n, H, L, d] -> (out [n, H, L, d], logsumexp [n, H, L]), and its backward: (grad, q, k, v,
+# out, logsumexp) -> the gradients w.r.t. q, k and v.
 Attention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 AttentionBackward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
