@@ -366,7 +366,7 @@ _JITTER: tuple[Callable[[list[Image.Image], float], list[Image.Image]], ...] = (
 _RUN: dict[str, Callable[..., None]] = {
     "cuda": cuda.multi_crop,
     "native": native.multi_crop,
-    "reference": multi_crop_reference,
+    "reference": lambda *arguments: multi_crop_reference(*arguments),
 }
 
 # Each device has its own; the CPU's first, so that forked workers need not ask for a GPU, which they cannot.
