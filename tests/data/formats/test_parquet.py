@@ -180,7 +180,7 @@ def test_image_columns_of_every_kind(tmp_path: Path) -> None:
     expected = [0, *(f"holes.parquet, row {i}: the image is null" for i in (1, 2)), 3]
     assert values(open_source(tmp_path / "holes.parquet")) == expected
     arrow.parquet.write_table(arrow.table({"image": [[0.5, 0.1]]}), tmp_path / "floats.parquet")
-    with pytest.raises(UserError, match="column 'image' is list<.*double>; expected binary"):
+    with pytest.raises(UserError, match=r"column 'image' is list<.*double>; expected binary"):
         open_source(tmp_path / "floats.parquet")
 
 
