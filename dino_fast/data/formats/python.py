@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import threading
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from dino_fast.data.decode import ImageError, Jpeg, decode
 from dino_fast.data.formats import folder
+from dino_fast.data.labels import class_numbers
 from dino_fast.data.source import ArraySource, Source
 from dino_fast.errors import UserError
 from dino_fast.progress import watched
@@ -251,7 +251,12 @@ def _open_dataset(dataset: Any, name: str, stated: Scale | None) -> Source:
     source = TorchSource(dataset, name, count, _scale_of(arrays, stated, name))
     _choose_channels(source, [image])
     labels = _targets(dataset, count)
-    if labels is None and label is not None:
+    if labels is None and label is not None and count > _LABELS_READ:
+        source.unused_labels = (
+            f"the labels of {name} are not used: finding them means reading all of its {count} items. Give it an "
+            "attribute `targets`, a list of its labels"
+        )
+    elif labels is None and label is not None:
         labels = _read_labels(dataset, name, count)
     if labels is not None:
         names = getattr(dataset, "classes", None)
@@ -345,14 +350,7 @@ def _targets(dataset: Any, count: int) -> Any:
     return None
 
 
-def _read_labels(dataset: Any, name: str, count: int) -> list[Any] | None:
-    if count > _LABELS_READ:
-        warnings.warn(
-            f"the labels of {name} are not used: finding them means reading all of its {count} items. Give it an "
-            "attribute `targets`, a list of its labels",
-            stacklevel=2,
-        )
-        return None
+def _read_labels(dataset: Any, name: str, count: int) -> list[Any]:
     labels = []
     for index in watched(range(count), count, f"labels of {name} read"):
         try:
@@ -363,15 +361,12 @@ def _read_labels(dataset: Any, name: str, count: int) -> list[Any] | None:
 
 
 def _use_labels(source: Source, labels: Any, names: Any, name: str) -> None:
-    """Sets the labels of a data set; those that are no classes are left out with a note, as training needs none."""
-    try:
-        source.labels, source.classes = class_labels(labels, len(source))
-    except UserError as error:
-        warnings.warn(f"the labels of {name} are not used: {error}", stacklevel=2)
-        return
+    """Sets the labels of a data set; those that are no classes are not used, as training needs none."""
     named = isinstance(names, list | tuple) and all(isinstance(text, str) for text in names)
-    if source.classes is None and named and source.labels is not None and source.labels.max(initial=-1) < len(names):
-        source.classes = list(names)
+    try:
+        source.labels, source.classes = class_labels(labels, len(source), names if named else None)
+    except UserError as error:
+        source.unused_labels = f"the labels of {name} are not used: {error}"
 
 
 # ---- one image ----
@@ -521,11 +516,12 @@ def _checked_range(given: Any) -> Range:
 # ---- labels ----
 
 
-def class_labels(given: Any, count: int) -> tuple[np.ndarray, list[str] | None]:
-    """(int64 [count] with -1 for none, the classes' names or None) of one label an image.
+def class_labels(
+    given: Any, count: int, names: Sequence[str] | None = None
+) -> tuple[np.ndarray | None, list[str] | None]:
+    """(int64 [count] with -1 for none, the classes' names or None) of one label an image, by `class_numbers`.
 
-    Whole numbers from 0 stay as they are, unless there are fewer images than the largest says: those are numbered in
-    order, as text is. None and -1 are no label. Raises UserError for labels that are no classes, NaN among them.
+    None and -1 are no label. Raises UserError for labels that are no classes, NaN among them.
     """
     values = [_number(label) for label in given] if isinstance(given, list | tuple) else _array(given)
     try:
@@ -549,21 +545,14 @@ def class_labels(given: Any, count: int) -> tuple[np.ndarray, list[str] | None]:
             raise UserError(f"label {place} is {label}; a class is a whole number or text")
         if label is not None and not isinstance(label, int | float | str):
             raise UserError(f"label {place} is {_kind(label)}; a class is a whole number or text (not one-hot)")
+        if isinstance(label, int | float) and label < -1:
+            raise UserError(f"label {place} is {label}; classes are numbered from 0, and -1 is none")
     if any(isinstance(label, str) for label in labels):
-        return _numbered(labels, sorted({str(label) for label in labels if label is not None}))
-    numbers = [-1 if label is None else int(label) for label in labels]
-    if numbers and min(numbers) < -1:
-        raise UserError(
-            f"label {numbers.index(min(numbers))} is {min(numbers)}; classes are numbered from 0, -1 is none"
-        )
-    if max(numbers, default=-1) >= max(count, 1000):
-        return _numbered(numbers, [str(number) for number in sorted({x for x in numbers if x >= 0})])
-    return np.array(numbers, np.int64), None
-
-
-def _numbered(labels: list[Any], classes: list[str]) -> tuple[np.ndarray, list[str]]:
-    number = {name: i for i, name in enumerate(classes)}
-    return np.array([-1 if x is None else number.get(str(x), -1) for x in labels], np.int64), classes
+        labels = [None if label is None else str(label) for label in labels]
+    found = class_numbers(labels, names)
+    if found.unused:
+        raise UserError(found.unused)
+    return found.numbers, found.classes
 
 
 def _number(label: Any) -> Any:
