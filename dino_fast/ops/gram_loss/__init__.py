@@ -1,7 +1,7 @@
-"""Gram anchoring (DINOv3, arXiv:2508.10104, section 4.2) in feature space: no patches by patches matrix where patches
-outnumber features.
+"""Gram anchoring (DINOv3, arXiv:2508.10104, section 4.2) in feature space.
 
-With the unit rows X (student) and Y (anchor) [P, D] of an image's patches, the loss compares their similarities:
+No matrix of patches by patches is made where patches outnumber features. With the unit rows X (student) and Y (anchor)
+[P, D] of an image's patches, the loss compares their similarities:
 
     loss = |X X' - Y Y'|^2  (Frobenius), a mean over images, divided by P^2 for the mean over pairs of patches.
 
