@@ -1,9 +1,8 @@
-"""The Triton backends of dino_loss: kernels/dino_loss.py, and kernels/dino_loss_sweep.py for `triton_sweep`."""
+"""The Triton backend of dino_loss: kernels/dino_loss.py."""
 
 from __future__ import annotations
 
 import os
-from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,15 +24,6 @@ def unsupported_reason(student: Tensor | None = None, *others: Tensor) -> str | 
     return None if student is None else gpu.too_old(student.device)
 
 
-def sweep_unsupported_reason(student: Tensor | None = None, *others: Tensor) -> str | None:
-    """Why `triton_sweep` cannot take these logits, or None."""
-    if (reason := unsupported_reason(student, *others)) or student is None:
-        return reason
-    from dino_fast.kernels import dino_loss_sweep
-
-    return cast("str | None", dino_loss_sweep.unsupported_reason(student))
-
-
 def forward(
     student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float, outputs: Outputs
 ) -> Outputs:
@@ -49,21 +39,6 @@ def forward(
         mean = kernels.gradient(student, teacher, center, row_statistics, one, grad, student_temp, teacher_temp)
     else:
         mean = kernels.mean(student, teacher, center, row_statistics)
-    return loss, mean, entropy, grad, row_statistics, kept_center
-
-
-def sweep_forward(
-    student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float, outputs: Outputs
-) -> Outputs:
-    """As `forward`, loss and gradient in one kernel; without a gradient it is `forward`."""
-    *_, grad, row_statistics, kept_center = outputs
-    if grad.numel() == 0:
-        return forward(student, teacher, center, student_temp, teacher_temp, outputs)
-    from dino_fast.kernels import dino_loss_sweep
-
-    rows = contiguous_rows(student), contiguous_rows(teacher)
-    center = center.to(torch.float32).contiguous()
-    loss, entropy, mean = dino_loss_sweep.sweep(*rows, center, student_temp, teacher_temp, row_statistics, grad)
     return loss, mean, entropy, grad, row_statistics, kept_center
 
 
@@ -85,19 +60,3 @@ def gradient(
     statistics = row_statistics.contiguous()
     kernels.gradient(student, teacher, center, statistics, upstream, grad, student_temp, teacher_temp)
     return grad
-
-
-def scale_grad(ctx: Any, grad: Tensor, upstream: Tensor) -> Tensor:
-    """grad * upstream, where only the GPU knows upstream: in place, by a kernel that returns at once if it is 1.
-
-    `ctx.taken` is the factor that an earlier backward of the same graph left in `grad`, or None. A later one gets a new
-    tensor, grad * (upstream / taken); after a factor of 0 that is not finite.
-    """
-    from dino_fast.kernels.dino_loss_sweep import scale
-
-    if ctx.taken is None:
-        ctx.taken = upstream
-        scale(grad, upstream)
-        return grad
-    rescaled: Tensor = grad * (upstream / ctx.taken).to(grad.dtype)
-    return rescaled
