@@ -1,4 +1,4 @@
-"""Tables of crops: as the operation takes them, and as its compiled backends do (csrc/bindings.cpp)."""
+"""Tables of crops: as the operation takes them, and as its compiled backends do (csrc/bindings/multi_crop.cpp)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def tasks(
     global_crops: Tensor,
     local_crops: Tensor,
 ) -> Tasks:
-    """Tables of V n crops, see csrc/bindings.cpp."""
+    """Tables of V n crops, see csrc/bindings/multi_crop.cpp."""
     images = [planar(image) for image in images]
     mean, std = mean.float().contiguous(), std.float().contiguous()
     (n, V), (C, T) = boxes.shape[:2], (images[0].shape[0], len(global_crops))
