@@ -8,7 +8,7 @@
 namespace {
 
 // glibc hands large blocks back to the kernel when they are freed, and every page of the next one must be touched anew,
-// which can cost more than the arithmetic on it. With these thresholds the process keeps what it has freed.
+// which can cost more than the arithmetic on it. With these thresholds the process keeps freed memory.
 bool keep_freed_memory() {
 #ifdef __GLIBC__
   return mallopt(M_MMAP_THRESHOLD, 1 << 30) == 1 && mallopt(M_TRIM_THRESHOLD, INT32_MAX) == 1 &&

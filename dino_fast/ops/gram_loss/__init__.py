@@ -65,7 +65,7 @@ def gram_loss_reference(student: Tensor, anchor: Tensor, *, reduction: str = "me
 
 
 def validate_inputs(student: Tensor, anchor: Tensor, reduction: str) -> None:
-    """Raises ValueError for inputs that do not fit, with what was given and what is accepted."""
+    """Raises ValueError for inputs that do not fit; the message names the given and the accepted ones."""
     if student.dim() != 3 or student.shape != anchor.shape or 0 in student.shape:
         raise ValueError(
             "gram_loss: student and anchor are [images, patches, features] of the same sizes, none of them 0; got "

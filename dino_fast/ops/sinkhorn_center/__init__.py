@@ -1,7 +1,7 @@
 """Sinkhorn-Knopp centering (SwAV, DINOv2) as a center: neither the logits nor the targets are stored.
 
 DINOv2 normalizes exp(L), L = teacher's logits [N, K] / temp, over rows and prototypes in turn, an image's targets last.
-What it returns is diag(r) exp(L) diag(s), with each row's sum 1, so it is a softmax with a center:
+The result is diag(r) exp(L) diag(s), with each row's sum 1, so it is a softmax with a center:
 
     targets = softmax((temp L - c) / temp),   c = -temp log s
 
@@ -106,7 +106,7 @@ def sinkhorn_center_reference(
 def validate_inputs(
     teacher: Tensor, weight: Tensor, gain: Tensor | None, temp: float, iterations: int, world: int
 ) -> None:
-    """Raises ValueError for inputs that do not fit, with what was given and what is accepted."""
+    """Raises ValueError for inputs that do not fit; the message names the given and the accepted ones."""
     if teacher.dim() < 2 or weight.dim() != 2 or teacher.shape[-1] != weight.shape[1] or 0 in weight.shape:
         raise ValueError(
             "sinkhorn_center: the teacher's rows are [..., D] and its weight [K, D]; "
