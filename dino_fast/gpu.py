@@ -37,9 +37,9 @@ def chip(device: torch.device) -> Chip:
 
 @functools.cache
 def _chip(index: int) -> Chip:
-    found = torch.cuda.get_device_properties(index)
-    shared_memory: int = found.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return Chip((found.major, found.minor), shared_memory, found.multi_processor_count)
+    properties = torch.cuda.get_device_properties(index)
+    shared_memory: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return Chip((properties.major, properties.minor), shared_memory, properties.multi_processor_count)
 
 
 def usual_dtype(device: torch.device) -> torch.dtype:

@@ -374,8 +374,8 @@ def tiles(
 
 def constants(way: str, tile: Tile, d: int, crops: int, *, backward: bool = False) -> dict:
     """A kernel's compile-time constants."""
-    found = {"WIDTH": d, "D": width(d), "SHORT": tile.short, "ROWS": tile.rows, "WAY": way, "CROPS": crops}
-    return found if backward else found | {"KEYS": tile.keys}
+    constant = {"WIDTH": d, "D": width(d), "SHORT": tile.short, "ROWS": tile.rows, "WAY": way, "CROPS": crops}
+    return constant if backward else constant | {"KEYS": tile.keys}
 
 
 def grid(

@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
-    found = collect()
-    print(json.dumps(found, indent=2) if args.json else as_text(found))
+    info = collect()
+    print(json.dumps(info, indent=2) if args.json else as_text(info))
     return 0
 
 

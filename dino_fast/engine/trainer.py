@@ -108,7 +108,7 @@ class Newest:
 
     def __init__(self, config: Config, data: Data) -> None:
         self.config, self.data = config, data
-        self.found: tuple[int, dict[Any, Any]] | None = None
+        self.loaded: tuple[int, dict[Any, Any]] | None = None
         self.notes: list[str] = []  # what was passed over
 
     def load(self, path: Path) -> None:
@@ -117,11 +117,11 @@ class Newest:
             return
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            self.found = checkpoint.load(path / "checkpoints")
+            self.loaded = checkpoint.load(path / "checkpoints")
         self.notes = [str(warning.message) for warning in caught]
-        if self.found is None:
+        if self.loaded is None:
             return
-        saved = self.found[1]
+        saved = self.loaded[1]
         if saved["images"] != len(self.data.train):
             raise UserError(
                 f"the run in {path} trains on {saved['images']} images, and {self.config.data} has "
@@ -358,7 +358,7 @@ class Trainer:
         """With `--resume` takes over the newest whole checkpoint. Returns False if the run was already finished."""
         if not self.config.resume:
             return True
-        loaded, newest.found = broadcast_state(self.context, newest.found), None
+        loaded, newest.loaded = broadcast_state(self.context, newest.loaded), None
         for note in newest.notes:
             self.say(f"note: {note}")
         path = self.run_dir.path

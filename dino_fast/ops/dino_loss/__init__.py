@@ -318,14 +318,14 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Outputs, keep_
     ctx.written = gradient.numel() > 0
     ctx.numbers = student_temp, teacher_temp, backend
     ctx.anchors = ()
-    kept = [gradient] if ctx.written else []
+    saved = [gradient] if ctx.written else []
     if kept_center.numel() > 0:
-        kept += [student, autograd.savable(teacher), kept_center, row_statistics, changing_temps]
+        saved += [student, autograd.savable(teacher), kept_center, row_statistics, changing_temps]
     elif keep_student:  # so that autograd sees that the gradient depends on it; compiled code drops it
-        kept += [student]
+        saved += [student]
     elif differentiable:
         ctx.anchors = (autograd.anchor(student),)
-    ctx.save_for_backward(*kept)
+    ctx.save_for_backward(*saved)
 
 
 @autograd.once_differentiable("dino_loss", REFERENCE)

@@ -367,8 +367,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.differentiable = differentiable
     ctx.numbers = student_temp, teacher_temp, backend
     tensors[6] = kept_center
-    kept = [None if x is None else autograd.savable(x) for x in tensors]
-    ctx.save_for_backward(*kept, student_gradient, row_statistics, changing_temps)
+    saved = [None if x is None else autograd.savable(x) for x in tensors]
+    ctx.save_for_backward(*saved, student_gradient, row_statistics, changing_temps)
 
 
 @autograd.once_differentiable("linear_dino_loss", REFERENCE)

@@ -139,8 +139,8 @@ class _Loss(torch.autograd.Function):
         ctx.anchors = [autograd.anchor(x) for x in (student, student_weight, student_gain) if x is not None]
         ctx.temps, ctx.backend = (student_temp, teacher_temp), backend
         others = (*others[:2], others[2].clone())  # the centre is updated in place before the backward
-        kept = (rows, *layers, targets, *others, pair_weights, row_weights, merged, gradient)
-        ctx.save_for_backward(*(None if x is None else autograd.savable(x) for x in kept))
+        saved = (rows, *layers, targets, *others, pair_weights, row_weights, merged, gradient)
+        ctx.save_for_backward(*(None if x is None else autograd.savable(x) for x in saved))
         ctx.dtype = student.dtype
         return loss, entropy
 

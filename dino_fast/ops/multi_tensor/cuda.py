@@ -24,9 +24,9 @@ from torch import Tensor
 from dino_fast.gpu import on_device, too_old
 from dino_fast.ops.multi_tensor.memory import DTYPE_CODES, flat_memory, write_back
 
-# Plans kept of lists that have not been captured. An optimizer needs one for its norms, one for its step and one for
+# Plans kept, at most, of lists that have not been captured. An optimizer needs one for its norms, one for its step and one for
 # teachers of parameters at rest, for each device and setting of AdamW.
-KEPT = 32
+MAX_PLANS = 32
 
 
 def unsupported_reason(*tensors: Tensor) -> str | None:
@@ -190,7 +190,7 @@ def _plan(
 def _forget() -> None:
     """Drop the plans unused for longest."""
     free = [key for key, plan in _plans.items() if not plan.captured]
-    for key in free[:-KEPT]:
+    for key in free[:-MAX_PLANS]:
         del _plans[key]
 
 
