@@ -295,7 +295,7 @@ def trial(config: Config, channels: int, device: torch.device, precision: str, i
         torch.randn(2, images, channels, global_size, global_size, dtype=torch.float32, device="cpu"),
         torch.randn(config.local_crops, images, channels, local_size, local_size, dtype=torch.float32, device="cpu"),
     )
-    schedules = Schedules(small, 10)
+    schedules = Schedules(trial_config, 10)
     hyperparams = replace(schedules.values_at(schedules.steps - 1), frozen=False)
     best = float("inf")
     for step in range(3):

@@ -24,8 +24,8 @@ from torch import Tensor
 from dino_fast.gpu import on_device, too_old
 from dino_fast.ops.multi_tensor.memory import DTYPE_CODES, flat_memory, write_back
 
-# Plans kept, at most, of lists that have not been captured. An optimizer needs one for its norms, one for its step and one for
-# teachers of parameters at rest, for each device and setting of AdamW.
+# The most plans kept of lists that have not been captured. An optimizer needs one for its norms, one for its step and
+# one for teachers of parameters without gradients, for each device and setting of AdamW.
 MAX_PLANS = 32
 
 
