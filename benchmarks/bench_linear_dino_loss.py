@@ -49,7 +49,7 @@ class Problem:
         self.gain, self.center = torch.ones(K, device=device), (0.05 * drawn(K)).to(device)
 
     def call(self, loss: Loss) -> list[Tensor]:
-        """The loss, the mean of the teacher's logits, and the gradients by the rows and the weight."""
+        """The loss, the mean of the teacher's logits, and the gradients w.r.t. the rows and the weight."""
         tensors = (self.student, self.student_weight, self.teacher, self.teacher_weight, self.center, self.gain)
         value, mean = loss(*tensors)
         return [value.detach(), mean, *torch.autograd.grad(value, (self.student, self.student_weight))]
