@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+from typing import Any
 
 from dino_fast.errors import UserError
 
@@ -58,7 +59,7 @@ def _describe(action: argparse.Action) -> None:
         action.complete = _path()  # type: ignore[attr-defined]
 
 
-def _path() -> dict[str, str]:
+def _path() -> Any:
     """What shtab takes for an argument that is a path."""
     import shtab
 

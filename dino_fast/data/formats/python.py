@@ -430,7 +430,8 @@ def _eight_bits(array: np.ndarray, scale: Scale | None) -> np.ndarray:
     if array.dtype.kind in "ui" and (scale.low, scale.high) == (0, 255):
         return array.clip(0, 255).astype(np.uint8)
     values = (array.astype(np.float64) - scale.low) * (255 / (scale.high - scale.low))
-    return np.nan_to_num(values, nan=0.0, posinf=255.0, neginf=0.0).round().clip(0, 255).astype(np.uint8)
+    pixels: np.ndarray = np.nan_to_num(values, nan=0.0, posinf=255.0, neginf=0.0).round().clip(0, 255)
+    return pixels.astype(np.uint8)
 
 
 _STATE = (
