@@ -195,13 +195,14 @@ class MultiCrop:
     ) -> tuple[Tensor, Tensor]:
         """Cuts the crops that `params` describes.
 
-        images: n tensors, uint8 or uint16 [C, H, W], of any sizes and one C in 1 to 16, on the CPU or on one GPU; of
-        16 bits the high 8 are used. Returns global crops [2, n, C, h, w] and local crops [n_local, n, C, h, w] on the
-        same device, normalised, in `dtype` (float32 or bfloat16). `backend` is cuda, native, reference (Pillow) or
-        auto. Raises ValueError when images and parameters disagree.
+        images: n tensors [C, H, W], of any sizes and one C in 1 to 16, on the CPU or on one GPU: uint8, uint16 (0 to
+        65535) or float32 (0 to 255). Those of more than 8 bits are not rounded to them. Returns global crops
+        [2, n, C, h, w] and local crops [n_local, n, C, h, w] on the same device, normalised, in `dtype` (float32 or
+        bfloat16). `backend` is cuda, native, reference (Pillow) or auto. Raises ValueError when images and parameters
+        disagree.
         """
         self._check_images(images, params)
-        images = [_eight_bits(image) for image in images]
+        images = as_one_kind(images)
         table = self.crop_table(params, [(image.shape[1], image.shape[2]) for image in images])
         return self.crop(images, table, dtype=dtype, backend=backend)
 
@@ -229,11 +230,11 @@ class MultiCrop:
         backend: str = "auto",
         out: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The second half of `apply`: uint8 images, on a CPU or a GPU, and their `crop_table`, on the CPU.
+        """The second half of `apply`: images, on a CPU or a GPU, and their `crop_table`, on the CPU.
 
         `out` are tensors to write to, of the shapes that are returned and the dtype that is wanted.
         """
-        mean, std = self.statistics(images[0].shape[0])
+        images, (mean, std) = as_one_kind(images), self.statistics(images[0].shape[0])
         if out is not None:
             multi_crop_into(out, list(images), *table, mean.flatten(), std.flatten(), backend)
             return out
@@ -258,11 +259,11 @@ class MultiCrop:
             raise ValueError(f"apply: parameters of {params.flip.shape[1]} crops an image; this makes {self.n_crops}")
         channels = images[0].shape[0]
         for image in images:
-            good = image.dtype in (torch.uint8, torch.uint16) and image.dim() == 3 and image.numel() > 0
+            good = image.dtype in (torch.uint8, torch.uint16, torch.float32) and image.dim() == 3 and image.numel() > 0
             if not good or image.shape[0] != channels:
                 raise ValueError(
-                    f"apply: images are uint8 or uint16 [C, H, W] with one C ({channels} in the first) and H, W >= 1, "
-                    f"not {image.dtype} {list(image.shape)}"
+                    f"apply: images are uint8, uint16 or float32 (0 to 255) [C, H, W] with one C ({channels} in the "
+                    f"first) and H, W >= 1, not {image.dtype} {list(image.shape)}"
                 )
         if not 1 <= channels <= 16:
             raise ValueError(f"apply: {channels} channels; 1 to 16 are supported")
@@ -293,8 +294,11 @@ def _floats(values: Sequence[Any]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
-def _eight_bits(image: Tensor) -> Tensor:
-    return (image.to(torch.int32) >> 8).to(torch.uint8) if image.dtype == torch.uint16 else image
+def as_one_kind(images: Sequence[Tensor]) -> list[Tensor]:
+    """All uint8 as they are; otherwise all float32 from 0 to 255, into which uint16 from 0 to 65535 is scaled."""
+    if all(image.dtype == torch.uint8 for image in images):
+        return list(images)
+    return [image.float().div_(257) if image.dtype == torch.uint16 else image.float() for image in images]
 
 
 def _central_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int, int, int]:

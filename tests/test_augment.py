@@ -191,7 +191,7 @@ def test_wrong_settings_are_refused(wrong: dict) -> None:
 def test_images_that_do_not_fit_are_refused() -> None:
     crops = MultiCrop(**SMALL)
     image = torch.zeros(3, 8, 8, dtype=torch.uint8)
-    for images in ([image.float()], [image[:, :0]], [image[0]], [image, image]):
+    for images in ([image.double()], [image[:, :0]], [image[0]], [image, image]):
         with pytest.raises(ValueError, match="apply"):
             crops.apply(images, crops.sample_each([0]))
     with pytest.raises(ValueError, match="channels"):

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from dino_fast.cli.pixels import add_pixel_options, given_pixel_options
 from dino_fast.engine.config import build_config, multi_crop
 from dino_fast.engine.presets import PRESETS
 from dino_fast.errors import UserError, make_folder, unwritable
@@ -23,17 +24,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--global-size", metavar="PX", help="instead of the recipe's", **given)
     parser.add_argument("--local-size", metavar="PX", help="instead of the recipe's", **given)
     parser.add_argument("--seed", help="another one draws other crops", **given)
+    add_pixel_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Writes the picture and says where."""
     given = {name: getattr(args, name) for name in ("local_crops", "global_size", "local_size", "seed") if name in args}
-    config = build_config({**given, "data": args.path}, preset=args.preset, file=args.config)
+    config = build_config(
+        {**given, **given_pixel_options(args), "data": args.path}, preset=args.preset, file=args.config
+    )
     from dino_fast.data import open_source
+    from dino_fast.data.deep_pixels import range_of
     from dino_fast.data.inspect import draw, readable
+    from dino_fast.data.source import configure
 
     source = open_source(config.data)
-    source.channels = config.channels or source.channels
+    configure(source, config.channels, range_of(config.bit_depth, config.pixel_range))
     images = readable(source, args.images)
     picture = draw(images, multi_crop(config), config.seed)
     make_folder(args.out.parent)

@@ -43,7 +43,10 @@ def run(args: argparse.Namespace) -> int:
     from dino_fast.models.weights.export import export
 
     frozen = open_backbone(args.checkpoint, args.which, "cpu")
-    path, how = export(frozen.backbone, args.out, args.format, mean=list(frozen.mean), std=list(frozen.std))
+    facts = {"mean": list(frozen.mean), "std": list(frozen.std)}
+    if frozen.pixel_range is not None:
+        facts["pixel_range"] = list(frozen.pixel_range)
+    path, how = export(frozen.backbone, args.out, args.format, **facts)
     count = sum(p.numel() for p in frozen.backbone.parameters())
     print(f"wrote the {args.which}'s backbone ({count / 1e6:.2f} M parameters) to {path}\nload it with: {how}")
     if args.push is not None:

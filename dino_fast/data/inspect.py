@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -16,7 +15,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from dino_fast.augment import MultiCrop, pair
-from dino_fast.data.decode import ImageError
+from dino_fast.data.decode import ImageError, RangeError, examine
+from dino_fast.data.deep_pixels import Range
 from dino_fast.data.source import Source
 from dino_fast.errors import UserError
 from dino_fast.ops.multi_crop import to_pillow
@@ -26,6 +26,7 @@ from dino_fast.seeding import derive_seed
 _TIMED = 32  # images whose crops are timed
 _SECONDS = 2.0  # after which no more of them are
 _GAP = 4  # pixels between the pictures of a preview
+_NAMES = {1: "grey", 3: "colour"}
 _MARKS = ("#e4572e", "#2e86e4")  # boxes of global crops, of local crops
 
 
@@ -37,6 +38,7 @@ class Seen(NamedTuple):
     kind: str
     label: int | None
     reason: str
+    extremes: Range | None = None  # of samples of more than 8 bits whose range the file does not state
 
 
 @dataclass
@@ -49,6 +51,7 @@ class Report:
     kinds: Counter[str] = field(default_factory=Counter)  # format and colour mode -> images
     labels: Counter[int | None] = field(default_factory=Counter)
     bad: list[str] = field(default_factory=list)
+    extremes: list[Range] = field(default_factory=list)  # of images of more than 8 bits that state no range
     seconds: float = 0.0
 
 
@@ -67,6 +70,8 @@ def check(source: Source, limit: int | None = None, workers: int = 2) -> Report:
         # Some at a time: all at once would be millions of futures.
         for seen in watched(_in_order(pool, source, indices, 64 * workers), len(indices), "images read"):
             report.images += 1
+            if seen.extremes is not None:
+                report.extremes.append(seen.extremes)
             if seen.reason:
                 report.bad.append(seen.reason)
                 continue
@@ -109,7 +114,13 @@ def describe(source: Source, report: Report) -> Iterable[str]:
         yield f"height       {_spread(report.heights)} px"
         yield f"width        {_spread(report.widths)} px"
         yield "kinds        " + ", ".join(f"{kind}: {count:,}" for kind, count in report.kinds.most_common())
-        yield f"channels     {source.channels}, as what is read ({'colour' if source.channels == 3 else 'grey'})"
+        yield f"channels     {source.channels}, as what is read ({_NAMES.get(source.channels, 'bands')})"
+    if report.extremes:
+        low, high = _joined(report.extremes)
+        count = f"{len(report.extremes):,} images of more than 8 bits"
+        yield f"values       {low:g} to {high:g} in {count} that state no range"
+    if note := _range_note(report.extremes, source.pixel_range, unreadable=bool(report.bad)):
+        yield f"warning      {note}"
     labelled = sum(count for label, count in report.labels.items() if label is not None)
     if labelled:
         counts = [count for label, count in report.labels.items() if label is not None]
@@ -139,17 +150,54 @@ def _look(source: Source, index: int) -> Seen:
     try:
         pixels = source.read(index)
         try:
-            kind = _kind(source.data(index))
+            kind, values = _examined(source, index)
         except TypeError:
-            kind = "in memory"
+            kind, values = "in memory", None
+    except RangeError as error:
+        return Seen(0, 0, "", None, str(error), (error.low, error.high))
     except ImageError as error:
         return Seen(0, 0, "", None, str(error))
-    return Seen(pixels.shape[1], pixels.shape[2], kind, source.label(index), "")
+    return Seen(pixels.shape[1], pixels.shape[2], kind, source.label(index), "", values)
 
 
-def _kind(data: bytes) -> str:
-    with Image.open(io.BytesIO(data)) as image:
-        return f"{image.format} {image.mode}"
+def _examined(source: Source, index: int) -> tuple[str, Range | None]:
+    return examine(source.data(index), source.channels)
+
+
+def pixel_note(source: Source, count: int = 32) -> str:
+    """What a few images of more than 8 bits say about the range that is used for them; empty where that is nothing."""
+    found: list[Range] = []
+    for index in range(0, len(source), max(1, len(source) // count)):
+        with contextlib.suppress(ImageError, TypeError):  # TypeError: no files
+            _, values = _examined(source, index)
+            found += [values] if values is not None else []
+    return _range_note(found, source.pixel_range, unreadable=False)
+
+
+def _range_note(found: list[Range], used: Range | None, unreadable: bool) -> str:
+    """What to do where values beyond 8 bits fill little of the range that is black to white, or go beyond it."""
+    if not found:
+        return ""
+    low, high = _joined(found)
+    whole = low >= 0 and low == int(low) and high == int(high) and high < 65536
+    bits = max(1, int(high).bit_length())
+    advice = f"--bit-depth {bits}" if whole else f"--pixel-range {low:g} {high:g}"
+    if used is None and (unreadable or not whole):
+        return f"images of signed or 32-bit values have no known range; {advice} spans what was seen"
+    bottom, top = used or (0.0, 65535.0)
+    if low < bottom or high > top:
+        return f"values from {low:g} to {high:g} go beyond {bottom:g} to {top:g} and are clipped; {advice} spans them"
+    if high - bottom <= (top - bottom) / 2:
+        share = (high - bottom) / (top - bottom)
+        return (
+            f"the largest value of images of more than 8 bits is {high:g}, {share:.1%} of the range {bottom:g} to "
+            f"{top:g}, so all of them are dark; {advice} spans what was seen"
+        )
+    return ""
+
+
+def _joined(found: list[Range]) -> Range:
+    return min(low for low, _ in found), max(high for _, high in found)
 
 
 def _spread(values: list[int]) -> str:
@@ -197,7 +245,10 @@ def readable(source: Source, count: int) -> list[Tensor]:
 
 
 def _picture(pixels: Tensor) -> Image.Image:
-    return to_pillow(pixels)[0].convert("RGB")
+    """Red, green and blue of 3 channels or more, else the first in gray."""
+    pixels = pixels[: 3 if len(pixels) > 2 else 1]
+    eight = pixels.round().byte() if pixels.is_floating_point() else pixels
+    return to_pillow(eight)[0].convert("RGB")
 
 
 def _enlarged(image: Image.Image, scale: int) -> Image.Image:

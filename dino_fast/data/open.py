@@ -139,9 +139,12 @@ def _open_folder(root: Path) -> Source:
         for name in place.files
     ]
     if not found:
+        arrays = folder.open_images(root, {".npy"})  # elsewhere they are masks and features, beside the images
+        if arrays is not None:
+            return arrays
         raise UserError(
             f"{root} holds no images (looked in all sub-folders for {', '.join(sorted(EXTENSIONS))}) "
-            "and no .parquet or .tar files"
+            "and no .parquet, .tar or .npy files"
         )
     parts = {p: [file for file in found if file.name.startswith(p)] for p in (*TRAIN_DIRS, *TEST_DIRS)}
     training = next((parts[p] for p in TRAIN_DIRS if parts[p]), None)

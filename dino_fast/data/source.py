@@ -19,24 +19,13 @@ from torch import Tensor
 
 from dino_fast.data import jpeg
 from dino_fast.data.decode import ImageError, Jpeg, decode, ignore_pillow_warnings, jpeg_or_pixels
+from dino_fast.data.deep_pixels import Range
 from dino_fast.errors import UserError
 
 T = TypeVar("T")
 EXTENSIONS = {
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".png",
-    ".bmp",
-    ".gif",
-    ".webp",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
-    ".jp2",
-    ".avif",
-    ".jfif",
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pnm"),
+    *(".jp2", ".avif", ".heic", ".heif", ".tga"),
 }
 _LFS = b"version https://git-lfs.github.com/spec/"
 _LFS_MESSAGE = "a Git LFS pointer, not the file itself; run 'git lfs pull' in its repository"
@@ -46,11 +35,13 @@ TRAIN_DIRS, TEST_DIRS = ("train", "training"), ("val", "test", "valid", "validat
 class Source:
     """A numbered set of images, some with labels.
 
-    `channels` is what `read` converts to: 3 unless the images are known to be grey; set it to 1 or 3 to choose.
+    `channels` is what `read` converts to: 3 unless the images are known to be gray; set it to choose. `pixel_range`
+    are the values that become black and white in files of more than 8 bits, None for what each file says.
     `labels` is int64 [len] with -1 where there is none, or None where no image has one.
     """
 
     channels: int = 3
+    pixel_range: Range | None = None
     classes: list[str] | None = None
     labels: np.ndarray | None = None
     unused_labels: str = ""  # why labels that are there are not used
@@ -65,20 +56,22 @@ class Source:
         raise TypeError(f"{type(self).__name__} does not name its images")
 
     def read(self, index: int) -> Tensor:
-        """uint8 [channels, H, W]. Raises ImageError naming the image."""
+        """[channels, H, W]: uint8, or float32 from 0 to 255 where the file has more than 8 bits. Raises ImageError
+        naming the image."""
         return self._decoded(index, decode)
 
     def jpeg_or_pixels(self, index: int) -> Jpeg | Tensor:
         """The file of an ordinary JPEG, for a GPU to decode; else what `read` returns."""
         return self._decoded(index, jpeg_or_pixels)
 
-    def _decoded(self, index: int, how: Callable[[bytes, int], T]) -> T:
+    def _decoded(self, index: int, how: Callable[[bytes, int, Range | None], T]) -> T:
         data = self.data(index)
         try:
-            return how(data, self.channels)
+            return how(data, self.channels, self.pixel_range)
         except ImageError as error:
             reason = _LFS_MESSAGE if data.startswith(_LFS) else error
-            raise ImageError(f"{self.name(index)}: {reason}") from error
+            error.args = (f"{self.name(index)}: {reason}",)  # of the same class: a RangeError has values
+            raise
 
     def data(self, index: int) -> bytes:
         """The encoded file. Raises ImageError naming the image."""
@@ -129,6 +122,11 @@ class ArraySource(Source):
         image = self.images[index]
         if self.channels == len(image):
             return image
+        if self.channels not in (1, 3):
+            count = len(image)
+            raise ImageError(
+                f"{self.name(index)}: {count} channels, and {self.channels} are read; give --channels {count}"
+            )
         if self.channels == 3:
             return image.expand(3, -1, -1)
         luma = torch.tensor([19595, 38470, 7471], dtype=torch.int32, device="cpu").view(
@@ -153,6 +151,14 @@ class Subset(Source):
     def channels(self, value: int) -> None:
         self.source.channels = value
 
+    @property
+    def pixel_range(self) -> Range | None:  # type: ignore[override]
+        return self.source.pixel_range
+
+    @pixel_range.setter
+    def pixel_range(self, value: Range | None) -> None:
+        self.source.pixel_range = value
+
     def __len__(self) -> int:
         return len(self.indices)
 
@@ -170,6 +176,14 @@ class Subset(Source):
 
     def data(self, index: int) -> bytes:
         return self.source.data(int(self.indices[index]))
+
+
+def configure(source: Source, channels: int | None, pixel_range: Range | None) -> None:
+    """Sets how the images of a source, and of the part that came with it, are read; None leaves the channels."""
+    for part in (source, source.test):
+        if part is not None:
+            part.channels = channels or part.channels
+            part.pixel_range = pixel_range
 
 
 def read_file(path: str | Path) -> bytes:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dino_fast.augment import GLOBALS, MultiCrop, pair
 from dino_fast.data.batch import Batch, pack
-from dino_fast.data.decode import ImageError, Jpeg
+from dino_fast.data.decode import ImageError, Jpeg, decode
 from dino_fast.data.gpu_crops import prefetch_crops
 from dino_fast.data.shared_buffers import Slot, SlotPool, WorkerBuffers
 from dino_fast.data.source import Source
@@ -204,13 +204,16 @@ class CropDataset:
         index = torch.tensor([index for _, index in read], dtype=torch.int64, device="cpu")
         sizes = [(i.height, i.width) if isinstance(i, Jpeg) else (i.shape[1], i.shape[2]) for i in images]
         cuts = self.crops.cuts(params, sizes)
-        if self.packed:
+        deep = any(isinstance(image, Tensor) and image.is_floating_point() for image in images)
+        if self.packed and not deep:
             nothing, packed = (
                 torch.empty(0, dtype=torch.float32, device="cpu"),
                 pack(images, cuts, self.source.channels),
             )
             return Batch(nothing, nothing, index, epoch, number, bad, packed=packed)
-        pixels = [image for image in images if isinstance(image, Tensor)]  # all of them, where nothing is packed
+        # Images of more than 8 bits are cropped here, even where the GPU crops: its kernels take 8 bits.
+        channels = self.source.channels
+        pixels = [decode(image.data, channels) if isinstance(image, Jpeg) else image for image in images]
         slot, room = self._room(len(images))
         return Batch(*self.crops.cut(pixels, cuts, out=room), index, epoch, number, bad, slot=slot)
 

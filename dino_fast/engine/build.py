@@ -12,7 +12,9 @@ from torch import nn
 from dino_fast.backends import BackendError, choose, cuda_unavailable_reason
 from dino_fast.cpus import usable_cpus
 from dino_fast.data import Source, Subset, TrainLoader, open_source, split, train_loader
+from dino_fast.data.deep_pixels import range_of
 from dino_fast.data.gpu_crops import nvjpeg_unavailable_reason
+from dino_fast.data.source import configure
 from dino_fast.engine import parallelize
 from dino_fast.engine.config import Config, multi_crop
 from dino_fast.engine.cuda_graph import StepGraph
@@ -50,10 +52,7 @@ def open_data(config: Config, source: Source | None = None) -> Data:
     All are trained on, but for a part that came as a test set and the share `hold_out`.
     """
     source = open_source(config.data) if source is None else source
-    if config.channels is not None:
-        for part in (source, source.test):
-            if part is not None:
-                part.channels = config.channels
+    configure(source, config.channels, range_of(config.bit_depth, config.pixel_range))
     if config.knn_every == 0:
         return Data(source, note="k-NN evaluation is off (knn_every 0)")
     if not is_labeled(source):

@@ -37,7 +37,15 @@ class Config:
     data: str = option(
         "demo", "folder, .parquet or .tar files, .npy file, list of files, pattern, or 'demo' (ships with the package)"
     )
-    channels: int | None = option(None, "read images as gray (1) or color (3); by default what the data says")
+    channels: int | None = option(
+        None, "read images as gray (1), color (3) or N bands, up to 16; by default what the data says"
+    )
+    bit_depth: int | None = option(
+        None, "bits in use of images of more than 8: 12 for values to 4095; by default what each file states, or all"
+    )
+    pixel_range: tuple[float, float] | None = option(
+        None, "values that become black and white in images of more than 8 bits, signed ones and floats"
+    )
     mean: tuple[float, ...] = option((0.485, 0.456, 0.406), "per channel, of pixels in 0..1")
     std: tuple[float, ...] = option((0.229, 0.224, 0.225), "per channel, of pixels in 0..1")
     workers: int | None = option(None, "processes that load data; default: 0 on a CPU, on a GPU one a core, at most 10")
@@ -227,9 +235,16 @@ def build_config(
         if "arch" in layer and values.get("arch") != layer["arch"]:  # another architecture's sizes do not carry over
             values = {name: value for name, value in values.items() if name not in ("embed_dim", "depth", "num_heads")}
         values.update(layer)
-    config = Config(**values)
+    config = with_statistics(Config(**values))
     validate(config)
     return config
+
+
+def with_statistics(config: Config) -> Config:
+    """The default mean and standard deviation, which are of red, green and blue, for other bands: their average."""
+    if config.channels in (None, 1, 3) or (config.mean, config.std) != (Config.mean, Config.std):
+        return config
+    return dataclasses.replace(config, mean=(0.449,), std=(0.226,))
 
 
 def load_config(path: str | Path) -> Config:
@@ -480,6 +495,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if hint is bool or hint == bool | None:
             keywords["action"] = argparse.BooleanOptionalAction
         else:
+            if isinstance(hint, types.UnionType) and typing.get_origin(typing.get_args(hint)[0]) is tuple:
+                hint = typing.get_args(hint)[0]
             if typing.get_origin(hint) is tuple:
                 kinds = typing.get_args(hint)
                 keywords["nargs"], hint = ("+" if kinds[-1] is ... else len(kinds)), kinds[0]
@@ -557,6 +574,11 @@ def validate(config: Config) -> None:
         low, high = getattr(config, name)
         if not low <= high:
             raise UserError(f"{_flag(name)} is {low} {high}; give the smaller share first")
+    if config.pixel_range is not None and not config.pixel_range[0] < config.pixel_range[1]:
+        low, high = config.pixel_range
+        raise UserError(f"--pixel-range is {low:g} {high:g}; give the smaller value first")
+    if config.pixel_range is not None and config.bit_depth is not None:
+        raise UserError("--bit-depth and --pixel-range both say what white is; give one of them")
     if config.batch_size % config.grad_accum_steps:
         raise UserError(
             f"--grad-accum-steps {config.grad_accum_steps} does not divide --batch-size {config.batch_size}"
@@ -593,5 +615,7 @@ _RULES: tuple[_Rule, ...] = (
     ("above 0 and at most 1", lambda x: 0 < x <= 1, "global_scale local_scale"),
     ("at least 0 and below 1", lambda x: 0 <= x < 1, "drop_path_rate"),
     ("from 0 to 0.5", lambda x: 0 <= x <= 0.5, "hold_out"),
-    ("1 or 3", lambda x: x in (1, 3), "channels"),
+    ("from 1 to 16", lambda x: 1 <= x <= 16, "channels"),
+    ("from 1 to 32", lambda x: 1 <= x <= 32, "bit_depth"),
+    ("a finite number", lambda x: abs(x) < float("inf"), "pixel_range"),
 )

@@ -15,6 +15,7 @@ import torch
 
 from dino_fast.backends import native_unavailable_reason
 from dino_fast.data import Batch, Source, TrainLoader
+from dino_fast.data.inspect import pixel_note
 from dino_fast.data.open import IN_MEMORY
 from dino_fast.defaults import torch_defaults
 from dino_fast.engine import checkpoint
@@ -452,7 +453,8 @@ class Trainer:
         )
         wants_graph = state.device.type == "cuda" and config.cuda_graph == "auto"
         reason = unsupported_reason(state) if wants_graph else None
-        for note in (*self.schedules.notes(), self.data.note, reason and f"no CUDA graph: {reason}"):
+        pixels = pixel_note(self.data.train)
+        for note in (*self.schedules.notes(), self.data.note, pixels, reason and f"no CUDA graph: {reason}"):
             if note:
                 self.say(f"note: {note}")
 
@@ -473,6 +475,7 @@ class Trainer:
             ),
             mean=list(self.config.mean),
             std=list(self.config.std),
+            **({"pixel_range": list(self.data.train.pixel_range)} if self.data.train.pixel_range else {}),
         )
         best = f" (best k-NN {self.best_knn:.1%} in checkpoints/best)" if self.best_knn >= 0 else ""
         look = "knn" if is_labeled(self.data.train) else "attention"  # k-NN needs labels

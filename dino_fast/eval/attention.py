@@ -24,7 +24,6 @@ from dino_fast.eval.common.frames import (
     can_write_video,
     fit_to_patches,
     list_images,
-    read_image,
     read_video,
     write_video,
 )
@@ -140,7 +139,7 @@ def evaluate(
     stems = [str(p.relative_to(root).with_suffix("")) for p in paths]
     for p, stem in watched(zip(paths, stems, strict=True), len(paths), "images drawn"):
         try:
-            image = read_image(p, frozen.backbone.in_chans)
+            image = frozen.read(p)
         except ImageError as error:
             result["left_out"].append(str(error))
             continue
@@ -158,7 +157,7 @@ def _frames(frozen: Frozen, paths: list[Path]) -> Iterator[Tensor]:
     """The images of a folder as a video, which ends in an error at one that is unreadable or of another size."""
     first = None
     for path in paths:
-        image = read_image(path, frozen.backbone.in_chans)
+        image = frozen.read(path)
         first = first or image.shape
         if image.shape != first:
             sizes = [f"{shape[2]}x{shape[1]}" for shape in (image.shape, first)]

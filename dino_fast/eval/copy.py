@@ -20,7 +20,7 @@ from torch import Tensor
 from dino_fast.defaults import torch_defaults
 from dino_fast.errors import UserError
 from dino_fast.eval.common.backbone import Frozen, open_backbone
-from dino_fast.eval.common.frames import list_images, read_image, resize
+from dino_fast.eval.common.frames import list_images, resize
 from dino_fast.eval.retrieval import Question, mean_precision, scores
 from dino_fast.progress import watched
 
@@ -71,7 +71,7 @@ def extract(frozen: Frozen, paths: list[Path], size: int, batch_size: int = 32) 
     parts = []
     starts = range(0, len(paths), batch_size)
     for start in watched(starts, len(starts), "batches of features"):
-        images = [read_image(path, frozen.backbone.in_chans) for path in paths[start : start + batch_size]]
+        images = [frozen.read(path) for path in paths[start : start + batch_size]]
         batch = torch.stack([resize(image, size, size) for image in images])
         parts.append(copy_feature(frozen.backbone.forward_features(frozen.normalize(batch))).cpu())
     features = torch.cat(parts)

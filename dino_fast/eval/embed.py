@@ -22,6 +22,7 @@ from PIL import Image
 
 from dino_fast.atomic import atomic_write
 from dino_fast.data import ImageError, Source, open_source
+from dino_fast.data.deep_pixels import Range
 from dino_fast.data.eval_loader import centered_images
 from dino_fast.defaults import torch_defaults
 from dino_fast.errors import UserError, make_folder, unwritable
@@ -185,7 +186,7 @@ class _Job:
         self.frozen, self.features, self.batch_size = frozen, features, batch_size
         self.take = feature_of(frozen.backbone, features)
         self.size = frozen.size(image_size)
-        self.source.channels = frozen.backbone.in_chans
+        frozen.prepare(self.source)
         with torch_defaults(), torch.no_grad():
             blank = torch.zeros(1, frozen.backbone.in_chans, *self.size, dtype=torch.float32, device=frozen.device)
             self.shape = tuple(self.take(blank).shape[1:])
@@ -268,6 +269,15 @@ class _Joined(Source):
     def channels(self, value: int) -> None:
         for part in self.parts:
             part.channels = value
+
+    @property
+    def pixel_range(self) -> Range | None:  # type: ignore[override]
+        return self.parts[0].pixel_range
+
+    @pixel_range.setter
+    def pixel_range(self, value: Range | None) -> None:
+        for part in self.parts:
+            part.pixel_range = value
 
     def __len__(self) -> int:
         return int(self.starts[-1])

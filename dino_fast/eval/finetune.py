@@ -273,7 +273,8 @@ def evaluate(
     recipe = replace(recipe, batch_size=min(recipe.batch_size, labeled))
     frozen = open_backbone(checkpoint, which, device)
     size = frozen.size(image_size)
-    train.channels = held_out.channels = frozen.backbone.in_chans
+    frozen.prepare(train)
+    frozen.prepare(held_out)
     model, used = fit(
         frozen.backbone,
         train,

@@ -178,7 +178,7 @@ def evaluate(
         fixed = centered(train)
         used = len(fixed[0])
     else:
-        train.channels = frozen.backbone.in_chans
+        frozen.prepare(train)
         used = len(fresh(0)[0])
     features_of = fresh if crops == "random" else lambda epoch: fixed
     heads = fit(features_of, classes, rates, epochs=epochs, batch_size=batch_size, seed=seed, on_epoch=measure)

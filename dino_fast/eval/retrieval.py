@@ -24,7 +24,7 @@ from dino_fast.data.labels import names_to_match
 from dino_fast.defaults import torch_defaults
 from dino_fast.errors import UserError, nearest
 from dino_fast.eval.common.backbone import Frozen, open_backbone
-from dino_fast.eval.common.frames import list_images, read_image, resize
+from dino_fast.eval.common.frames import list_images, resize
 from dino_fast.progress import watched
 
 SCALES = (1.0, 2**-0.5, 0.5)
@@ -136,10 +136,9 @@ def evaluate(
     if not all(0 < scale <= 4 for scale in scales) or not scales:
         raise UserError(f"scales are {list(scales)}; give one or more above 0 and up to 4")
     frozen = open_backbone(checkpoint, which, device, tokens=False)
-    channels = frozen.backbone.in_chans
 
     def feature(where: str, index: int, box: tuple[float, ...] | None = None) -> Tensor:
-        image = read[where](index, channels)
+        image = read[where](index, frozen)
         if box is not None:
             left, top, right, bottom = (round(value) for value in box)
             image = image[:, max(0, top) : bottom, max(0, left) : right]
@@ -171,7 +170,7 @@ def evaluate(
     }
 
 
-Reader = dict[str, Callable[[int, int], Tensor]]
+Reader = dict[str, Callable[[int, Frozen], Tensor]]
 
 
 def _by_labels(data: str | Path, test: str | Path | None) -> tuple[dict[str, Any], Reader, list[Question]]:
@@ -241,8 +240,8 @@ def _by_file(data: str | Path, test: str | Path | None, file: Path) -> tuple[dic
         questions.append(Question(rows_of(row, "easy"), rows_of(row, "hard"), junk + own, box))
     database = list(images.values())
     read = {
-        "database": lambda i, channels: read_image(database[i], channels),
-        "queries": lambda i, channels: read_image(paths[i], channels),
+        "database": lambda i, frozen: frozen.read(database[i]),
+        "queries": lambda i, frozen: frozen.read(paths[i]),
     }
     return {"database": len(images), "same": False}, read, questions
 
@@ -263,9 +262,9 @@ def _path(source: Source, index: int) -> Path | None:
     return source.path(index).resolve() if isinstance(source, FileSource) else None
 
 
-def _reader(source: Source) -> Callable[[int, int], Tensor]:
-    def read(index: int, channels: int) -> Tensor:
-        source.channels = channels
+def _reader(source: Source) -> Callable[[int, Frozen], Tensor]:
+    def read(index: int, frozen: Frozen) -> Tensor:
+        frozen.prepare(source)
         return source.read(index)
 
     return read

@@ -20,7 +20,7 @@ from dino_fast.defaults import torch_defaults
 from dino_fast.errors import UserError
 from dino_fast.eval.attention import MASS, attention_maps, mass_mask
 from dino_fast.eval.common.backbone import open_backbone
-from dino_fast.eval.common.frames import list_images, read_image
+from dino_fast.eval.common.frames import list_images
 from dino_fast.progress import watched
 
 _VOID = 255
@@ -127,7 +127,7 @@ def evaluate(
     scores: list[Tensor] = []  # of each image, [objects, heads]
     empty = 0
     for picture, mask in watched(pairs, len(pairs), "images compared"):
-        image, truth = read_image(picture, frozen.backbone.in_chans), torch.from_numpy(read_mask(mask))
+        image, truth = frozen.read(picture), torch.from_numpy(read_mask(mask))
         if image.shape[1:] != truth.shape:
             sizes = [f"{size[1]}x{size[0]}" for size in (truth.shape, image.shape[1:])]
             raise UserError(f"the mask {mask} is {sizes[0]} pixels, its image {picture} is {sizes[1]}; make them equal")

@@ -25,7 +25,7 @@ from dino_fast.defaults import torch_defaults
 from dino_fast.errors import UserError, nearest, unwritable
 from dino_fast.eval.boundary import f_measure
 from dino_fast.eval.common.backbone import Frozen, open_backbone
-from dino_fast.eval.common.frames import list_images, read_image, resize
+from dino_fast.eval.common.frames import list_images, resize
 from dino_fast.eval.segment import jaccard, read_mask
 from dino_fast.knn import largest
 from dino_fast.progress import watched
@@ -230,7 +230,7 @@ def _measures(labels: Tensor, path: Path, objects: list[int], size: tuple[int, i
 @torch.no_grad()
 def _features(frozen: Frozen, path: Path, truth: tuple[int, int], size: tuple[int, int]) -> Tensor:
     """`[h, w, dim]`, the last block's normalized patch tokens."""
-    image = read_image(path, frozen.backbone.in_chans)
+    image = frozen.read(path)
     if image.shape[1:] != truth:
         given = f"{image.shape[2]}x{image.shape[1]}"
         raise UserError(f"{path} is {given}, the first mask of the sequence {truth[1]}x{truth[0]} pixels")

@@ -97,7 +97,7 @@ def draw_pictures(run: Path, config: Config | None, data: str | None, images: in
     except UserError as error:
         raise UserError(f"The images of the run have moved: {error}. Say where with --data PATH.") from error
     newest = trained[-1][1]
-    source.channels = newest.backbone.in_chans
+    newest.prepare(source)
     training, asked = split(source)  # two parts that share no image
     held_out = source.test is not None or (config is not None and config.hold_out > 0 and source.labels is not None)
     size = newest.size(None)

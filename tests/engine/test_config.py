@@ -167,7 +167,10 @@ def test_a_missing_file_and_an_unknown_preset() -> None:
         ({"device": "gpu"}, "--device is 'gpu'.*Accepted: auto, cpu, cuda"),
         ({"embed_dim": 65, "num_heads": 2}, "--embed-dim 65 is not a multiple of --num-heads 2"),
         ({"drop_path_rate": 1.0}, "--drop-path-rate"),
-        ({"channels": 4}, "--channels is 4; it must be 1 or 3"),
+        ({"channels": 17}, "--channels is 17; it must be from 1 to 16"),
+        ({"bit_depth": 40}, "--bit-depth is 40; it must be from 1 to 32"),
+        ({"pixel_range": (5.0, 5.0)}, "--pixel-range is 5 5; give the smaller value first"),
+        ({"pixel_range": (0.0, 5.0), "bit_depth": 12}, "--bit-depth and --pixel-range both say"),
     ],
 )
 def test_what_cannot_work_is_refused_at_once(given: dict, message: str) -> None:

@@ -20,11 +20,11 @@ import torch
 from PIL import Image
 
 from dino_fast import _C
-from dino_fast.augment import MultiCrop
+from dino_fast.augment import CropParams, MultiCrop
 from dino_fast.backends import BackendError
 from dino_fast.cli import info
 from dino_fast.data.decode import decode
-from dino_fast.ops.multi_crop import from_pillow, to_pillow
+from dino_fast.ops.multi_crop import from_pillow, multi_crop, to_pillow
 from dino_fast.ops.multi_crop.tables import planar
 
 SMALL = {"global_size": 48, "local_size": (20, 37), "n_local": 3, "mean": (0.5,), "std": (0.25,)}
@@ -173,13 +173,48 @@ def test_bfloat16_is_float32_rounded(backend, isa):
         crops.apply(images, params, dtype=torch.float16, backend=backend)
 
 
-def test_of_16_bits_the_high_ones_are_used():
-    crops, images = MultiCrop(**SMALL), pictures(1, (61, 83), (40, 40))
-    params = crops.sample(2, torch.Generator().manual_seed(2))
-    low = torch.randint(0, 256, images[0].shape, generator=torch.Generator().manual_seed(0))
-    wide = [(images[0].int() * 256 + low).to(torch.uint16), images[1]]
-    for a, b in zip(crops.apply(wide, params), crops.apply(images, params), strict=True):
-        assert torch.equal(a, b)
+@pytest.mark.parametrize("channels", [1, 3, 5])
+@pytest.mark.parametrize("case", [*CASES, "chain"])
+def test_floats_are_8_bits_without_the_rounding(case, channels):
+    """Of whole levels the float path makes what Pillow makes, but for the rounding after each of up to ten steps."""
+    crops = MultiCrop(**SMALL, **({} if case == "chain" else OFF | CASES[case]))
+    images = pictures(channels, (61, 83), (120, 40), (28, 28), (32, 32))
+    params = crops.sample(4, torch.Generator().manual_seed(3))
+    rounded = crops.apply(images, params, backend="reference")
+    exact = crops.apply([image.float() for image in images], params)
+    std = crops.statistics(channels)[1]
+    for a, b in zip(rounded, exact, strict=True):
+        levels = ((a - b) * std * 255).abs()
+        # 8-bit HSV has 255 steps of hue and of saturation, and a contrast multiplies the rounding before it.
+        hue = channels == 3 and case in ("hue", "chain")
+        assert levels.median() < (2 if hue else 1) and levels.mean() < (4 if hue else 1)
+
+
+def test_of_16_bits_all_are_used():
+    crops = MultiCrop(48, 24, 2, mean=(0.0,), std=(1.0,), **OFF)
+    ramp = torch.arange(65536, dtype=torch.int32).view(1, 256, 256)
+    params = crops.sample(1, torch.Generator().manual_seed(2))
+    wide = crops.apply([ramp.to(torch.uint16)], params)
+    assert wide[0].unique().numel() > 4000  # of 4608 pixels; the high bytes alone gave 256
+    same = crops.apply([ramp.float() / 257], params)
+    assert all(torch.equal(a, b) for a, b in zip(wide, same, strict=True))
+    mixed = crops.apply([ramp.to(torch.uint16), (ramp >> 8).to(torch.uint8)], CropParams.concatenate([params, params]))
+    assert torch.equal(mixed[0][:, :1], wide[0]) and (mixed[0][:, 1] - wide[0][:, 0]).abs().max() < 1 / 250
+
+
+def test_native_code_refuses_floats_by_name():
+    crops = MultiCrop(**SMALL)
+    with pytest.raises(BackendError, match="takes uint8 images"):
+        crops.apply([torch.zeros(3, 9, 9)], crops.sample_each([0]), backend="native")
+    with pytest.raises(ValueError, match="all of one kind"):
+        multi_crop_of(crops, [torch.zeros(3, 9, 9), torch.zeros(3, 9, 9, dtype=torch.uint8)])
+
+
+def multi_crop_of(crops, images):
+    """The operator itself, which converts nothing."""
+    table = crops.crop_table(crops.sample_each([0] * len(images)), [tuple(image.shape[1:]) for image in images])
+    mean, std = (x.flatten() for x in crops.statistics(3))
+    return multi_crop(images, *table, 2, [48, 48], [20, 37], mean, std)
 
 
 def test_choice_of_backend(monkeypatch):

@@ -45,12 +45,13 @@ class FileSource(Source):
             raise ImageError(f"{self.name(index)}: {error.strerror or error}") from error
 
 
-def open_images(root: Path) -> FileSource | None:
+def open_images(root: Path, extensions: set[str] = EXTENSIONS) -> FileSource | None:
     """The images below a folder, or None where there are none.
 
     Where every image lies in a sub-folder, the first level of sub-folders are the classes.
     """
-    index = cached("folder", [root], lambda: scan(root, EXTENSIONS))
+    kind = "folder" if extensions is EXTENSIONS else "folder" + "".join(sorted(extensions))
+    index = cached(kind, [root], lambda: scan(root, extensions))
     source = _files(root, index)
     source.notes = index.facts["notes"]
     return source if len(source) else None

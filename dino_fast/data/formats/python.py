@@ -435,8 +435,8 @@ def _eight_bits(array: np.ndarray, scale: Scale | None) -> np.ndarray:
     if array.dtype.kind in "ui" and (scale.low, scale.high) == (0, 255):
         return array.clip(0, 255).astype(np.uint8)
     values = (array.astype(np.float64) - scale.low) * (255 / (scale.high - scale.low))
-    pixels: np.ndarray = np.nan_to_num(values, nan=0.0, posinf=255.0, neginf=0.0).round().clip(0, 255)
-    return pixels.astype(np.uint8)
+    levels: np.ndarray = np.nan_to_num(values, nan=0.0, posinf=255.0, neginf=0.0).round().clip(0, 255).astype(np.uint8)
+    return levels
 
 
 _STATE = (
@@ -481,6 +481,9 @@ def _with_channels(image: Tensor, channels: int) -> Tensor:
     """uint8 [1 or 3, H, W] -> [channels, H, W]."""
     if len(image) == channels:
         return image
+    if image.is_floating_point() and channels in (1, 3):  # of a file of more than 8 bits
+        weights = torch.tensor([0.299, 0.587, 0.114], dtype=torch.float32, device="cpu").view(3, 1, 1)
+        return image.expand(3, -1, -1) if channels == 3 else (image * weights).sum(0, keepdim=True)
     source = ArraySource(image[None])
     source.channels = channels
     return source.read(0)

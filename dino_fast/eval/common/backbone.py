@@ -15,7 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from dino_fast.augment import IMAGENET_MEAN, IMAGENET_STD
+from dino_fast.data import Source
+from dino_fast.data.deep_pixels import Range, range_of
+from dino_fast.data.source import configure
 from dino_fast.errors import UserError
+from dino_fast.eval.common.frames import read_image
 from dino_fast.models import VisionTransformer
 
 Feature = Callable[[Tensor], Tensor]
@@ -31,9 +35,18 @@ class Frozen:
     name: str
     which: str
     device: torch.device
+    pixel_range: Range | None = None  # that it was trained with, of images of more than 8 bits
+
+    def prepare(self, source: Source) -> None:
+        """Has the images of `source` read as the backbone takes them."""
+        configure(source, self.backbone.in_chans, self.pixel_range)
+
+    def read(self, path: Path) -> Tensor:
+        """The image in a file, `[C, H, W]` as the backbone takes it. Raises ImageError naming the file."""
+        return read_image(path, self.backbone.in_chans, self.pixel_range)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 `[B, C, H, W]` -> float32 on the backbone's device, as it was trained."""
+        """Pixels from 0 to 255, `[B, C, H, W]` -> float32 on the backbone's device, as it was trained."""
         from dino_fast.augment import statistics
 
         offset, scale = statistics(self.mean, self.std, images.shape[1])
@@ -86,7 +99,8 @@ def open_backbone(
         )
     backbone.eval().requires_grad_(False).to(where)
     mean, std = (tuple(facts.get(name, default)) for name, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)))
-    return Frozen(backbone, mean, std, str(checkpoint), which, where)
+    limits = range_of(facts.get("bit_depth"), facts.get("pixel_range"))
+    return Frozen(backbone, mean, std, str(checkpoint), which, where, limits)
 
 
 def tokens_feature(backbone: VisionTransformer, blocks: int = 1, patch_mean: bool = False) -> tuple[Feature, str]:

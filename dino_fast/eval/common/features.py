@@ -33,7 +33,7 @@ def labeled_features(
 
     `kind` names the feature. Raises UserError where not one image has both a label and readable pixels.
     """
-    source.channels = frozen.backbone.in_chans
+    frozen.prepare(source)
     path = None if cache is None else cache / f"{_fingerprint(frozen, source, size, kind)}.safetensors"
     extracted = None if path is None or not path.exists() else _read(path)
     if extracted is None:
@@ -49,7 +49,8 @@ def labeled_features(
 
 
 def _fingerprint(frozen: Frozen, source: Source, size: tuple[int, int], kind: str) -> str:
-    digest = hashlib.sha256(repr((kind, size, frozen.mean, frozen.std, len(source), source.channels)).encode())
+    settings = (kind, size, frozen.mean, frozen.std, len(source), source.channels, source.pixel_range)
+    digest = hashlib.sha256(repr(settings).encode())
     for name, tensor in frozen.backbone.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dino_fast.data import ImageError
 from dino_fast.data.decode import decode
+from dino_fast.data.deep_pixels import Range
 from dino_fast.data.source import EXTENSIONS
 from dino_fast.errors import UserError, unwritable
 from dino_fast.ops.multi_crop import from_pillow, to_pillow
@@ -40,10 +41,10 @@ def list_images(path: str | Path) -> list[Path]:
     return images
 
 
-def read_image(path: Path, channels: int = 3) -> Tensor:
-    """uint8 `[channels, H, W]`. Raises ImageError naming the file."""
+def read_image(path: Path, channels: int = 3, pixel_range: Range | None = None) -> Tensor:
+    """`[channels, H, W]`, see `dino_fast.data.decode.decode`. Raises ImageError naming the file."""
     try:
-        return decode(path.read_bytes(), channels)
+        return decode(path.read_bytes(), channels, pixel_range)
     except OSError as error:
         raise ImageError(f"{path}: {error.strerror or error}") from error
     except ImageError as error:

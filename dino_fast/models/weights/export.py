@@ -51,7 +51,8 @@ MEAN, STD = {mean}, {std}
 def export(backbone: VisionTransformer, path: str | Path, format: str | None = None, **facts: Any) -> tuple[Path, str]:
     """Writes `backbone` to `path` as `format` (by default what the ending says), whole or not at all.
 
-    `facts` are `mean` and `std` of the images it was trained on. Returns the path and how to load what is there. Raises
+    `facts` are `mean` and `std` of the images it was trained on, and `pixel_range`, the values of images of more than 8
+    bits that were 0 and 1. Returns the path and how to load what is there. Raises
     UserError for an unknown format, an ending or a place that does not fit, or a library that is not installed.
     """
     path = Path(path)
@@ -96,6 +97,8 @@ def _torch_hub(backbone: VisionTransformer, path: Path, facts: dict[str, Any]) -
         export_backbone(backbone, folder / "backbone.safetensors", **facts)
         export_backbone(backbone, folder / "backbone.pth")
         text = _HUBCONF.replace("{mean}", str(facts["mean"])).replace("{std}", str(facts["std"]))
+        if "pixel_range" in facts:
+            text += f"PIXEL_RANGE = {facts['pixel_range']}  # values that are 0 and 1, of more than 8 bits\n"
         (folder / "hubconf.py").write_text(text, encoding="utf-8")
 
     _folder(path, fill)
@@ -136,6 +139,7 @@ def _timm(backbone: VisionTransformer, path: Path, facts: dict[str, Any]) -> str
         "first_conv": "patch_embed.proj",
         "classifier": "head",
     }
+    about |= {"pixel_range": facts["pixel_range"]} if "pixel_range" in facts else {}
     config = {
         "architecture": name,
         "num_classes": 0,
@@ -192,6 +196,8 @@ def _transformers(backbone: VisionTransformer, path: Path, facts: dict[str, Any]
         "image_mean": facts["mean"],
         "image_std": facts["std"],
     }
+    if "pixel_range" in facts:
+        images["pixel_range"] = facts["pixel_range"]
 
     def fill(folder: Path) -> None:
         _write_tensors(folder / "model.safetensors", to_transformers(_state(backbone), second))

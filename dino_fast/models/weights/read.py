@@ -26,7 +26,10 @@ from dino_fast.models.weights.key_mapping import published
 _CLASSIFIER = ("head.weight", "head.bias", "fc.weight", "fc.bias")
 _SHOWN = 6  # lines of each kind in a message
 # Shapes and image statistics that go with the weights; the rest of a configuration is of no use here.
-_FACTS = ("arch", "patch_size", "num_heads", "img_size", "global_size", "in_chans", "mean", "std")
+_FACTS = (
+    *("arch", "patch_size", "num_heads", "img_size", "global_size", "in_chans", "mean", "std"),
+    *("bit_depth", "pixel_range"),
+)
 
 
 # How other libraries begin the names of the two networks in one state dict, and how such a name begins here. A plain

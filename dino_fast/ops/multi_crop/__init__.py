@@ -1,4 +1,4 @@
-"""Operation multi_crop: boxes of uint8 images -> resized, distorted, normalised crops.
+"""Operation multi_crop: boxes of images -> resized, distorted, normalised crops.
 
 In this order, with 8 bits after every step: crop and resize (antialiased bicubic), horizontal flip, brightness,
 contrast, saturation and hue in the given order, grey, Gaussian blur, solarize at 128, (x / 255 - mean) / std.
@@ -9,6 +9,9 @@ gives the same 8 bits on every machine and for any number of threads, and so doe
 (csrc/cuda/multi_crop.cu), of the same arithmetic. There is one difference between versions of Pillow, and it follows
 the installed one: since 13, boxes that lose far more height than width are resized along their columns first, where
 older versions always began with the rows.
+
+Images of more than 8 bits come as float32 from 0 to 255. The same is done to them without rounding after every step,
+by the reference alone (floats.py), on the CPU.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from torch import Tensor
 
 from dino_fast.backends import Backend, choose, cuda_unavailable_reason, native_unavailable_reason, register
 from dino_fast.ops import autograd
-from dino_fast.ops.multi_crop import cuda, native
+from dino_fast.ops.multi_crop import cuda, floats, native
 
 
 def multi_crop(
@@ -44,13 +47,14 @@ def multi_crop(
 ) -> tuple[Tensor, Tensor]:
     """V crops of each of n images: global [n_global, n, C, h, w] and local [V - n_global, n, C, h, w] of `dtype`.
 
-    images: n of uint8 [C, H, W], all on the CPU or all on one GPU, where the crops then are; the parameters are CPU
-    tensors: boxes [n, V, 4] int64 (top, left, height, width), inside the image; switches [n, V, 4] bool (flip, grey,
-    blur, solarize); order [n, V, 4] int64, which of brightness 0, contrast 1, saturation 2 and hue 3
-    come one after the other, -1 for none; factors [n, V, 4] float32 of those four (1 leaves as is; hue in turns);
-    radius [n, V] float32, the blur's standard deviation in pixels; sizes (height, width); mean and std [C] float32;
-    dtype float32 or bfloat16. Raises ValueError for another dtype or device, shapes that disagree and boxes outside
-    their image. On a GPU all work is queued on the current stream and nothing is waited for.
+    images: n of [C, H, W], all uint8 or all float32 from 0 to 255, on the CPU or on one GPU, where the crops then are;
+    the parameters are CPU tensors: boxes [n, V, 4] int64 (top, left, height, width), inside the image; switches
+    [n, V, 4] bool (flip, grey, blur, solarize); order [n, V, 4] int64, which of brightness 0, contrast 1, saturation 2
+    and hue 3 come one after the other, -1 for none; factors [n, V, 4] float32 of those four (1 leaves as is; hue in
+    turns); radius [n, V] float32, the blur's standard deviation in pixels; sizes (height, width); mean and std [C]
+    float32; dtype float32 or bfloat16. Raises ValueError for another dtype or device, shapes that disagree and boxes
+    outside their image. On a GPU all work is queued on the current stream and nothing is waited for, but for float32
+    images, which are cropped on the CPU.
     """
     return cast(
         "tuple[Tensor, Tensor]",
@@ -186,10 +190,11 @@ def _check_images(images: list[Tensor], boxes: Tensor) -> None:
     if not images:
         raise ValueError("multi_crop: there are no images")
     for image in images:
-        if image.dtype != torch.uint8 or image.dim() != 3 or len(image) != len(images[0]) or 0 in image.shape:
+        known = image.dtype in (torch.uint8, torch.float32) and image.dtype == images[0].dtype
+        if not known or image.dim() != 3 or len(image) != len(images[0]) or 0 in image.shape:
             raise ValueError(
-                f"multi_crop: images are uint8 [C, H, W] with one C ({len(images[0])} in the first) and H, W >= 1; "
-                f"one is {image.dtype} {list(image.shape)}"
+                "multi_crop: images are uint8 or float32, all of one kind, [C, H, W] with one C "
+                f"({len(images[0])} in the first) and H, W >= 1; one is {image.dtype} {list(image.shape)}"
             )
     if len(images[0]) > 16:
         raise ValueError(f"multi_crop: {len(images[0])} channels; 1 to 16 are supported")
@@ -279,9 +284,15 @@ def multi_crop_reference(
     mean, std = mean.view(-1, 1, 1), std.view(-1, 1, 1)
     on, orders, strengths, radii = switches.tolist(), order.tolist(), factors.tolist(), radius.tolist()
     for i, image in enumerate(images):
-        whole = to_pillow(image.cpu())
+        whole = image.cpu() if image.is_floating_point() else to_pillow(image.cpu())
         for v, (top, left, h, w) in enumerate(boxes[i].tolist()):
             out = views[v][i]
+            if isinstance(whole, Tensor):
+                box = whole[:, top : top + h, left : left + w].numpy()
+                made = floats.resize(box, out.shape[1], out.shape[2], Image.Resampling.BICUBIC)
+                made = floats.distort(made, on[i][v], orders[i][v], strengths[i][v], radii[i][v])
+                out.copy_(torch.from_numpy(made).div_(255).sub_(mean).div_(std))
+                continue
             size = (out.shape[2], out.shape[1])
             area = (left, top, left + w, top + h)
             planes = [plane.crop(area).resize(size, Image.Resampling.BICUBIC) for plane in whole]
@@ -307,17 +318,19 @@ def _distort(
 
 
 def to_pillow(image: Tensor) -> list[Image.Image]:
-    """One RGB image for three channels, else one 8-bit plane a channel (Pillow has no other layout without alpha)."""
+    """One RGB image for three channels of uint8, else one plane a channel: of 8 bits, or of floats for float32."""
     pixels = image.numpy()
-    if len(pixels) == 3:
+    if len(pixels) == 3 and pixels.dtype == np.uint8:
         return [Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))]
     return [Image.fromarray(plane) for plane in pixels]
 
 
 def from_pillow(planes: list[Image.Image]) -> Tensor:
-    """The inverse of `to_pillow`."""
+    """The inverse of `to_pillow`; floats are clipped to 0..255, which resampling leaves."""
     if planes[0].mode == "RGB":
         return torch.from_numpy(np.asarray(planes[0]).transpose(2, 0, 1).copy())
+    if planes[0].mode == "F":
+        return torch.from_numpy(np.stack([np.asarray(plane) for plane in planes]).clip(0, 255))
     return torch.from_numpy(np.stack([np.asarray(plane) for plane in planes]))
 
 

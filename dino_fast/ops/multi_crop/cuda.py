@@ -13,6 +13,8 @@ from dino_fast.ops.multi_crop.tables import tasks
 
 def unsupported_reason(*images: Tensor) -> str | None:
     """Why the kernels cannot take these images, or None."""
+    if any(image.dtype != torch.uint8 for image in images):
+        return "the CUDA kernels take uint8 images; those of more bits are cropped by the reference"
     other = next((image.device for image in images if not image.is_cuda), None)
     return too_old(images[0].device) if other is None else f"the CUDA kernels take images on a GPU; one is on {other}"
 

@@ -12,6 +12,8 @@ from dino_fast.ops.multi_crop.tables import tasks
 
 def unsupported_reason(*images: Tensor) -> str | None:
     """Why the kernels cannot take these images, or None."""
+    if any(image.dtype != torch.uint8 for image in images):
+        return "the native code takes uint8 images; those of more bits are cropped by the reference"
     other = next((image.device for image in images if image.device.type != "cpu"), None)
     return None if other is None else f"the native code takes images on the CPU; one is on {other}"
 
