@@ -129,8 +129,6 @@ def in_a_process(contender: str, size: Size, data: str, options: list[str]) -> M
 
 def answer(contender: str, size: Size, data: str, options: list[str]) -> None:
     """What a process of `in_a_process` does."""
-    if contender == "ours":
-        os.environ.setdefault("GOMP_SPINCOUNT", "4000")  # as the command sets it before torch is there
     steps = CONTENDERS[contender](size, data, options)
     first = min(WARM, len(steps) - 2)
     ms = 1e3 * (steps[-1][1] - steps[first][1]) / (len(steps) - 1 - first)
