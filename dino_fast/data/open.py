@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from dino_fast.data.formats import demo, folder, hugging_face, parquet, tar
-from dino_fast.data.source import EXTENSIONS, TEST_DIRS, TRAIN_DIRS, ArraySource, Source, Subset, share_classes
+from dino_fast.data.labels import share_classes
+from dino_fast.data.source import EXTENSIONS, TEST_DIRS, TRAIN_DIRS, ArraySource, Source, Subset
 from dino_fast.errors import UserError
 
 
@@ -31,6 +33,15 @@ def open_source(given: Any) -> Source:
     """
     if isinstance(given, Source):
         return given
+    source = _open(given)
+    for part in (source, source.test):
+        for note in () if part is None else (*part.notes, part.unused_labels):
+            if note:
+                warnings.warn(note, stacklevel=2)
+    return source
+
+
+def _open(given: Any) -> Source:
     if not isinstance(given, str | os.PathLike):
         return _open_object(given)
     if str(given) == "demo":
@@ -87,7 +98,7 @@ def expand(pattern: str) -> list[Path]:
 def _open_object(given: Any) -> Source:
     if isinstance(given, Mapping) and any(name in given for name in (*TRAIN_DIRS, *TEST_DIRS)):
         parts = [next((given[name] for name in names if name in given), None) for names in (TRAIN_DIRS, TEST_DIRS)]
-        opened = [open_source(part) for part in parts if part is not None]
+        opened = [part if isinstance(part, Source) else _open(part) for part in parts if part is not None]
         return _pair(*opened) if len(opened) == 2 else opened[0]
     if hasattr(given, "with_format") and hasattr(given, "column_names"):
         return hugging_face.DatasetSource(given)

@@ -54,7 +54,8 @@ def open_data(config: Config) -> Data:
     if config.knn_every == 0:
         return Data(source, note="k-NN evaluation is off (knn_every 0)")
     if not is_labeled(source):
-        return Data(source, note="no k-NN evaluation: the images have no labels (class sub-folders give them labels)")
+        reason = source.unused_labels or "the images have no labels (class sub-folders give them labels)"
+        return Data(source, note=f"no k-NN evaluation: {reason}")
     note, train, test = "", source, source.test
     if test is None and config.hold_out:
         train, test = split(source, config.hold_out)
