@@ -59,16 +59,13 @@ DOORS = {
     "a script": "from dino_fast import train",
     "a script that imports torch first": "import torch; from dino_fast.engine.build import resolve_device as door",
     "an evaluation": "from dino_fast.eval.common.backbone import pick_device as door",
-    "a training": "import torch, dino_fast; dino_fast.train(TINY)",
     "the parts of a step": "from dino_fast.benchmarks.step_parts import parts; parts(TINY, seconds=0.1)",
 }
 TINY = """
-import tempfile
 from dino_fast.engine.config import Config
 TINY = Config(
     global_size=16, local_size=8, local_crops=2, arch="vit_tiny", patch_size=4, embed_dim=32, depth=2, num_heads=2,
-    out_dim=256, head_hidden_dim=64, head_bottleneck_dim=32, batch_size=8, device="cpu", max_steps=1, knn_every=0.0,
-    out=tempfile.mkdtemp() + "/run",
+    out_dim=256, head_hidden_dim=64, head_bottleneck_dim=32, batch_size=8, device="cpu",
 )
 """
 
