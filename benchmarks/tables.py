@@ -120,7 +120,7 @@ def told_of(result: dict[str, Any] | None, key: tuple[str, str, str], *, short: 
     best = min(timed, key=lambda row: row["ms"], default=None)
     backend = backend_of(ours)
     parts = [f"{ours['ms']:.4g} ms" + (f" ({backend})" if backend and not short else "")]
-    parts += [_times(row) for row in (base, best) if row]
+    parts += [_speedup(row) for row in (base, best) if row]
     if short:
         parts[1:] = parts[1:][::-1] if base and best and best["ms"] > base["ms"] else parts[1:]
         return "; ".join(parts[:3])
@@ -130,7 +130,7 @@ def told_of(result: dict[str, Any] | None, key: tuple[str, str, str], *, short: 
     return "; ".join([*parts, *([" / ".join(memory)] if memory else [])])
 
 
-def _times(row: dict[str, Any]) -> str:
+def _speedup(row: dict[str, Any]) -> str:
     return f"{'unsteady' if row['ratio'] is None else format(row['ratio'], '.2f') + 'x'} {row['contender']}"
 
 

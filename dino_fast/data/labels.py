@@ -42,7 +42,7 @@ def class_numbers(values: Any, names: Sequence[str] | None = None, where: str = 
     if not isinstance(values, pyarrow.Array | pyarrow.ChunkedArray):
         try:
             values = pyarrow.array(values, from_pandas=True)
-        except (pyarrow.ArrowException, ValueError, TypeError) as error:
+        except (pyarrow.ArrowException, ValueError, TypeError, OverflowError) as error:
             return Labels(None, None, f"{where} are not used: {error}")
     kind = values.type
     if types.is_dictionary(kind):  # a text category, as pandas writes it

@@ -214,8 +214,8 @@ def build_train_state(
     groups, bf16_models = parameter_groups(student, teacher), None
     if bf16:
         bf16_models, autocast = (parallelize.bf16_copy(student), parallelize.bf16_copy(teacher)), None
-        for group, copies in zip(groups, parameter_groups(*bf16_models), strict=True):
-            group |= {"bf16_params": copies["params"], "bf16_teacher": copies["teacher_params"]}
+        for group, bf16_group in zip(groups, parameter_groups(*bf16_models), strict=True):
+            group |= {"bf16_params": bf16_group["params"], "bf16_teacher": bf16_group["teacher_params"]}
         _checkpoint_and_compile(config, *bf16_models)
     if device.type == "cuda":
         parallelize.use_tf32(config.tf32)
