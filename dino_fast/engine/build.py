@@ -44,9 +44,12 @@ class Data:
     note: str = ""
 
 
-def open_data(config: Config) -> Data:
-    """Opens the images. All are trained on, but for a part that came as a test set and the share `hold_out`."""
-    source = open_source(config.data)
+def open_data(config: Config, source: Source | None = None) -> Data:
+    """Opens the images of `config.data`, or takes `source`.
+
+    All are trained on, but for a part that came as a test set and the share `hold_out`.
+    """
+    source = open_source(config.data) if source is None else source
     if config.channels is not None:
         for part in (source, source.test):
             if part is not None:

@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 import torch
 
 from dino_fast.backends import native_unavailable_reason
-from dino_fast.data import Batch, TrainLoader
+from dino_fast.data import Batch, Source, TrainLoader
+from dino_fast.data.open import IN_MEMORY
 from dino_fast.defaults import torch_defaults
 from dino_fast.engine import checkpoint
 from dino_fast.engine.build import (
@@ -50,15 +51,19 @@ SAVE_SHARE = 0.1  # saving takes at most this share of the time, however short t
 
 
 @torch_defaults()
-def train(config: Config) -> Path:
-    """Trains as configured; returns the run directory. Raises UserError, and Interrupted after a signal."""
+def train(config: Config, source: Source | None = None) -> Path:
+    """Trains as configured, on `source` where it is given; returns the run directory.
+
+    Raises UserError, and Interrupted after a signal.
+    """
     validate(config)
     kind = resolve_device(config.device)
     precision = resolve_precision(config.precision, kind)
     config, stored = with_whole_paths(config), stored_config(config)
     if stored is not None:
         check_same(with_whole_paths(stored), config)
-        if config.data == stored.data != "demo" and not os.path.isabs(config.data):
+        named = config.data == "demo" or source is not None or config.data.startswith(IN_MEMORY)
+        if config.data == stored.data and not named and not os.path.isabs(config.data):
             raise UserError(
                 f"the run in {config.out} trains on {config.data!r}, which is not in this folder (its config.yaml has "
                 "no whole path); say where the images are with --data"
@@ -69,7 +74,7 @@ def train(config: Config) -> Path:
         _C.keep_freed_memory()
     with init_distributed(kind.type) as context, explained_out_of_memory():
         device = torch.device(kind.type, context.local) if kind.type == "cuda" else kind
-        data = open_data(config)
+        data = open_data(config, source)
         loader = make_loader(config, data.train, device, context)
         if device.type == "cpu":
             parts = memory_parts(config, data.train.channels, precision, context.world, device.type)
@@ -463,17 +468,22 @@ class Trainer:
         export_backbone(
             backbone,
             self.run_dir.export / "teacher.safetensors",
-            **({"arch": self.config.arch} if "/" in self.config.arch else {}),  # others are recognized by their shapes
+            **(  # others are recognized by their shapes
+                {"arch": self.config.arch, "img_size": [self.config.global_size] * 2} if "/" in self.config.arch else {}
+            ),
             mean=list(self.config.mean),
             std=list(self.config.std),
         )
         best = f" (best k-NN {self.best_knn:.1%} in checkpoints/best)" if self.best_knn >= 0 else ""
         look = "knn" if is_labeled(self.data.train) else "attention"  # k-NN needs labels
+        following = f"dino-fast eval {look} --checkpoint {path} --data {self.config.data}"
+        if self.config.data.startswith(IN_MEMORY):
+            following = f"dino_fast.load({str(path)!r}), which turns images into features"
         self.say(
             f"finished at step {self.step}{best}. Written to {path}:\n"
             "  export/teacher.safetensors   the trained backbone\n"
             "  checkpoints/                 to continue from, or to evaluate\n"
             "  metrics.jsonl, events.out.*  every step's numbers, for you and for TensorBoard\n"
             "  config.yaml                  the settings, to repeat it\n"
-            f"Try next: dino-fast eval {look} --checkpoint {path} --data {self.config.data}"
+            f"Try next: {following}"
         )
