@@ -114,8 +114,8 @@ def comparison(
     )
 
 
-def run(quick: bool = False) -> list[Row]:
-    return run_all(comparisons(quick), quick=quick)
+def run(quick: bool = False, only: str = "") -> list[Row]:
+    return run_all(comparisons(quick), quick=quick, only=only)
 
 
 def test_speed(benchmark, contender):

@@ -27,11 +27,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .harness import Row
+from dino_fast.backends import recorded_choices
+
+from .harness import Row, described, no_such_row, set_times
+from .load import Load
 
 WARM = 3  # steps that are not timed
 ERROR_LIMIT = 0.02
 CHECKED_STEPS = 5
+FIRST_STEP = "first step of the demo"
 
 
 @dataclass(frozen=True)
@@ -112,11 +116,12 @@ CONTENDERS: dict[str, Callable[[Size, str, list[str]], list[tuple[float, float]]
 
 @dataclass
 class Measured:
-    """One run: milliseconds a step after the first ones, bytes at the peak, the first losses."""
+    """One run: milliseconds a step after the first ones, bytes at the peak, the first losses, which backends ran."""
 
     ms: float
     peak: int
     losses: list[float]
+    backend: str = ""
 
 
 def in_a_process(contender: str, size: Size, data: str, options: list[str]) -> Measured:
@@ -129,13 +134,13 @@ def in_a_process(contender: str, size: Size, data: str, options: list[str]) -> M
 
 def answer(contender: str, size: Size, data: str, options: list[str]) -> None:
     """What a process of `in_a_process` does."""
-    if contender == "ours":
-        os.environ.setdefault("GOMP_SPINCOUNT", "4000")  # as the command sets it before torch is there
-    steps = CONTENDERS[contender](size, data, options)
+    with recorded_choices() as choices:
+        steps = CONTENDERS[contender](size, data, options)
     first = min(WARM, len(steps) - 2)
     ms = 1e3 * (steps[-1][1] - steps[first][1]) / (len(steps) - 1 - first)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-    print(json.dumps({"ms": ms, "peak": peak, "losses": [loss for loss, _ in steps[:CHECKED_STEPS]]}))
+    losses = [loss for loss, _ in steps[:CHECKED_STEPS]]
+    print(json.dumps(asdict(Measured(ms, peak, losses, described(choices)))))
 
 
 # ---- rows ----
@@ -157,15 +162,17 @@ def cpu_rows(sizes: list[Size], *, rounds: int = 3, data: str | None = None) -> 
             rows += [Row("engine", str(size), "float32", name, note=note) for name, *_ in contenders]
             continue
         runs: dict[str, list[Measured]] = {name: [] for name, *_ in contenders}
+        load = Load()
         for turn in range(rounds):
             shift = turn % len(contenders)
             for name, kind, options in contenders[shift:] + contenders[:shift]:
                 runs[name].append(in_a_process(kind, size, str(found), options))
-        rows += rows_of(size, runs)
+        rows += rows_of(size, runs, load.others())
     return rows
 
 
-def rows_of(size: Size, runs: dict[str, list[Measured]]) -> list[Row]:
+def rows_of(size: Size, runs: dict[str, list[Measured]], others: float | None = None) -> list[Row]:
+    """`runs` has each contender's measurements, a round each; `others` is what `load` saw of other programs."""
     limit = ERROR_LIMIT if size.batch * size.prototypes > 1 << 16 else 10 * ERROR_LIMIT  # few images, few prototypes
     mine, expected = runs["dino-fast"], runs["published script"][0].losses
     rows = []
@@ -176,10 +183,10 @@ def rows_of(size: Size, runs: dict[str, list[Measured]]) -> list[Row]:
         row.allocator = "default" if "published" in name else "keeps freed memory"
         row.role = "ours" if name == "dino-fast" else "baseline" if name == "published script" else ""
         if row.error <= limit:
-            row.ms = statistics.median(m.ms for m in measured)
             row.peak_bytes = max(m.peak for m in measured)
-            row.ratio = statistics.median(theirs.ms / own.ms for theirs, own in zip(measured, mine, strict=True))
-            row.note = f"{1e3 * size.batch / row.ms:.1f} images/s"
+            row.backend = measured[0].backend
+            row.note = f"{1e3 * size.batch / statistics.median(m.ms for m in measured):.1f} images/s"
+            set_times(row, [m.ms for m in measured], [m.ms for m in mine], others)
         else:
             row.note = f"wrong: first losses differ by {row.error:.2e}, at most {limit:.2e} is right"
         rows.append(row)
@@ -210,18 +217,20 @@ def first_step(rounds: int = 3) -> Iterator[Row]:
             if process.wait():
                 raise RuntimeError("dino-fast train failed")
     note = "includes the k-NN accuracy of the untrained weights"
-    yield Row(
-        "engine", "first step of the demo", "float32", "dino-fast", ms=1e3 * statistics.median(seconds), note=note
-    )
+    yield Row("engine", FIRST_STEP, "float32", "dino-fast", ms=1e3 * statistics.median(seconds), note=note)
 
 
-def run(quick: bool = False) -> list[Row]:
-    """Times whole runs on CIFAR-10, and the first step of the demo."""
+def run(quick: bool = False, only: str = "") -> list[Row]:
+    """Times whole runs on CIFAR-10, and the first step of the demo; `only` leaves out what has another name."""
+    rounds = 1 if quick else 3
+    sizes = [Size(), Size(prototypes=4096)]
     if quick:
         sizes = [Size(prototypes=512, batch=8, steps=6, images=64, depth=2, head_hidden=64)]
-        return [*cpu_rows(sizes, rounds=1), *first_step(1)]
-    sizes = [Size(), Size(prototypes=4096)]
-    return [*cpu_rows(sizes), *first_step()]
+    chosen = [size for size in sizes if only in f"engine, {size}"]
+    with_first = only in FIRST_STEP
+    if not chosen and not with_first:
+        raise no_such_row(only, [*map(str, sizes), FIRST_STEP])
+    return [*cpu_rows(chosen, rounds=rounds), *(first_step(rounds) if with_first else ())]
 
 
 def gpu_rows(*, quick: bool = False, device: str = "cuda", end: float = math.inf) -> Iterator[Row]:

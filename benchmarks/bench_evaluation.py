@@ -210,8 +210,8 @@ def copies(images: int) -> Comparison:
     return _pair("copy", f"{images} images of 401 tokens, 384 wide", ours, plain, 1e-3)
 
 
-def run(quick: bool = False) -> list[Row]:
-    return run_all(comparisons(quick), quick=quick)
+def run(quick: bool = False, only: str = "") -> list[Row]:
+    return run_all(comparisons(quick), quick=quick, only=only)
 
 
 def test_speed(benchmark, contender):

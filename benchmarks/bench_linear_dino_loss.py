@@ -214,8 +214,8 @@ def ibot_comparison(
     )
 
 
-def run(quick: bool = False) -> list[Row]:
-    return run_all(comparisons(quick), quick=quick)
+def run(quick: bool = False, only: str = "") -> list[Row]:
+    return run_all(comparisons(quick), quick=quick, only=only)
 
 
 def test_speed(benchmark, contender: Contender) -> None:

@@ -123,13 +123,14 @@ def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
 
 
-def run(quick: bool = False) -> list[Row]:
+def run(quick: bool = False, only: str = "") -> list[Row]:
     batches, workers = (4 if quick else 24), min(10, usable_cpus())
     with tempfile.TemporaryDirectory() as folder:
-        rows = run_all(iter([comparison(Path(folder), batches, workers)]), quick=quick)
+        rows = run_all(iter([comparison(Path(folder), batches, workers)]), quick=quick, only=only)
     for row in rows:
         if row.ms:
-            row.note = f"{1e3 * batches * BATCH / row.ms:,.0f} images/s"
+            speed = f"{1e3 * batches * BATCH / row.ms:,.0f} images/s"
+            row.note = f"{row.note}; {speed}" if row.note else speed
     return rows
 
 

@@ -72,8 +72,8 @@ def comparison(name: str, rows: int, inputs: int, outputs: int) -> Comparison:
     )
 
 
-def run(quick: bool = False) -> list[Row]:
-    return run_all(comparisons(quick), quick=quick)
+def run(quick: bool = False, only: str = "") -> list[Row]:
+    return run_all(comparisons(quick), quick=quick, only=only)
 
 
 def test_speed(benchmark, contender):

@@ -375,7 +375,8 @@ def gpu_rows(n: int = 128, *, quick: bool = False, device: str = "cuda", end: fl
     rows = run_all([on_gpu(n, device)], quick=quick)
     for row in rows:
         if row.ms and row.role != "floor":
-            row.note = f"{1e3 * n / row.ms:,.0f} images/s"
+            speed = f"{1e3 * n / row.ms:,.0f} images/s"
+            row.note = f"{row.note}; {speed}" if row.note else speed
     return rows
 
 
@@ -390,8 +391,8 @@ def comparisons(quick: bool = False) -> Iterator[Comparison]:
         torch.set_num_threads(before)
 
 
-def run(quick: bool = False) -> list[Row]:
-    return run_all(comparisons(quick), quick=quick)
+def run(quick: bool = False, only: str = "") -> list[Row]:
+    return run_all(comparisons(quick), quick=quick, only=only)
 
 
 def test_speed(benchmark, contender):

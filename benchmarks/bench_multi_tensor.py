@@ -157,9 +157,9 @@ def comparisons(quick: bool = False) -> Iterator[Comparison]:
     )
 
 
-def run(quick: bool = False) -> list[Row]:
+def run(quick: bool = False, only: str = "") -> list[Row]:
     """Rows of all comparisons."""
-    return run_all(comparisons(quick), quick=quick)
+    return run_all(comparisons(quick), quick=quick, only=only)
 
 
 def test_speed(benchmark, contender):

@@ -183,8 +183,9 @@ def _kept(make: Callable[[Size], Callable[[], float]], size: Size) -> Callable[[
     return call
 
 
-def run(quick: bool = False, config: Path | None = None) -> list[Row]:
-    """Times whole training steps and their parts; with `config` the parts of that run's step alone."""
+def run(quick: bool = False, config: Path | None = None, only: str = "") -> list[Row]:
+    """Times whole training steps and their parts; with `config` the parts of that run's step alone. `only` "parts" or a
+    part of the whole step's name leaves the other out."""
     from . import step_parts
 
     seconds = 2.0 if quick else 20.0
@@ -192,7 +193,10 @@ def run(quick: bool = False, config: Path | None = None) -> list[Row]:
         from dino_fast.engine.config import load_config
 
         return step_parts.parts(load_config(config), seconds=seconds)
-    return [*run_all(comparisons(quick), quick=quick), *step_parts.parts(step_parts.default(quick), seconds=seconds)]
+    if only == "parts":
+        return step_parts.parts(step_parts.default(quick), seconds=seconds)
+    rows = run_all(comparisons(quick), quick=quick, only=only)
+    return rows if only else [*rows, *step_parts.parts(step_parts.default(quick), seconds=seconds)]
 
 
 def test_speed(benchmark: Any, contender: Contender) -> None:

@@ -23,7 +23,15 @@ def operations() -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     known = ", ".join(operations())
     parser.add_argument("operations", nargs="*", metavar="OP", help=f"what to measure (default: all of {known})")
-    parser.add_argument("--quick", action="store_true", help="small shapes, 2 seconds each, for a first look")
+    parser.add_argument(
+        "--quick", action="store_true", help="small shapes, 2 seconds each, for a first look, not kept as a result"
+    )
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="ROW",
+        help="of one operation, the comparisons whose name contains this; the others stay in today's result file",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where the JSON files and pictures go")
     parser.add_argument("--json", action="store_true", help="print the results as JSON instead of tables")
     parser.add_argument(
@@ -46,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
     names = choose(args.operations)
     if args.config is not None and names != ["step"]:
         raise UserError("--config is for one benchmark: dino-fast bench step --config FILE")
+    if args.only and len(names) > 1:
+        raise UserError("--only is for one benchmark: dino-fast bench dino_loss --only 'in place'")
     if args.out is not None:
         make_folder(args.out)  # before any time is spent
     if len(names) > 1:
@@ -55,18 +65,20 @@ def run(args: argparse.Namespace) -> int:
 
     if not args.json:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
-    given = {} if args.config is None else {"config": args.config}
+    given = {"only": args.only} if args.config is None else {"config": args.config}
     rows = importlib.import_module(f".bench_{name}", __package__).run(quick=args.quick, **given)
     result = report.document(name, rows, quick=args.quick)
     # What is measured of somebody's run is no result of the benchmark.
-    folder = args.out if args.config is not None else args.out or report.results_directory()
-    paths = () if folder is None else report.write(result, folder)
+    folder = args.out if args.config is not None else args.out or report.results_directory(quick=args.quick)
+    paths = () if folder is None else report.write(result, folder, merge=bool(args.only))
     if args.json:
         print(json.dumps([result], indent=1))
     else:
         report.show(result)
         if paths:
             print(f"wrote {paths[0]} and {paths[1].name}", flush=True)
+    if warning := report.loaded(result["rows"]):
+        print(warning, file=sys.stderr)
     failed = [f"{name}: {row.contender}: {row.note}" for row in rows if row.note.startswith(("wrong", "failed"))]
     for line in failed:
         print(line, file=sys.stderr)

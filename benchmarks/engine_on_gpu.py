@@ -276,13 +276,11 @@ def comparison(
         times |= measured(group, rows, device, rounds)
     for name, values in times.items():
         row = rows[name]
-        row.ms = statistics.median(values)
-        row.note = f"{1e3 * batch / row.ms:.1f} images/s{row.note}"
-        row.floor_share = batch * model.flops() / (row.ms * 1e-3) / PEAK_FLOPS
+        ms = statistics.median(values)
+        row.note = f"{1e3 * batch / ms:.1f} images/s{row.note}"
+        row.floor_share = batch * model.flops() / (ms * 1e-3) / PEAK_FLOPS
         row.role = "ours" if name == "dino-fast" else "baseline" if "published" in name else ""
-        if "dino-fast" in times:
-            pairs = zip(values, times["dino-fast"], strict=True)
-            row.ratio = statistics.median(theirs / mine for theirs, mine in pairs)
+        harness.set_times(row, values, times.get("dino-fast"), None)
     return list(rows.values())
 
 

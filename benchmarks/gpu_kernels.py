@@ -54,7 +54,8 @@ def with_rate(row: Row) -> Row:
     """Ours with its arithmetic rate in the note, where the bars name one."""
     if row.role == "ours" and row.floor_share and row.operation in EXECUTED:
         share = row.floor_share * EXECUTED[row.operation]
-        row.note = f"executes its operations at {100 * share:.0f} % of the rate of the matrix product"
+        rate = f"executes its operations at {100 * share:.0f} % of the rate of the matrix product"
+        row.note = f"{row.note}; {rate}" if row.note else rate
     return row
 
 

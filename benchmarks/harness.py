@@ -36,6 +36,8 @@ results of one call from a fresh start, and `prepare=`, which is run untimed bef
 
 How it measures. All contenders run in one process, interleaved: each round calls every one once, in rotating order,
 and the medians are over rounds. `ratio` is the median over rounds of a contender's time over ours in the same round.
+It is refused ("unsteady") where the first and the second half of the rounds, or the two medians' quotient, disagree by
+more than AGREE, or where other programs took a share of the processors (`load`): both figures stand in the note.
 The floor is the time that `floor_bytes` take at the bandwidth of a copy larger than the cache (bytes read plus
 written), or `floor_flops` at the rate of a matrix product, both run in the same rounds; `floor_share` is floor / time.
 Ours is timed where its error is at most twice the baseline's plus 1e-6, others up to what rounding alone can cost.
@@ -66,11 +68,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dino_fast.backends import recorded_choices
+from dino_fast.errors import UserError
+
+from .load import LIMIT, Load
+
 COPY_BYTES = 512 << 20  # source and target together exceed the largest last-level cache seen, 480 MiB
 MATMUL_SIDE = {"cpu": 1536, "cuda": 8192}
 # What others may be off by, in 32 and in 16 bits: beyond it they compute something else. Their rounding is their own (a
 # float32 sum of 4 million products is off by 1e-4) and stands beside their time.
 ROUNDING = (1e-3, 0.1)
+UNSTEADY = "unsteady"  # begins the note of a ratio that is refused
+AGREE = 1.2  # between figures for one ratio; beyond it there is none
 NOT_REACHED = "missing: the part's time was over before it"  # the note of what a deadline leaves out
 
 
@@ -81,7 +90,9 @@ class Row:
     `ms` median milliseconds; `peak_bytes` extra memory at the peak of a call; `error` largest difference from the
     float64 reference over the largest reference value, worst over the results; `floor_share` floor over time;
     `ratio` this time over ours (how many times as fast ours is); `allocator` its setting; `note` the reason for what
-    is missing; `role` is "ours", "baseline", "floor" or empty.
+    is missing; `role` is "ours", "baseline", "floor" or empty. `spread` half the distance between the quartiles of the
+    rounds' times, over their median; `halves` the ratio by the first and by the second half of the rounds; `backend`
+    what ran of ours; `others` the processors that other programs took meanwhile.
     """
 
     operation: str
@@ -96,6 +107,10 @@ class Row:
     allocator: str = ""
     note: str = ""
     role: str = ""
+    spread: float | None = None
+    halves: list[float] | None = None
+    backend: str = ""
+    others: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -114,6 +129,7 @@ class Contender:
     peak: Callable[[], int | None] | None = None  # for work in another process, which must measure itself
     kept_bytes: int = 0
     allocator: str = ""  # where it differs from this process's
+    backend: str = ""  # for what chooses it elsewhere than in this process
     absent: str = ""  # the reason, for a peer that is not there
 
     def __call__(self) -> Any:
@@ -156,16 +172,30 @@ def keep_freed_memory() -> str:
     return "keeps freed memory" if _C.keep_freed_memory() else "default"
 
 
-def run_all(comparisons: Iterable[Comparison], *, quick: bool = False, allocator: str | None = None) -> list[Row]:
+def run_all(
+    comparisons: Iterable[Comparison], *, quick: bool = False, allocator: str | None = None, only: str = ""
+) -> list[Row]:
     """Runs comparisons one after the other. `quick` shortens the time box to 2 s each; `allocator` names a setting
-    already made ("default" to leave glibc as it is)."""
+    already made ("default" to leave glibc as it is); `only` leaves out those whose name does not contain it."""
     setting = allocator or keep_freed_memory()
     rows: list[Row] = []
+    left_out: list[str] = []
     for comparison in comparisons:
+        name = f"{comparison.operation}, {comparison.shape}, {comparison.dtype}"
+        if only not in name:
+            left_out.append(name)
+            continue
         if quick:
             comparison.seconds = min(comparison.seconds, 2.0)
         rows += compare(comparison, allocator=setting)
+    if left_out and not rows:
+        raise no_such_row(only, left_out)
     return rows
+
+
+def no_such_row(only: str, names: Sequence[str]) -> UserError:
+    """The error for a part of a name that no comparison has."""
+    return UserError(f"--only '{only}' is in no name of these comparisons: " + "; ".join(names))
 
 
 def compare(comparison: Comparison, *, allocator: str = "") -> list[Row]:
@@ -175,16 +205,15 @@ def compare(comparison: Comparison, *, allocator: str = "") -> list[Row]:
     right = _check(comparison, present, rows)
     for contender in right:
         rows[contender.name].peak_bytes = _peak(comparison, contender)
+    load = Load()
     times, floors = _interleave(comparison, right)
+    others = load.others() if comparison.device == "cpu" else None
     floor_ms = _floor(comparison, floors)
     ours = next((c.name for c in right if c.ours), None)
     for contender in right:
         row = rows[contender.name]
-        row.ms = statistics.median(times[contender.name])
-        row.floor_share = floor_ms / row.ms if floor_ms else None
-        if ours:
-            pairs = zip(times[contender.name], times[ours], strict=True)
-            row.ratio = statistics.median(theirs / mine for theirs, mine in pairs)
+        set_times(row, times[contender.name], times[ours] if ours else None, others)
+        row.floor_share = floor_ms / row.ms if floor_ms and row.ms else None
     result = list(rows.values())
     if floor_ms:
         mine = rows[ours].ms if ours else None
@@ -194,6 +223,32 @@ def compare(comparison: Comparison, *, allocator: str = "") -> list[Row]:
             strict = max(floors["same-size copy"], comparison.floors.get("matmul ms", 0.0))
             result.append(_floor_row(comparison, "floor, same-size copy", strict, floor_ms, mine, ""))
     return result
+
+
+def set_times(row: Row, times: Sequence[float], ours: Sequence[float] | None, others: float | None) -> None:
+    """Fills in what the rounds' milliseconds tell: median, spread, and the ratio to ours in the same rounds, or why
+    there is none. `others` is what `load` saw of other programs."""
+    row.ms = statistics.median(times)
+    row.others = others
+    if len(times) > 1:
+        low, _, high = statistics.quantiles(times, n=4, method="inclusive")
+        row.spread = (high - low) / 2 / row.ms
+    if ours is None:
+        return
+    ratios = [theirs / mine for theirs, mine in zip(times, ours, strict=True)]
+    ratio, half = statistics.median(ratios), len(ratios) // 2
+    row.halves = [statistics.median(ratios[:half]), statistics.median(ratios[half:])] if half else [ratio]
+    figures = [*row.halves, row.ms / statistics.median(ours)]
+    reasons = []
+    if max(figures) > AGREE * min(figures):
+        reasons.append(UNSTEADY + ": {} by the first and second half of the rounds, {} by medians".format(
+            " and ".join(f"{value:.3g}x" for value in row.halves), f"{figures[-1]:.3g}x"
+        ))  # fmt: skip
+    if others is not None and others > LIMIT and row.role != "ours":
+        reasons.append(f"{UNSTEADY}: the machine is loaded, other programs took {others:.1f} of its processors; "
+                       f"measured {ratio:.3g}x")  # fmt: skip
+    row.ratio = None if reasons else ratio
+    row.note = "; ".join(filter(None, [row.note, *reasons]))
 
 
 def _floor_row(comparison: Comparison, name: str, ms: float, floor: float, ours: float | None, note: str) -> Row:
@@ -219,7 +274,10 @@ def _check(comparison: Comparison, contenders: list[Contender], rows: dict[str, 
         try:
             if contender.check is None and contender.prepare:
                 contender.prepare()
-            got = _tensors((contender.check or contender.call)())
+            with recorded_choices() as choices:
+                got = _tensors((contender.check or contender.call)())
+            if contender.ours:
+                rows[contender.name].backend = contender.backend or described(choices)
             rows[contender.name].error = relative_error(got, reference) if reference is not None else None
         except Exception as error:
             rows[contender.name].note = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}"
@@ -237,6 +295,15 @@ def _check(comparison: Comparison, contenders: list[Contender], rows: dict[str, 
         elif contender.name not in failed:
             right.append(contender)
     return right
+
+
+def described(choices: dict[str, set[str]]) -> str:
+    """Which backends ran, by operation; "PyTorch" is the reference."""
+    parts = []
+    for operation, names in choices.items():
+        told = " and ".join("PyTorch" if name == "reference" else name for name in sorted(names))
+        parts.append(told if len(choices) == 1 else f"{operation}: {told}")
+    return ", ".join(parts)
 
 
 def relative_error(got: Sequence[Tensor], reference: Sequence[Tensor]) -> float:

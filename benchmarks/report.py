@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from .harness import Row
+from .harness import UNSTEADY, Row
+from .load import LIMIT
 
 
 def device_name(device: str = "cpu") -> str:
@@ -39,28 +40,38 @@ def document(operation: str, rows: list[Row], *, quick: bool = False, device: st
         "threads": torch.get_num_threads(),
         "cpus": len(os.sched_getaffinity(0)),
         "isa": _C.isa(),
+        "amx": _C.matmul_unavailable_reason() is None,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "quick": quick,
+        "load_average": [round(load, 2) for load in os.getloadavg()],
         "rows": [row.as_dict() for row in rows],
     }
 
 
-def results_directory() -> Path:
-    """benchmarks/results in a checkout, the current directory elsewhere."""
+def results_directory(*, quick: bool = False) -> Path:
+    """benchmarks/results in a checkout, the current directory elsewhere; of quick runs, which are no results to keep,
+    benchmarks/quick, which git ignores."""
     here = Path(__file__).resolve().parent
-    return here / "results" if (here.parent / "pyproject.toml").is_file() else Path.cwd()
+    return here / ("quick" if quick else "results") if (here.parent / "pyproject.toml").is_file() else Path.cwd()
 
 
-def write(result: dict[str, Any], directory: Path) -> tuple[Path, Path]:
-    """Writes `<device>_torch-<version>_<operation>_<date>.json` and a .png of the same name; returns both paths."""
+def write(result: dict[str, Any], directory: Path, *, merge: bool = False) -> tuple[Path, Path]:
+    """Writes `<device>_torch-<version>_<operation>_<date>.json` and a .png of the same name; returns both paths.
+
+    With `merge` the comparisons of a file of that name stay, except those that are in `result` too.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     parts = (result["device"], f"torch-{result['torch']}", result["operation"], result["date"][:10])
     name = "_".join(re.sub(r"[^A-Za-z0-9.+-]+", "-", part).strip("-").lower() for part in parts)
     if result["quick"]:
         name += "_quick"
     path = directory / f"{name}.json"
+    if merge and path.is_file():
+        new = {key for key, _ in groups(result["rows"])}
+        before = [row for key, rows in groups(json.loads(path.read_text())["rows"]) if key not in new for row in rows]
+        result = result | {"rows": [*before, *result["rows"]]}
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path, draw(result, path.with_suffix(".png"))
 
@@ -82,15 +93,30 @@ def human_bytes(count: int | None) -> str:
     return f"{size:.2f} GiB"
 
 
+def backend_of(row: dict[str, Any]) -> str:
+    """What of ours ran; nothing for other contenders and for files that do not say it."""
+    backend = str(row.get("backend", ""))
+    return "PyTorch itself" if backend == "PyTorch" else backend
+
+
+def name_of(row: dict[str, Any]) -> str:
+    """The contender, and what of ours it ran on."""
+    backend = backend_of(row)
+    return f"{row['contender']} ({backend})" if backend else str(row["contender"])
+
+
 def cells(row: dict[str, Any]) -> list[str]:
-    """A row as text: contender, ms, ratio, floor share, peak memory, error, note."""
+    """A row as text: contender, ms, spread, ratio, floor share, peak memory, error, note."""
     note = row["note"]
     if row["allocator"] and row["allocator"] != "keeps freed memory":
         note = f"allocator: {row['allocator']}" + (f"; {note}" if note else "")
+    spread = row.get("spread")  # which files of before do not have
+    ratio = "unsteady" if UNSTEADY in note else ""
     return [
-        row["contender"],
+        name_of(row),
         "" if row["ms"] is None else f"{row['ms']:.4g}",
-        "" if row["ratio"] is None else f"{row['ratio']:.2f}x",
+        "" if spread is None else f"{100 * spread:.0f} %",
+        ratio if row["ratio"] is None else f"{row['ratio']:.2f}x",
         "" if row["floor_share"] is None else f"{100 * row['floor_share']:.0f} %",
         human_bytes(row["peak_bytes"]),
         "" if row["error"] is None else f"{row['error']:.1e}",
@@ -98,8 +124,15 @@ def cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-# "time / ours": how many times as long as ours a contender takes.
-HEADINGS = ["contender", "ms", "time / ours", "of the floor", "extra memory", "error", ""]
+# "±": half the distance between the quartiles of the rounds, over the median. "time / ours": how many times as long as
+# ours a contender takes, by rounds.
+HEADINGS = ["contender", "ms", "±", "time / ours", "of the floor", "extra memory", "error", ""]
+
+
+def loaded(rows: Iterable[dict[str, Any]]) -> str:
+    """A sentence where other programs used the processors while these rows were measured, else nothing."""
+    most = max((row.get("others") or 0.0 for row in rows), default=0.0)
+    return f"The machine is loaded: other programs took {most:.1f} of its processors." if most > LIMIT else ""
 
 
 def show(result: dict[str, Any]) -> None:
@@ -109,10 +142,15 @@ def show(result: dict[str, Any]) -> None:
     from rich.text import Text
 
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=1000)  # nothing is cut for a file or a pipe; tables take what they need
     for (operation, shape, dtype), rows in groups(result["rows"]):
         allocators = sorted({row["allocator"] for row in rows if row["allocator"]})
         caption = f"{result['device']}, {result['threads']} threads, torch {result['torch']}, allocator: "
-        table = Table(title=f"{operation}  {shape}  {dtype}", caption=caption + " / ".join(allocators))
+        title = f"{operation}  {shape}  {dtype}"
+        table = Table(
+            title=title, caption=caption + " / ".join(allocators), title_justify="left", caption_justify="left"
+        )
         for i, heading in enumerate(HEADINGS[:-1]):
             table.add_column(heading, justify="right" if i else "left")
         for row in rows:
@@ -121,10 +159,12 @@ def show(result: dict[str, Any]) -> None:
         for row in rows:
             if note := cells(row)[-1]:
                 console.print(Text(f"  {row['contender']}: {note}"))  # below: a column for them would be too wide
+        if warning := loaded(rows):
+            console.print(Text(f"  {warning}"))
 
 
 def draw(result: dict[str, Any], path: Path) -> Path:
-    """Draws horizontal bars of milliseconds on a logarithmic scale, one panel a shape, the floor as a dashed line."""
+    """Draws horizontal bars of milliseconds from zero, one panel a shape, the floor as a dashed line."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -141,25 +181,23 @@ def draw(result: dict[str, Any], path: Path) -> Path:
         colours = ["#c2410c" if row["role"] == "ours" else "#94a3b8" for row in bars]
         y = range(len(bars))
         ax.barh(y, [row["ms"] for row in bars], color=colours)
-        ax.set_yticks(y, [row["contender"] for row in bars])
+        ax.set_yticks(y, [name_of(row) for row in bars])
         ax.set_ylim(len(bars), -0.6)  # the first on top, room for the floor's name below
-        ax.set_xscale("log")
-        low = min(row["ms"] for row in rows)
         high = max(row["ms"] for row in rows)
-        ax.set_xlim(min(low / 1.6, high / 30), high * 3)
+        ax.set_xlim(0, high * 1.3)  # room for the longest bar's figures
         for i, row in enumerate(bars):
-            ratio = "" if row["ratio"] in (None, 1.0) else f"  ({row['ratio']:.1f}x)"
+            ratio = "  (unsteady)" if UNSTEADY in row["note"] else ""
+            ratio = ratio if row["ratio"] in (None, 1.0) else f"  ({row['ratio']:.1f}x)"
             time = f"{row['ms']:.3g}" if row["ms"] < 1000 else f"{row['ms']:.0f}"
             ground = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # over the floor's line
-            ax.text(row["ms"] * 1.05, i, f"{time} ms{ratio}", va="center", fontsize=9, bbox=ground)
+            ax.text(row["ms"] + high / 100, i, f"{time} ms{ratio}", va="center", fontsize=9, bbox=ground)
         for row in rows:
             if row["contender"] == "floor":
                 ax.axvline(row["ms"], color="black", linestyle="--", linewidth=1)
                 ax.text(row["ms"], len(bars) - 0.3, " floor", va="center", fontsize=8)
         ax.set_title(f"{operation}   {shape}   {dtype}", fontsize=10, loc="left")
         ax.xaxis.set_major_formatter("{x:g}")
-        ax.xaxis.set_minor_formatter("")
-        ax.set_xlabel("ms, logarithmic")
+        ax.set_xlabel("ms")
         ax.spines[["top", "right"]].set_visible(False)
     figure.suptitle(f"{result['device']}, {result['threads']} threads, torch {result['torch']}", fontsize=9)
     figure.savefig(path, dpi=130)

@@ -13,7 +13,8 @@ import os
 import shutil
 import sysconfig
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -59,6 +60,7 @@ Example = Callable[[torch.device], tuple[Tensor | int, ...]]
 OPERATIONS: dict[str, tuple[Backend, ...]] = {}
 PREFERENCES: dict[str, Preference] = {}
 EXAMPLES: dict[str, Example] = {}
+_record: dict[str, set[str]] | None = None  # of recorded_choices, while one is open
 
 
 def register(operation: str, *backends: Backend, example: Example, preference: Preference | None = None) -> None:
@@ -73,8 +75,26 @@ def register(operation: str, *backends: Backend, example: Example, preference: P
         PREFERENCES[operation] = preference
 
 
+@contextmanager
+def recorded_choices() -> Iterator[dict[str, set[str]]]:
+    """Records which backends `choose` chooses within, in all threads: a dict from operation to names."""
+    global _record
+    before, _record = _record, {}
+    try:
+        yield _record
+    finally:
+        _record = before
+
+
 def choose(operation: str, *tensors: Tensor | int, backend: str = "auto") -> str:
     """The name of the backend that will run `operation` on these tensors (and sizes that its backends look at)."""
+    name = _choose(operation, *tensors, backend=backend)
+    if _record is not None:
+        _record.setdefault(operation, set()).add(name)
+    return name
+
+
+def _choose(operation: str, *tensors: Tensor | int, backend: str) -> str:
     candidates = OPERATIONS[operation]
     wanted, strict = _requested(operation, backend)
     if wanted is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dino_fast.backends import BackendError, choose, cuda_unavailable_reason
-from dino_fast.cpus import usable_cpus
+from dino_fast.cpus import shorten_spinning, usable_cpus
 from dino_fast.data import Source, Subset, TrainLoader, open_source, split, train_loader
 from dino_fast.data.deep_pixels import range_of
 from dino_fast.data.gpu_crops import nvjpeg_unavailable_reason
@@ -147,7 +147,11 @@ def resolve_crop_device(augment_on: str, decode_on: str, device: torch.device) -
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device called "auto", "cpu" or "cuda". Raises UserError for "cuda" without a GPU."""
+    """The device called "auto", "cpu" or "cuda"; the host's threads do not spin long from now on.
+
+    Raises UserError for "cuda" without a GPU.
+    """
+    shorten_spinning()
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "--device cuda: PyTorch finds no GPU here ('dino-fast info' tells what it finds); use --device cpu"

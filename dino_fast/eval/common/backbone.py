@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dino_fast.augment import IMAGENET_MEAN, IMAGENET_STD
+from dino_fast.cpus import shorten_spinning
 from dino_fast.data import Source
 from dino_fast.data.deep_pixels import Range, range_of
 from dino_fast.data.source import configure
@@ -63,7 +64,11 @@ class Frozen:
 
 
 def pick_device(device: str | None) -> torch.device:
-    """The device of that name, or the GPU where there is one. Raises UserError for one that is not there."""
+    """The device of that name, or the GPU where there is one; the host's threads do not spin long from now on.
+
+    Raises UserError for one that is not there.
+    """
+    shorten_spinning()
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
