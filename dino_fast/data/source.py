@@ -40,7 +40,7 @@ EXTENSIONS = {
 }
 _LFS = b"version https://git-lfs.github.com/spec/"
 _LFS_MESSAGE = "a Git LFS pointer, not the file itself; run 'git lfs pull' in its repository"
-TRAIN_DIRS, TEST_DIRS = ("train", "training"), ("val", "test", "valid", "validation", "testing")
+TRAIN_DIRS, TEST_DIRS = ("train", "training"), ("val", "valid", "validation", "test", "testing")
 
 
 class Source:

@@ -136,9 +136,9 @@ def test_the_index_is_kept_until_a_shard_changes(tmp_path: Path, monkeypatch: py
 
 
 def test_more_shards_than_are_kept_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dino_fast.data.formats import tar as tars
+    from dino_fast.data.formats import archive
 
-    monkeypatch.setattr(tars, "_OPEN", 2)
+    monkeypatch.setattr(archive, "_OPEN", 2)
     paths = [shard(tmp_path / f"{i}.tar", i, 1) for i in range(5)]
     source = TarSource(paths)
     before = len(os.listdir("/proc/self/fd"))
