@@ -165,7 +165,7 @@ class Folder(NamedTuple):
 
 def walk(root: Path, extensions: set[str]) -> Iterator[Folder]:
     """Folders and their files in a fixed order; hidden ones left out, links followed but in no circle."""
-    known, archives = ({extension.encode() for extension in kind} for kind in (extensions, ARCHIVES))
+    known, archives = ({extension[1:].encode() for extension in kind} for kind in (extensions, ARCHIVES))
     base, pending, seen = os.fsencode(root.absolute()), [b""], set()
     while pending:
         inside = pending.pop()
@@ -185,13 +185,13 @@ def walk(root: Path, extensions: set[str]) -> Iterator[Folder]:
                     if entry.is_dir():
                         folders.append(name)
                         continue
-                    stem, extension = os.path.splitext(name)
+                    stem, _, extension = name.rpartition(b".")
                     extension = extension.lower()
                     is_image = extension in known
                     if not entry.is_file() and (is_image or extension in archives) and os.path.exists(entry.path):
                         left_out["of special kinds (FIFOs, sockets, devices)"] += 1  # opening one may never end
                     elif is_image:
-                        reason = annotation(stem, extension) if b"." in stem else ""
+                        reason = annotation(name) if b"." in stem else ""
                         if reason:
                             left_out[reason] += 1
                         else:

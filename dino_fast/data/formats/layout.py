@@ -54,17 +54,14 @@ def passed_over(name: bytes) -> str:
 
     `name` is the file's name without folders.
     """
-    stem, extension = os.path.splitext(name)
-    extension = extension.lower()
-    if extension in _UNREAD_BYTES:
-        return f"{os.fsdecode(extension)} (a format that is not read)"
-    return annotation(stem, extension)
+    extension = os.path.splitext(name)[1].lower()
+    return f"{os.fsdecode(extension)} (not read)" if extension in _UNREAD_BYTES else annotation(name)
 
 
-def annotation(stem: bytes, extension: bytes) -> str:
+def annotation(name: bytes) -> str:
     """`x.mask.png` beside `x.png`, as WebDataset's samples have them."""
-    word = stem.rpartition(b".")[2].lower() if b"." in stem else b""
-    return f".{os.fsdecode(word + extension)} (annotations)" if word in _ANNOTATION_BYTES else ""
+    words = name.lower().split(b".")[-2:]
+    return f".{os.fsdecode(b'.'.join(words))} (annotations)" if words[0] in _ANNOTATION_BYTES else ""
 
 
 def counted(reasons: Mapping[str, int]) -> list[str]:
@@ -168,7 +165,7 @@ class _Tree:
             if images and any(name.lower() in _ANNOTATIONS for name in named.values()):
                 self.leave_out(rows, depth, images)
                 rows = [row for row in rows if self.top(row, depth) in images]
-            elif len(tops) == 1 and named and self._may_enter(rows, depth, *named.values(), known=known):
+            elif len(tops) == 1 and named and self._may_enter(rows, depth, next(iter(named.values())), known):
                 depth += 1
             else:
                 break

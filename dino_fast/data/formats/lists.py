@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
-from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,8 @@ from dino_fast.errors import UserError
 _CHECKED = 1000  # entries that are looked for when a list is opened; a missing later one is an ImageError
 _PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "img", "image_path", "name")
 _LABEL_COLUMNS = (*LABEL_COLUMNS, "class", "target", "category", "class_name", "label_name", "species")
-Row = tuple[str, str | None]  # path and label
+_QUOTES = ('"', "'")
+Columns = tuple[list[str], list[str]]  # paths, and labels ("" where one has none), or no labels at all
 
 
 def open_list(path: Path) -> FileSource:
@@ -33,7 +34,7 @@ def open_list(path: Path) -> FileSource:
     source.labels, source.classes = index.arrays.get("labels"), index.facts["classes"]
     source.unused_labels = index.facts["unused"]
     for i in range(min(len(source), _CHECKED)):
-        if not source.path(i).is_file():
+        if not os.path.isfile(source.path(i)):
             raise UserError(
                 f"{path}: entry {i + 1}, {os.path.relpath(source.path(i), path.parent)!r}, is no file (paths are "
                 "relative to the list's folder)"
@@ -42,20 +43,19 @@ def open_list(path: Path) -> FileSource:
 
 
 def _read_list(path: Path) -> Index:
-    lines = [line for line in _text(path).split("\n") if line.strip() and not line.lstrip().startswith("#")]
-    names, labels = bytearray(), list[str | None]()
-    lengths = array("q")
-    for name, label in _rows(path, lines):
-        encoded = os.fsencode(os.path.expanduser(name) if name.startswith("~") else name)
-        names += encoded
-        lengths.append(len(encoded))
-        labels.append(label)
-    if not lengths:
+    lines = [line for text in _text(path).split("\n") if (line := text.strip()) and line[0] != "#"]
+    names, labels = _columns(path, lines)
+    if not names:
         raise UserError(
             f"{path} lists no images; write one path a line, optionally with a tab, a comma or a space and a label"
         )
-    ends = np.cumsum(np.frombuffer(lengths, np.int64))
-    arrays = {"names": np.frombuffer(names, np.uint8), "starts": ends - lengths, "ends": ends}
+    names = [os.path.expanduser(name) if name[0] == "~" else name for name in names]
+    encoded = "".join(names).encode("utf-8", "surrogateescape")
+    if len(encoded) == sum(map(len, names)):  # in ASCII
+        ends = np.cumsum(np.fromiter(map(len, names), np.int64, len(names)))
+    else:
+        ends = np.cumsum([len(name.encode("utf-8", "surrogateescape")) for name in names], dtype=np.int64)
+    arrays = {"names": np.frombuffer(encoded, np.uint8), "starts": np.concatenate([[0], ends[:-1]]), "ends": ends}
     numbers, classes, unused = class_numbers(labels, where=f"the labels in {path}")
     if numbers is not None:
         arrays["labels"] = numbers
@@ -74,65 +74,56 @@ def _text(path: Path) -> str:
     return os.fsdecode(data.removeprefix(b"\xef\xbb\xbf"))
 
 
-def _rows(path: Path, lines: list[str]) -> Iterator[Row]:
-    """Path and label of each line, by the first way to read the lines under which one of the first two names a file."""
-    comma = lines[:1] and ("," in lines[0] or path.suffix.lower() == ".csv")
+def _columns(path: Path, lines: list[str]) -> Columns:
+    """Paths and labels, by the first way to read the lines under which one of the first two names a file."""
     tab = any("\t" in line for line in lines[:_CHECKED])
-    ways: list[Callable[[list[str]], Iterator[Row]]] = [_tabbed if tab else _whole]
+    ways: list[Callable[[list[str]], Columns]] = [_tabbed if tab else _whole]
     ways += [lambda lines: _table(path, lines, "\t")] * tab
-    ways += [lambda lines: _table(path, lines, ",")] * bool(comma)
+    ways += [lambda lines: _table(path, lines, ",")] * ("," in lines[0] if lines else False)
     ways += [_spaced]
     for way in ways:
-        if any(_is_file(path, name) for name, _ in way(lines[:2])):
-            return way(lines)
+        with contextlib.suppress(csv.Error):  # no table
+            if any(_is_file(path, name) for name in way(lines[:2])[0]):
+                return way(lines)
     return ways[0](lines)  # whose first entry is then named as missing
 
 
 def _is_file(path: Path, name: str) -> bool:
-    return bool(name) and (path.parent / os.path.expanduser(name)).is_file()
+    return bool(name) and os.path.isfile(path.parent / os.path.expanduser(name))
 
 
 def _unquoted(text: str) -> str:
-    text = text.strip()
-    return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
+    return text[1:-1] if text[:1] in _QUOTES and len(text) > 2 and text[0] == text[-1] else text
 
 
-def _whole(lines: list[str]) -> Iterator[Row]:
-    for line in lines:
-        yield _unquoted(line), None
+def _whole(lines: list[str]) -> Columns:
+    return [_unquoted(line) if line[0] in _QUOTES else line for line in lines], []
 
 
-def _tabbed(lines: list[str]) -> Iterator[Row]:
-    for line in lines:
-        name, _, label = line.partition("\t")
-        yield _unquoted(name), _unquoted(label) or None
+def _tabbed(lines: list[str]) -> Columns:
+    rows = [line.partition("\t") for line in lines]
+    names = [row[0].rstrip() for row in rows]
+    return [_unquoted(n) if n[0] in _QUOTES else n for n in names], [_unquoted(row[2].lstrip()) for row in rows]
 
 
-def _spaced(lines: list[str]) -> Iterator[Row]:
+def _spaced(lines: list[str]) -> Columns:
     """The label is what follows the last space; a quoted path may be followed by nothing."""
-    for line in lines:
-        name, _, label = line.strip().rpartition(" ")
-        if not name or label[-1:] in "\"'":
-            yield _unquoted(line), None
-        else:
-            yield _unquoted(name), _unquoted(label)
+    rows = [line.rpartition(" ") if line[-1] not in _QUOTES else (line, "", "") for line in lines]
+    return [_unquoted(row[0].rstrip() or row[2]) for row in rows], [row[2] if row[0] else "" for row in rows]
 
 
-def _table(path: Path, lines: list[str], delimiter: str) -> Iterator[Row]:
+def _table(path: Path, lines: list[str], delimiter: str) -> Columns:
     """The columns of paths and labels: by the header's names, else the first whose value is a file and its neighbor."""
-    first = next(csv.reader(lines[:1], delimiter=delimiter, skipinitialspace=True), [])
-    header = [cell.strip().lower() for cell in first]
+    rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter, skipinitialspace=True)]
+    header = [cell.lower() for cell in rows[0]]
     column = next((header.index(name) for name in _PATH_COLUMNS if name in header), None)
     label = next((header.index(name) for name in _LABEL_COLUMNS if name in header), None)
+    begin = 1
     if column is None:
-        rows = csv.reader(lines[:2], delimiter=delimiter, skipinitialspace=True)
-        found = ((number, i) for number, row in enumerate(rows) for i, cell in enumerate(row) if _is_file(path, cell))
-        number, column = next(found, (0, 0))
-        if label is None and len(first) > 1:
-            label = column + 1 if column + 1 < len(first) else column - 1
-        lines = lines[number:]
-    else:
-        lines = lines[1:]
-    for row in csv.reader(lines, delimiter=delimiter, skipinitialspace=True):
-        if column < len(row):
-            yield row[column].strip(), row[label].strip() if label is not None and label < len(row) else None
+        places = ((number, i) for number, row in enumerate(rows[:2]) for i in range(len(row)))
+        begin, column = next((place for place in places if _is_file(path, rows[place[0]][place[1]])), (0, 0))
+        if label is None and len(header) > 1:
+            label = column + 1 if column + 1 < len(header) else column - 1
+    rows = [row for row in rows[begin:] if column < len(row) and row[column]]
+    labels = [] if label is None else [row[label] if label < len(row) else "" for row in rows]
+    return [row[column] for row in rows], labels
