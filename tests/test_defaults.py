@@ -25,14 +25,23 @@ from torch.utils import _pytree as pytree
 import dino_fast
 from dino_fast.attention import packed_attention
 from dino_fast.augment import CropParams, MultiCrop, statistics
-from dino_fast.data import ArraySource, Subset, TrainLoader, eval_batches, held_out, open_source, split, train_loader
+from dino_fast.data import ArraySource, Subset, TrainLoader, eval_batches, open_source, split, train_loader
 from dino_fast.data.decode import decode
 from dino_fast.engine.config import build_config
 from dino_fast.eval import boundary, finetune, knn, segment
 from dino_fast.eval import linear as linear_protocol
 from dino_fast.eval.common.crops import random_crop
 from dino_fast.knn import extract_features, knn_accuracy, knn_grid, largest, leave_one_out_accuracy, neighbors
-from dino_fast.loss import DINOLoss, dino_loss, linear_dino_loss, linear_ibot_loss
+from dino_fast.loss import (
+    DINOLoss,
+    bank_loss,
+    dino_loss,
+    gram_loss,
+    koleo_loss,
+    linear_dino_loss,
+    linear_ibot_loss,
+    sinkhorn_center,
+)
 from dino_fast.models import DINOHead, DINOv2, MultiCropWrapper, VisionTransformer, build_backbone
 from dino_fast.ops.linear.matmul import Norm, linear, matmul
 from dino_fast.ops.linear.mlp import mlp
@@ -90,9 +99,9 @@ def linear_loss(dtype: torch.dtype, gain: bool) -> list[Any]:
     )
 
 
-def ibot_loss() -> list[Any]:
-    fixed = drawn(B, D, seed=1), drawn(K, D, seed=2), drawn(K, seed=3), drawn(B, seed=7).abs()
-    return with_gradients(lambda z, w: linear_ibot_loss(z, w, *fixed, **TEMPS), drawn(B, D), drawn(K, D, seed=4))
+def ibot_loss(rows: int = B) -> list[Any]:
+    fixed = drawn(rows, D, seed=1), drawn(K, D, seed=2), drawn(K, seed=3), drawn(rows, seed=7).abs()
+    return with_gradients(lambda z, w: linear_ibot_loss(z, w, *fixed, **TEMPS), drawn(rows, D), drawn(K, D, seed=4))
 
 
 def attention(dtype: torch.dtype, backend: str) -> list[Any]:
@@ -182,7 +191,7 @@ def loaded(workers: int = 0) -> list[Any]:
 
 def sources() -> list[Any]:
     whole = open_source((images(20).numpy(), labels(20).numpy()))
-    parts = [*split(whole), held_out(whole), Subset(whole, np.arange(3))]
+    parts = [*split(whole), Subset(whole, np.arange(3))]
     return [[part.read(i) for i in range(len(part))] for part in parts]
 
 
@@ -265,6 +274,11 @@ CALLS: dict[str, tuple[str, Callable[[], Any]]] = {
     "linear_dino_loss bfloat16": ("linear_dino_loss", lambda: linear_loss(HALF, True)),
     "linear_dino_loss float64": ("linear_dino_loss", lambda: linear_loss(torch.float64, True)),
     "linear_ibot_loss": ("linear_ibot_loss", ibot_loss),
+    "linear_ibot_loss without rows": ("linear_ibot_loss", lambda: ibot_loss(0)),
+    "koleo_loss": ("koleo_loss", lambda: with_gradients(koleo_loss, drawn(B, D))),
+    "gram_loss": ("gram_loss", lambda: with_gradients(lambda x: gram_loss(x, drawn(2, 9, 4, seed=1)), drawn(2, 9, 4))),
+    "bank_loss": ("bank_loss", lambda: with_gradients(lambda x: bank_loss(x, drawn(B, D), drawn(K, D)), drawn(B, D))),
+    "sinkhorn_center": ("sinkhorn_center", lambda: [sinkhorn_center(drawn(B, D), drawn(K, D), teacher_temp=0.04)]),
     "packed_attention": ("packed_attention", lambda: attention(torch.float32, "auto")),
     "packed_attention bfloat16": ("packed_attention", lambda: attention(HALF, "auto")),
     "packed_attention reference": ("packed_attention", lambda: attention(torch.float32, "reference")),
@@ -282,7 +296,7 @@ CALLS: dict[str, tuple[str, Callable[[], Any]]] = {
     "crop parameters": ("CropParams statistics", crop_parameters),
     "train_loader": ("train_loader TrainLoader Batch ArraySource", loaded),
     "train_loader with a worker": ("train_loader", lambda: loaded(workers=1)),
-    "sources": ("open_source split held_out Subset Source", sources),
+    "sources": ("open_source split Subset Source", sources),
     "decode": ("", decoded),
     "k-NN": ("neighbors largest knn_accuracy knn_grid leave_one_out_accuracy", nearest),
     "features": ("extract_features eval_batches", features),

@@ -42,7 +42,7 @@ def class_numbers(values: Any, names: Sequence[str] | None = None, where: str = 
     if not isinstance(values, pyarrow.Array | pyarrow.ChunkedArray):
         try:
             values = pyarrow.array(values, from_pandas=True)
-        except (pyarrow.ArrowException, ValueError, TypeError) as error:
+        except (pyarrow.ArrowException, ValueError, TypeError, OverflowError) as error:
             return Labels(None, None, f"{where} are not used: {error}")
     kind = values.type
     if types.is_dictionary(kind):  # a text category, as pandas writes it
@@ -124,6 +124,8 @@ def _describe(values: Any) -> str:
 def share_classes(train: Source, test: Source) -> None:
     """Numbers the classes of both parts alike; classes that only the test part has come last."""
     names, others = names_to_match(train, test)
+    if names is not None and others is None and test.labels is not None and test.labels.max(initial=-1) < len(names):
+        test.classes = names
     if names is None or others is None or test.labels is None or names == others:
         return
     known = set(names)

@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from dino_fast.data.formats import demo, folder, hugging_face, lists, parquet, tar, zip
+from dino_fast.data.formats import demo, folder, hugging_face, lists, parquet, python, tar, zip
 from dino_fast.data.formats.layout import ARCHIVES, UNLABELED_DIRS
 from dino_fast.data.labels import share_classes
-from dino_fast.data.source import EXTENSIONS, TEST_DIRS, TRAIN_DIRS, ArraySource, Source, Subset, kind_of_file
+from dino_fast.data.source import EXTENSIONS, TEST_DIRS, TRAIN_DIRS, Source, SourceNote, Subset, kind_of_file
 from dino_fast.errors import UserError
 
 
@@ -26,8 +24,10 @@ def open_source(given: Any) -> Source:
 
     A path or string: `demo`; a folder of images, of .parquet, .tar or .zip files, or one that `datasets` saved; a
     .parquet, .tar, .zip or .npy file; a text file with one image path a line; a pattern with * ? [] or {000..099}.
-    A Python object: a source; a `datasets.Dataset` or `DatasetDict`; a uint8 array or tensor, or a pair of it and its
-    labels.
+    A Python object: a source; a `datasets.Dataset` or `DatasetDict`; an array or tensor [N, H, W], [N, H, W, C] or
+    [N, C, H, W] of uint8, floats from 0 to 1 or other numbers; a list of arrays, images of PIL and paths; a pair of any
+    of these and its labels; {"images": ..., "labels": ..., "range": (black, white)}; a `torch.utils.data.Dataset` of
+    images or (image, label), a mapping of such for "train" and "val".
 
     A folder with train/ beside val/ or test/ opens its train/ and keeps the other as `.test`. In a folder where every
     image lies in a sub-folder, the first level of sub-folders are the classes. Raises UserError saying what was found
@@ -36,10 +36,8 @@ def open_source(given: Any) -> Source:
     if isinstance(given, Source):
         return given
     source = _open(given)
-    for part in (source, source.test):
-        for note in () if part is None else (*part.notes, part.unused_labels):
-            if note:
-                warnings.warn(note, stacklevel=2)
+    for note in source.all_notes():
+        warnings.warn(note, SourceNote, stacklevel=2)
     return source
 
 
@@ -73,15 +71,9 @@ def split(source: Source, share: float = 0.1) -> tuple[Source, Source]:
     return Subset(source, np.sort(order[count:])), Subset(source, np.sort(order[:count]))
 
 
-def held_out(source: Source) -> Source:
-    """The second part of `split`."""
-    return split(source)[1]
-
-
 def expand(pattern: str) -> list[Path]:
     """The files that a pattern stands for, in order: * ? [] ** as a shell does, {a,b} and {000..099}."""
     import glob
-    import re
 
     braces = re.search(r"\{([^{}]*)\}", pattern)
     if braces:
@@ -103,27 +95,19 @@ def _open_object(given: Any) -> Source:
         opened = [part if isinstance(part, Source) else _open(part) for part in parts if part is not None]
         return _pair(*opened) if len(opened) == 2 else opened[0]
     if hasattr(given, "with_format") and hasattr(given, "column_names"):
+        if not hasattr(given, "__len__"):
+            raise UserError(
+                "a streamed datasets.IterableDataset does not say how many images it has, and training reads them in "
+                "another order in every epoch; load it without streaming=True"
+            )
         return hugging_face.DatasetSource(given)
-    images, labels = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
-    if not isinstance(images, Tensor | np.ndarray):
-        raise UserError(
-            f"cannot open a {type(given).__name__}; give a path, a uint8 array or tensor of images (or a pair of it "
-            "and its labels), or a datasets.Dataset"
-        )
-    return ArraySource(channels_first(images), None if labels is None else np.asarray(labels))
-
-
-def channels_first(images: np.ndarray | Tensor) -> Tensor:
-    """[N, H, W], [N, H, W, C] or [N, C, H, W] -> [N, C, H, W], without a copy; C is 1 or 3."""
-    tensor = torch.from_numpy(images) if isinstance(images, np.ndarray) else images
-    if tensor.dim() == 3:
-        return tensor[:, None]
-    if tensor.dim() != 4:
-        return tensor  # refused by ArraySource
-    first, last = tensor.shape[1] in (1, 3), tensor.shape[3] in (1, 3)
-    if first and last:
-        raise UserError(f"images of shape {list(tensor.shape)}: which is the channel? Give a torch tensor [N, C, H, W]")
-    return tensor.permute(0, 3, 1, 2) if last else tensor
+    if isinstance(given, Mapping) and "images" in given:
+        if unknown := sorted(map(str, given.keys() - {"images", "labels", "range"})):
+            raise UserError(f"images in memory have 'images', 'labels' and 'range', not {', '.join(unknown)}")
+        return python.open_images(given["images"], given.get("labels"), value_range=given.get("range"))
+    if isinstance(given, tuple) and len(given) == 2 and not python.are_images(*given):
+        return python.open_images(*given)
+    return python.open_images(given)
 
 
 def _open_folder(root: Path) -> Source:
@@ -204,7 +188,7 @@ def _open_file(path: Path) -> Source:
     if not path.is_file():
         raise UserError(f"{path} is {kind_of_file(path.stat().st_mode)}, not a file of images or a list of them")
     if path.suffix.lower() == ".npy":
-        return _open_object(_mapped(path))
+        return python.open_images(_mapped(path), name=str(path))
     if path.suffix.lower() in ARCHIVES:
         return _open_files([path], str(path))
     if path.name.lower().endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")):

@@ -13,6 +13,7 @@ import numpy as np
 from dino_fast.data.formats.folder import FileSource
 from dino_fast.data.index_cache import Index, cached, watch
 from dino_fast.data.labels import LABEL_COLUMNS, class_numbers
+from dino_fast.data.source import EXTENSIONS
 from dino_fast.errors import UserError
 
 _CHECKED = 1000  # entries that are looked for when a list is opened; a missing later one is an ImageError
@@ -20,6 +21,7 @@ _PATH_COLUMNS = ("path", "file", "filename", "file_name", "filepath", "file_path
 _LABEL_COLUMNS = (*LABEL_COLUMNS, "class", "target", "category", "class_name", "label_name", "species")
 _QUOTES = ('"', "'")
 Columns = tuple[list[str], list[str]]  # paths, and labels ("" where one has none), or no labels at all
+Way = Callable[[list[str]], Columns]  # to read lines
 
 
 def open_list(path: Path) -> FileSource:
@@ -75,17 +77,18 @@ def _text(path: Path) -> str:
 
 
 def _columns(path: Path, lines: list[str]) -> Columns:
-    """Paths and labels, by the first way to read the lines under which one of the first two names a file."""
+    """Paths and labels, by the first way to read the lines under which the first names a file, or the second below a
+    header."""
     tab = any("\t" in line for line in lines[:_CHECKED])
-    ways: list[Callable[[list[str]], Columns]] = [_tabbed if tab else _whole]
-    ways += [lambda lines: _table(path, lines, "\t")] * tab
-    ways += [lambda lines: _table(path, lines, ",")] * ("," in lines[0] if lines else False)
-    ways += [_spaced]
-    for way in ways:
-        with contextlib.suppress(csv.Error):  # no table
-            if any(_is_file(path, name) for name in way(lines[:2])[0]):
-                return way(lines)
-    return ways[0](lines)  # whose first entry is then named as missing
+    plain = _tabbed if tab else _whole
+    tables: list[Way] = [lambda lines: _table(path, lines, "\t")] * tab
+    tables += [lambda lines: _table(path, lines, ",")]
+    for ways, first in (([plain, *tables, _spaced], lines[:1]), (tables, lines[:2])):
+        for way in ways:
+            with contextlib.suppress(csv.Error):  # no table
+                if any(_is_file(path, name) for name in way(first)[0]):
+                    return way(lines)
+    return plain(lines)  # whose first entry is then named as missing
 
 
 def _is_file(path: Path, name: str) -> bool:
@@ -115,6 +118,8 @@ def _spaced(lines: list[str]) -> Columns:
 def _table(path: Path, lines: list[str], delimiter: str) -> Columns:
     """The columns of paths and labels: by the header's names, else the first whose value is a file and its neighbor."""
     rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter, skipinitialspace=True)]
+    if not rows:
+        return [], []
     header = [cell.lower() for cell in rows[0]]
     column = next((header.index(name) for name in _PATH_COLUMNS if name in header), None)
     label = next((header.index(name) for name in _LABEL_COLUMNS if name in header), None)
@@ -122,6 +127,8 @@ def _table(path: Path, lines: list[str], delimiter: str) -> Columns:
     if column is None:
         places = ((number, i) for number, row in enumerate(rows[:2]) for i in range(len(row)))
         begin, column = next((place for place in places if _is_file(path, rows[place[0]][place[1]])), (0, 0))
+        if os.path.splitext(header[column])[1] in EXTENSIONS:
+            begin = 0  # no header, but a file that is missing
         if label is None and len(header) > 1:
             label = column + 1 if column + 1 < len(header) else column - 1
     rows = [row for row in rows[begin:] if column < len(row) and row[column]]
