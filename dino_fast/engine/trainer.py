@@ -441,8 +441,8 @@ class Trainer:
         )
         wants_graph = state.device.type == "cuda" and config.cuda_graph == "auto"
         reason = unsupported_reason(state) if wants_graph else None
-        for note in self.data.train.all_notes() if self.context.first else ():  # printed when the images were opened
-            self.run_dir.log_text(f"note: {note}")
+        for line in self.data.train.all_notes() if self.context.first else ():  # printed when the images were opened
+            self.run_dir.log_text(f"note: {line}")
         for note in (*self.schedules.notes(), self.data.note, reason and f"no CUDA graph: {reason}"):
             if note:
                 self.say(f"note: {note}")
