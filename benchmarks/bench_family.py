@@ -59,7 +59,7 @@ def sinkhorn(N: int, K: int, device: str, compiler: Callable = torch.compile) ->
         logits = (rows @ weight[:SHOWN].T - center[:SHOWN]) / TEMP
         return torch.softmax(logits, dim=1)
 
-    def of_targets(targets: Tensor) -> Tensor:
+    def shown_targets(targets: Tensor) -> Tensor:
         return targets[:, :SHOWN] / targets[:, :SHOWN].sum(dim=1, keepdim=True)
 
     @torch.no_grad()
@@ -73,11 +73,11 @@ def sinkhorn(N: int, K: int, device: str, compiler: Callable = torch.compile) ->
 
     @torch.no_grad()
     def eager() -> Tensor:
-        return of_targets(published_sinkhorn(rows @ weight.T))
+        return shown_targets(published_sinkhorn(rows @ weight.T))
 
     @torch.no_grad()
     def compiled_form() -> Tensor:
-        return of_targets(compiled(rows @ weight.T))
+        return shown_targets(compiled(rows @ weight.T))
 
     return Comparison(
         operation="sinkhorn_center",

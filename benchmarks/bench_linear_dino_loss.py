@@ -37,19 +37,19 @@ class Problem:
         def drawn(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator)
 
-        def placed(tensor: Tensor) -> Tensor:
+        def on_device(tensor: Tensor) -> Tensor:
             return tensor.to(device, dtype)
 
         self.V, self.B = V, B
-        self.student = placed(torch.nn.functional.normalize(drawn(V, B, D), dim=-1)).requires_grad_()
-        self.teacher = placed(torch.nn.functional.normalize(drawn(T, B, D), dim=-1))
+        self.student = on_device(torch.nn.functional.normalize(drawn(V, B, D), dim=-1)).requires_grad_()
+        self.teacher = on_device(torch.nn.functional.normalize(drawn(T, B, D), dim=-1))
         weight = drawn(K, D)
-        self.student_weight = placed(weight).requires_grad_()
-        self.teacher_weight = placed(weight + 0.1 * drawn(K, D))
+        self.student_weight = on_device(weight).requires_grad_()
+        self.teacher_weight = on_device(weight + 0.1 * drawn(K, D))
         self.gain, self.center = torch.ones(K, device=device), (0.05 * drawn(K)).to(device)
 
     def call(self, loss: Loss) -> list[Tensor]:
-        """The loss, the mean of the teacher's logits, and the gradients by the rows and the weight."""
+        """The loss, the mean of the teacher's logits, and the gradients w.r.t. the rows and the weight."""
         tensors = (self.student, self.student_weight, self.teacher, self.teacher_weight, self.center, self.gain)
         value, mean = loss(*tensors)
         return [value.detach(), mean, *torch.autograd.grad(value, (self.student, self.student_weight))]

@@ -341,21 +341,21 @@ def on_gpu(n: int, device: str = "cuda") -> Comparison:
     shown = [np.array(pillow_image(data).resize((500, 375))) for data in files]
     pixels = [torch.from_numpy(shown[i % len(shown)]).permute(2, 0, 1).contiguous() for i in range(n)]
     crops = MultiCrop()
-    placed = [image.to(device) for image in pixels]
+    on_device = [image.to(device) for image in pixels]
 
     def contenders(params: CropParams, recipes: list[list[Recipe]], checked: Checked) -> list[Contender]:
         table = crops.crop_table(params, [(375, 500)] * n)
 
         def ours() -> Crops:
-            return crops.crop(placed, table)
+            return crops.crop(on_device, table)
 
-        v2 = crop_by_crop(torchvision_v2, lambda: placed, recipes)
-        one = peer("kornia, crop by crop", "kornia", lambda k: crop_by_crop(with_kornia(k), lambda: placed, recipes))
+        v2 = crop_by_crop(torchvision_v2, lambda: on_device, recipes)
+        one = peer("kornia, crop by crop", "kornia", lambda k: crop_by_crop(with_kornia(k), lambda: on_device, recipes))
         one.check = None if one.absent else checked(one.call)
 
         def batched(kornia: ModuleType) -> Callable[[], Crops]:
             call = kornia_batched(kornia, crops)
-            return lambda: call(torch.stack(placed).float().div_(255))
+            return lambda: call(torch.stack(on_device).float().div_(255))
 
         own = peer("kornia, batched, numbers of its own", "kornia", batched)
         own.check = lambda: [torch.ones(()), torch.ones(())]

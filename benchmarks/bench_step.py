@@ -58,8 +58,8 @@ class Batch:
     @classmethod
     def of(cls, size: Size) -> Batch:
         generator = torch.Generator().manual_seed(1)
-        large = torch.randn(2, size.images, 3, 32, 32, generator=generator)
-        return cls(large, torch.randn(size.local_crops, size.images, 3, 16, 16, generator=generator))
+        global_crops = torch.randn(2, size.images, 3, 32, 32, generator=generator)
+        return cls(global_crops, torch.randn(size.local_crops, size.images, 3, 16, 16, generator=generator))
 
     def crops(self, dtype: torch.dtype = torch.float32) -> list[Tensor]:
         return [*self.global_crops.to(dtype), *self.local_crops.to(dtype)]

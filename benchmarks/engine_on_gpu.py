@@ -41,18 +41,18 @@ class Model:
     depth: int = 12
     heads: int = 6
     patch: int = 16
-    large: int = 224
-    small: int = 96
+    global_size: int = 224
+    local_size: int = 96
     local_crops: int = 8
     prototypes: int = 65536
     hidden: int = 2048
 
     def __str__(self) -> str:
-        return f"{self.arch}/{self.patch} 2x{self.large}+{self.local_crops}x{self.small} K{self.prototypes}"
+        return f"{self.arch}/{self.patch} 2x{self.global_size}+{self.local_crops}x{self.local_size} K{self.prototypes}"
 
     def flops(self) -> float:
         """Useful floating-point operations of a step, an image."""
-        C, tokens = self.width, [1 + (side // self.patch) ** 2 for side in (self.large, self.small)]
+        C, tokens = self.width, [1 + (side // self.patch) ** 2 for side in (self.global_size, self.local_size)]
 
         def backbone(length: int) -> float:
             block = 24 * C * C * length + 4 * C * length * length
@@ -60,8 +60,8 @@ class Model:
             return (self.depth - 1) * block + last + 6 * self.patch**2 * C * length
 
         head = 2 * (C * self.hidden + self.hidden**2 + self.hidden * 256 + 256 * self.prototypes)
-        large, small = (backbone(length) + head for length in tokens)
-        return 3 * (2 * large + self.local_crops * small) + 2 * large
+        global_flops, local_flops = (backbone(length) + head for length in tokens)
+        return 3 * (2 * global_flops + self.local_crops * local_flops) + 2 * global_flops
 
 
 MODELS = [Model(), Model("vit_base", 768, 12, 12), Model("vit_large", 1024, 24, 16)]
@@ -71,9 +71,9 @@ Step = Callable[[], Any]
 
 def crops(model: Model, batch: int, device: str) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    large = torch.randn(2, batch, 3, model.large, model.large, generator=generator)
-    small = torch.randn(model.local_crops, batch, 3, model.small, model.small, generator=generator)
-    return large.to(device), small.to(device)
+    global_crops = torch.randn(2, batch, 3, model.global_size, model.global_size, generator=generator)
+    local_crops = torch.randn(model.local_crops, batch, 3, model.local_size, model.local_size, generator=generator)
+    return global_crops.to(device), local_crops.to(device)
 
 
 def our_step(model: Model, batch: int, device: str, **given: Any) -> Step:
@@ -86,7 +86,7 @@ def our_step(model: Model, batch: int, device: str, **given: Any) -> Step:
     from dino_fast.optim import AdamWEMA
 
     config = Config(
-        global_size=model.large, local_size=model.small, local_crops=model.local_crops, arch=model.arch,
+        global_size=model.global_size, local_size=model.local_size, local_crops=model.local_crops, arch=model.arch,
         patch_size=model.patch, embed_dim=model.width, depth=model.depth, num_heads=model.heads,
         out_dim=model.prototypes, head_hidden_dim=model.hidden, batch_size=batch, **{"drop_path_rate": 0.0, **given},
     )  # fmt: skip
@@ -191,7 +191,7 @@ def strongest_step(model: Model, batch: int, device: str, compiled: bool = True)
 def _plain(model: Model, backbone: Callable[..., Any]) -> Any:
     """The transcription's network, with the weights that ours starts with."""
     torch.manual_seed(0)
-    sizes = (model.large, model.patch, 3, model.width, model.depth, model.heads)
+    sizes = (model.global_size, model.patch, 3, model.width, model.depth, model.heads)
     head = original.DINOHead(model.width, model.prototypes, hidden_dim=model.hidden)
     return original.MultiCropWrapper(backbone(*sizes), head)
 

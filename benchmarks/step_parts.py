@@ -113,7 +113,7 @@ def advice(part: str, config: Config, device: torch.device) -> str:
     """One line: which option makes this part smaller, as the configuration stands."""
     gpu = device.type == "cuda"
     if part == "data":
-        return _of_data(config, gpu)
+        return _data_advice(config, gpu)
     if part == "loss":
         if config.loss_impl != "auto":
             return f"--loss-impl auto instead of {config.loss_impl}"
@@ -122,10 +122,10 @@ def advice(part: str, config: Config, device: torch.device) -> str:
         return f"a larger batch spreads it over more images: --batch-size {2 * config.batch_size}"
     if part == "backward" and config.checkpoint_activations != "none":
         return "--checkpoint-activations none, if the memory allows it, computes no block twice"
-    return _of_networks(part, config, gpu)
+    return _network_advice(part, config, gpu)
 
 
-def _of_data(config: Config, gpu: bool) -> str:
+def _data_advice(config: Config, gpu: bool) -> str:
     if not gpu:
         fewer = f"--local-crops {max(0, config.local_crops - 2)}" if config.local_crops else "a smaller --global-size"
         return f"training and cropping share the cores here; {fewer}, or images stored smaller"
@@ -136,7 +136,7 @@ def _of_data(config: Config, gpu: bool) -> str:
     return "more --workers, a faster disk, or images stored smaller"
 
 
-def _of_networks(part: str, config: Config, gpu: bool) -> str:
+def _network_advice(part: str, config: Config, gpu: bool) -> str:
     if gpu and config.precision == "fp32":
         return "--precision bf16, or --tf32 to stay with float32 weights" if not config.tf32 else "--precision bf16"
     if gpu and not config.compile:

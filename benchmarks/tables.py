@@ -64,13 +64,19 @@ def summary(results: dict[str, dict[str, Any]]) -> str:
             others = sorted((row for row in timed if not row["role"]), key=lambda row: row["ms"])
             memory = " / ".join(human_bytes(row["peak_bytes"]) for row in (ours, base) if row)
             floor = cells(ours)[3]
-            line = [name, f"{shape}, {dtype}", f"{ours['ms']:.4g} ms", _times(base), _times(next(iter(others), None))]
+            line = [
+                name,
+                f"{shape}, {dtype}",
+                f"{ours['ms']:.4g} ms",
+                _speedup(base),
+                _speedup(next(iter(others), None)),
+            ]
             lines.append("| " + " | ".join([*line, floor, memory]) + " |")
     where = sorted({f"{r['device']}, {r['threads']} threads, torch {r['torch']}" for r in results.values()})
     return "\n".join([*lines, "", "Times are relative to ours in the same run. " + "; ".join(where) + ".", ""])
 
 
-def _times(row: dict[str, Any] | None) -> str:
+def _speedup(row: dict[str, Any] | None) -> str:
     return f"{row['ratio']:.2f}x ({row['contender']})" if row else ""
 
 

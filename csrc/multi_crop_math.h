@@ -1,7 +1,7 @@
 // The arithmetic of one pixel of multi_crop, for C++ and CUDA alike; Pillow's to the bit (see dino_fast/ops/multi_crop/__init__.py).
 //
 // Compile with -ffp-contract=off (--fmad=false): a fused multiply-add rounds once where Pillow's two steps round twice, and
-// what follows is cut off to an integer.
+// the result is then cut off to an integer.
 #pragma once
 
 #include <cmath>

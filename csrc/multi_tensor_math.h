@@ -4,7 +4,7 @@
 //   p  <- (1 - lr wd) p - lr / (1 - b1^k) * m1 / (sqrt(m2) / sqrt(1 - b2^k) + eps)
 //   t  <- m t + (1 - m) p
 //
-// c is the clip coefficient over the gradient scale, k the step counted from 1. What depends on the tensor alone is
+// c is the clip coefficient over the gradient scale, k the step counted from 1. Scalars of a tensor are
 // computed once in double and rounded to float32: 1 - b2^k in float32 would be off by 3e-5 at the first step.
 #pragma once
 

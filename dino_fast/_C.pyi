@@ -1,4 +1,4 @@
-# The compiled module (csrc/bindings.cpp). Its functions take raw addresses and raise ValueError for sizes, codes and
+# The compiled module (csrc/bindings). Its functions take raw addresses and raise ValueError for sizes, codes and
 # addresses that cannot be; how long a buffer is they cannot see, so dino_fast/ops checks the tensors.
 from typing import Any
 

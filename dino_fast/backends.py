@@ -25,7 +25,7 @@ from dino_fast import gpu
 
 
 class BackendError(RuntimeError):
-    """An explicitly chosen backend cannot run here; the message says why and what can."""
+    """An explicitly chosen backend cannot run here; the message gives the reason."""
 
 
 @dataclass(frozen=True)

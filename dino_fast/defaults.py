@@ -1,4 +1,4 @@
-"""PyTorch's own defaults, for code of others that takes from the defaults what it does not say."""
+"""PyTorch's own default dtype and device, for others' code that relies on them."""
 
 from __future__ import annotations
 

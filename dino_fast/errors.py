@@ -28,7 +28,7 @@ def make_folder(path: Path, option: str = "--out") -> None:
 
 
 def unwritable(path: Path, error: Exception, option: str = "--out") -> UserError:
-    """The sentence for a place, given with `option`, that cannot be written to: where the trouble is, what to give."""
+    """The error for a place, given with `option`, that cannot be written to: it names the obstacle and the remedy."""
     place = next(p for p in (path, *path.absolute().parents) if p.exists())  # how far the path exists
     code, reason = getattr(error, "errno", None), getattr(error, "strerror", None) or str(error)
     full = code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in reason

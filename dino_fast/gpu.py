@@ -1,4 +1,4 @@
-"""The GPU at hand: what its chip and driver can do, and the device guard around every kernel launch."""
+"""The GPU at hand: limits of its chip and driver, and the device guard around every kernel launch."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def chip(device: torch.device) -> Chip:
 
 @functools.cache
 def _chip(index: int) -> Chip:
-    found = torch.cuda.get_device_properties(index)
-    shared_memory: int = found.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return Chip((found.major, found.minor), shared_memory, found.multi_processor_count)
+    properties = torch.cuda.get_device_properties(index)
+    shared_memory: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return Chip((properties.major, properties.minor), shared_memory, properties.multi_processor_count)
 
 
 def usual_dtype(device: torch.device) -> torch.dtype:
-    """What a run computes in on this device: 16 bits on a GPU, float32 on a CPU."""
+    """The dtype that a run computes in on this device: 16 bits on a GPU, float32 on a CPU."""
     if device.type != "cuda":
         return torch.float32
     return torch.float16 if too_old(device) else torch.bfloat16
@@ -117,7 +117,7 @@ def capture_graph(work: Callable[[], T], stream: torch.cuda.Stream) -> Callable[
     graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
     failure: BaseException | None = None
     try:
-        # Threads that load data and write checkpoints go on meanwhile: what they do is no part of the graph.
+        # Threads that load data and write checkpoints go on meanwhile: their work is no part of the graph.
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             try:
                 result = work()
@@ -137,7 +137,7 @@ def capture_graph(work: Callable[[], T], stream: torch.cuda.Stream) -> Callable[
 
 
 def _abandon(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], device: int) -> None:
-    """Ends what a failed capture has begun, as far as the capture's own end did not reach."""
+    """Ends a failed capture where PyTorch's own end of it did not: pool, allocator and random numbers."""
     try:
         graph.pool()
         ended = True

@@ -29,7 +29,7 @@ def extract_features(
 ) -> tuple[Tensor, Tensor]:
     """Batches (images `[B, C, H, W]`, labels `[B]`) -> (float32 features `[N, dim]`, int64 labels `[N]`), on the CPU.
 
-    `feature` is what to take of the images, by default `backbone` itself, which is put in evaluation mode for the time.
+    `feature` maps images to features, by default `backbone` itself, which is in evaluation mode meanwhile.
     Raises UserError for features that are not finite.
     """
     training = backbone.training

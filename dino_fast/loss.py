@@ -1,6 +1,6 @@
 """The DINO loss: a function of logits, and a module that replaces the original's.
 
-`DINOLoss` takes what the original takes and gives its numbers: the loss, the centre after every call, the temperature
+`DINOLoss` takes the original's arguments and gives its numbers: the loss, the centre after every call, the temperature
 of every epoch, the state dict. The work is one fused operation, `dino_fast.ops.dino_loss`.
 """
 
@@ -49,14 +49,14 @@ def dino_loss(
             float64.
         teacher: logits [2, B, K] of the global crops, in the same order. Not differentiated.
         center: [K], subtracted from the teacher's logits.
-        student_temp, teacher_temp: what logits are divided by before the softmax. Compiled code is compiled anew for
-            each number; a tensor on the host, of no dimensions, may change from call to call.
+        student_temp, teacher_temp: positive divisors of the logits before the softmax. Compiled code is compiled anew
+            for each number; a tensor on the host, of no dimensions, may change from call to call.
         inplace: the gradient may be written over the student's logits, which saves their size in memory and time; see
             `dino_fast.ops.dino_loss.dino_loss`.
         backend: "auto" or a name that `dino-fast info` lists.
 
     Returns:
-        A float32 scalar (float64 for float64 logits), differentiable by `student`.
+        A float32 scalar (float64 for float64 logits), differentiable w.r.t. `student`.
 
     Raises:
         ValueError: shapes, dtypes, devices or temperatures that do not fit.
@@ -83,13 +83,13 @@ def linear_dino_loss(
     """`dino_loss` from the inputs of the head's last layer, a linear one without bias, whose logits are never stored.
 
     Args:
-        student: [V, B, D], what the student's last layer would get, the two global crops first; float32, bfloat16,
+        student: [V, B, D], the inputs of the student's last layer, the two global crops first; float32, bfloat16,
             float16 or float64.
         student_weight: [K, D], that layer's matrix, of any of these dtypes.
         teacher, teacher_weight: [T, B, D] and [K, D] of the teacher, in the same order. Not differentiated.
         center: [K], subtracted from the teacher's logits.
-        student_temp, teacher_temp: what logits are divided by before the softmax. Compiled code is compiled anew for
-            each number; a tensor on the host, of no dimensions, may change from call to call.
+        student_temp, teacher_temp: positive divisors of the logits before the softmax. Compiled code is compiled anew
+            for each number; a tensor on the host, of no dimensions, may change from call to call.
         student_gain, teacher_gain: [K], where the layer is weight-normed: row k of the matrix is then
             gain[k] * weight[k] / |weight[k]|. With the original's head, `last_layer.weight_g[:, 0]` and
             `last_layer.weight_v`.
@@ -97,8 +97,8 @@ def linear_dino_loss(
         backend: "auto" or a name that `dino-fast info` lists.
 
     Returns:
-        The loss, a float32 scalar (float64 for a float64 student), differentiable by `student`, `student_weight` and
-        `student_gain`; and the mean [K] of this process's raw teacher logits, for the centre.
+        The loss, a float32 scalar (float64 for a float64 student), differentiable w.r.t. `student`, `student_weight`
+        and `student_gain`; and the mean [K] of this process's raw teacher logits, for the centre.
 
     Raises:
         ValueError: shapes, dtypes, devices or temperatures that do not fit.
@@ -148,7 +148,8 @@ def linear_ibot_loss(
     """The patch loss of iBOT (Zhou et al. 2022) without logits: one target row for each student row.
 
     Args:
-        student, teacher: [N, D], the masked patches as the last layers would get them, in the same order.
+        student, teacher: [N, D], the last layers' inputs at the masked patches, in the same order; float32, bfloat16,
+            float16 or float64.
         row_weights: [N]. The loss is sum_n row_weights[n] * cross-entropy of row n: for the mean over images of the
             mean over each image's masked patches, 1 / (images * masked patches of the row's image).
         center: [K], the patches' own.
@@ -158,6 +159,9 @@ def linear_ibot_loss(
     Returns:
         The loss and the mean [K] of the raw teacher logits, as `linear_dino_loss`. Without a row (a batch in which no
         patch is masked) a loss of 0 with gradients of 0, and a mean of 0.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or temperatures that do not fit.
     """
     if student.dim() != 2 or student.shape != teacher.shape or student.shape[1] == 0:
         raise ValueError(
@@ -250,7 +254,7 @@ class DINOLoss(nn.Module):
         center: buffer (1, K), float32: the running mean of the teacher's logits, over all ranks where a process group
             is initialised.
         teacher_entropy, kl: of the last forward, detached float32 scalars in nats: the mean entropy of the targets, and
-            what the loss has above it.
+            excess of the loss over it.
     """
 
     center: Tensor
@@ -287,9 +291,15 @@ class DINOLoss(nn.Module):
             student_output: logits [V * B, K], crop by crop: row v * B + b is crop v of image b.
             teacher_output: logits [2 * B, K] of the global crops, in the same order.
             epoch: counted from 0; beyond the schedule the last temperature holds.
+
+        Returns:
+            The loss, a float32 scalar (float64 for float64 logits).
+
+        Raises:
+            ValueError: shapes that do not fit `out_dim` and `ncrops`, and logits that `dino_loss` refuses.
         """
-        student = self._by_crop("student_output", student_output, self.ncrops)
-        teacher = self._by_crop("teacher_output", teacher_output, TEACHER_CROPS)
+        student = self._unflatten_crops("student_output", student_output, self.ncrops)
+        teacher = self._unflatten_crops("teacher_output", teacher_output, TEACHER_CROPS)
         compiling = torch.compiler.is_compiling()
         temp = self._teacher_temps[self._entry(epoch)] if compiling else self.teacher_temp(epoch)
         result = operation.dino_loss(
@@ -313,9 +323,15 @@ class DINOLoss(nn.Module):
     ) -> None:
         """Moves the center towards the mean over ranks of `teacher_mean` [K], this process's mean of raw logits.
 
-        With `prototypes` the mean is of these alone, and of all ranks already: nothing is communicated. Where `skip`, a
-        boolean scalar on the device, is true the center stays as it is. Raises ValueError for another shape: the
-        original's method takes the logits [2B, K] themselves.
+        Args:
+            teacher_mean: [K], or [number of `prototypes`], of any float dtype, on the center's device. The original's
+                method takes the logits [2 B, K] instead.
+            prototypes: the part of the K that `teacher_mean` is of; it is then the mean over all ranks already, and
+                nothing is communicated.
+            skip: bool scalar on the device: where it is true the center stays as it is. It is not read on the host.
+
+        Raises:
+            ValueError: `teacher_mean` of another shape.
         """
         width = self.center[0, prototypes or slice(None)].numel()
         if teacher_mean.shape != (width,):
@@ -332,7 +348,7 @@ class DINOLoss(nn.Module):
         new = own * self.center_momentum + mean[None] * (1 - self.center_momentum)
         own.copy_(new if skip is None else torch.where(skip, own, new))
 
-    def _by_crop(self, name: str, logits: Tensor, crops: int) -> Tensor:
+    def _unflatten_crops(self, name: str, logits: Tensor, crops: int) -> Tensor:
         """[crops * B, K] -> [crops, B, K], a view."""
         if logits.dim() != 2 or logits.shape[1] != self.out_dim:
             raise ValueError(

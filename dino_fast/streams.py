@@ -10,7 +10,7 @@ from typing import Any, TextIO
 
 
 class LastingStream:
-    """A text stream whose `write` and `flush` do not raise. What cannot be written is dropped.
+    """A text stream whose `write` and `flush` do not raise. Text that cannot be written is dropped.
 
     After a failure the stream's descriptor leads to the null device, so that native code and the interpreter's flush
     at its end go on in silence too. `error` is the first failure other than a reader that left. Characters that the
@@ -33,7 +33,7 @@ class LastingStream:
         return len(text)
 
     def flush(self) -> None:
-        """Hands what was written to the system, or drops it."""
+        """Hands the written text to the system, or drops it."""
         if self._stream is not None:
             try:
                 self._stream.flush()
@@ -61,7 +61,7 @@ class LastingStream:
                 os.dup2(null, self._stream.fileno())
             finally:
                 os.close(null)
-            self._stream.flush()  # what the failed write left in the buffer
+            self._stream.flush()  # the rest that the failed write left in the buffer
 
 
 @contextlib.contextmanager

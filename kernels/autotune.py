@@ -12,7 +12,7 @@ import triton
 from dino_fast.gpu import on_device
 
 T = TypeVar("T")
-_measured: dict[Hashable, Any] = {}  # what was found, for this process
+_measured: dict[Hashable, Any] = {}  # the fastest choices, for this process
 
 
 def rounded(rows: int) -> int:

@@ -72,7 +72,7 @@ def _statistics(
         y0 = (z0 - new_m0) * inverse_teacher_temp
         y1 = (z1 - new_m1) * inverse_teacher_temp
         p0, p1 = tl.exp(y0), tl.exp(y1)
-        # A maximum is -inf before the first tile; what its shift would multiply is 0 then.
+        # A maximum is -inf before the first tile; the sum that its shift multiplies is 0 then.
         shift = tl.where(l > 0.0, (m - new_m) * inverse_student_temp, 0.0)
         shift0 = tl.where(l0 > 0.0, (m0 - new_m0) * inverse_teacher_temp, 0.0)
         shift1 = tl.where(l1 > 0.0, (m1 - new_m1) * inverse_teacher_temp, 0.0)

@@ -24,7 +24,7 @@ of three in TF32, which keeps nearly all of float32's bits: one alone cuts 13 bi
 and such a bias does not average out over the rows as rounding does.
 
 Each weight is read once for each block of images, from L2 where it fits there; nothing of size rows times K is written.
-`bytes_moved` and `flops` count what the kernels do.
+`bytes_moved` and `flops` count the kernels' bytes and operations.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _columns(
     weight, gain, row, scale, mean, K, D, weight_k,
     BLOCK_K: tl.constexpr, WIDTH: tl.constexpr, SCALED: tl.constexpr, MEAN: tl.constexpr,
 ):  # fmt: skip
-    """What belongs to a prototype alone: its gain over its length, and the logit of one float32 row."""
+    """Per prototype: its gain over its length, and its logit with one float32 row."""
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     d = tl.arange(0, WIDTH)
     mask = k < K
@@ -314,10 +314,10 @@ class Tile(NamedTuple):
     warps: int
 
 
-# By the bytes of an element of the rows and of the wider weight, and the width: first the tile that is taken, then what
-# DINO_FAST_AUTOTUNE=1 also measures; `_attend` with reads, without, and `_weigh`. All compile for sm_80, sm_90 and
-# sm_100 without spills (tests/kernels/test_linear_dino_loss.py); no tile found does for wider float32 rows. None is
-# measured on a chip yet.
+# By the bytes of an element of the rows and of the wider weight, and the width: first the tile that is taken, then
+# others that DINO_FAST_AUTOTUNE=1 measures too; `_attend` with reads, without, and `_weigh`. All compile for sm_80,
+# sm_90 and sm_100 without spills (tests/kernels/test_linear_dino_loss.py); no tile found does for wider float32 rows.
+# None is measured on a chip yet.
 ATTEND_TILES = {
     (2, 2, 256): (Tile(32, 64, 64, 8), Tile(32, 32, 64, 8), Tile(16, 64, 64, 8)),
     (2, 2, 512): (Tile(16, 32, 64, 8), Tile(16, 16, 64, 8)),
@@ -359,7 +359,7 @@ class Layer:
         return self._scale
 
     def read_scale(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-        """What e^y is multiplied by before it is rounded to `dtype` for the second product, and the number by which the
+        """The factors [K] of e^y before it is rounded to `dtype` for the second product, and the number by which the
         product is still to be multiplied. In float16 scales are divided by the largest: as they are, the lifted
         weights would overflow from 16 on."""
         if dtype != torch.float16 or self.scale is None:
@@ -390,7 +390,7 @@ def tiles(table: dict, rows: torch.dtype, weights: torch.dtype, D: int) -> tuple
 
 
 def constants(tile: Tile, V: int, T: int, D: int, dtype: torch.dtype) -> tuple[int, dict]:
-    """The images of a program, and what a kernel is compiled for besides which of its inputs there are."""
+    """The images of a program, and the compile-time constants other than which optional inputs there are."""
     images = tile.rows // max(V, T)
     aligned = V == 1 and T == 1
     return images, {
@@ -416,7 +416,7 @@ def attend(
     student: Tensor, student_layer: Layer, teacher: Tensor, teacher_layer: Layer, center: Tensor,
     student_temp: float, teacher_temp: float, *, wanted: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """Row statistics [2, T + V, B], pair products d [T, V, B] and, if wanted, what the rows read [T + V, B, D].
+    """Row statistics [2, T + V, B], pair products d [T, V, B] and, if wanted, the rows' reads [T + V, B, D].
 
     All float32. `student` [V, B, D] and `teacher` [T, B, D] of one dtype, contiguous; `center` float32 [K].
     """
@@ -462,7 +462,7 @@ def _attend_with(tile, student, student_layer, teacher, teacher_layer, center, s
     )  # fmt: skip
     if largest is not None:
         read.mul_(largest)
-    below = part_max - statistics[0]  # [slices, T + V, B]: what a slice's logits were measured from, less the maximum
+    below = part_max - statistics[0]  # [slices, T + V, B]: a slice's maximum, less that of all
     shift = (below[:, T:] / student_temp)[:, None]  # [slices, 1, V, B]
     sums = part_sum[:, :T, None]  # [slices, T, 1, B]
     pairs = ((part_pair + sums * shift) * (below[:, :T] / teacher_temp).exp()[:, :, None]).sum(0)
@@ -473,9 +473,9 @@ def weight_gradient(
     student: Tensor, student_layer: Layer, teacher: Tensor, teacher_layer: Layer, center: Tensor,
     row_statistics: Tensor, factors: Tensor, pair_factors: Tensor, student_temp: float, teacher_temp: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients by the student's weight and gain (float32), from `factors` [V, B] and `pair_factors` [T, V, B]."""
+    """The gradients w.r.t. the student's weight and gain, float32, from `factors` [V, B], `pair_factors` [T, V, B]."""
     T = len(teacher)
-    # The largest weight of a row leaves the loop and joins again in float32: what is rounded is then of order 1.
+    # The largest weight of a row leaves the loop and joins again in float32: the rounded weights are then of order 1.
     unit = (factors * row_statistics[1, T:]).abs().amax().clamp_min(1e-30)
     shares = (factors / unit).contiguous(), (pair_factors / unit).contiguous()
     row_statistics = row_statistics.contiguous()

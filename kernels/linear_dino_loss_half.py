@@ -13,11 +13,11 @@ two parts of 16 bits, e = p + rest, a product each: rounded once to bfloat16 the
 student's weights are rounded once, and divided by the sum of the rounded ones, so that a common error cancels: their
 reads end in a gradient of 16 bits. (float32 has no such slack: there d is summed from the logits, in the other file.)
 
-A program of `_attend` keeps ROWS rows and what they read on chip and walks over one slice of K; slices meet in the
+A program of `_attend` keeps ROWS rows and their reads on chip and walks over one slice of K; slices meet in the
 other file's `_merge`. A program of `_weigh` keeps BLOCK_K prototypes and their gradient and walks over all rows. The
 second product takes its left side from registers. On sm_90 all products are `wgmma`.
 
-`flops` and `bytes_moved` count what the kernels do.
+`flops` and `bytes_moved` count the kernels' operations and bytes.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _walk(
     VALUES_SCALED: tl.constexpr, TEACHER: tl.constexpr, READ: tl.constexpr, LIFT: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """m, l and the sum of what the rows z read, in units in which the weights' sum is l."""
+    """m, l and the reads of the rows z, summed in units in which the weights' sum is l."""
     m = tl.full([ROWS], float("-inf"), tl.float32)
     l = tl.zeros([ROWS], tl.float32)
     rounded = tl.zeros([ROWS], tl.float32)
@@ -102,7 +102,7 @@ def _walk(
                 read = tl.dot(rest, w, read, input_precision="tf32x3")
             else:
                 if VALUES_SCALED:
-                    # What the weight is after rounding; what is 0 then (a prototype of gain 0) keeps its weight.
+                    # The weight after rounding; where that is 0 (a prototype of gain 0) the one before it.
                     back = tl.where(a != 0.0, 1.0 / (a * LIFT), 0.0)
                     rounded = rounded * old + tl.sum(tl.where(p != 0.0, p.to(tl.float32) * back[None, :], e), 1)
                 else:
@@ -167,7 +167,7 @@ def _shares(x, a, c, row_max, factor, row, row_mask, log2_scale, IS_SCALED: tl.c
 
 @triton.jit
 def _scale(w, gain, k, mask):
-    """What weight norm multiplies the rows of w by."""
+    """The factors of weight norm for the rows of w."""
     wide = w.to(tl.float32)
     return tl.load(gain + k, mask, 0.0) / tl.sqrt(tl.sum(wide * wide, 1))
 
@@ -237,8 +237,8 @@ def _weigh(
             acc = tl.dot((g * -LIFT).to(both.dtype), both, acc, input_precision="tf32x3")
     _store(grad, acc * (tl.load(unit) / LIFT), k, mask, D, WIDTH, WHOLE)
     if SCALED:
-        # Weight norm's projection, CHUNK rows at a time from what this program just wrote: beside the whole tile in
-        # registers it would spill. It is rounded in between, as PyTorch's is.
+        # Weight norm's projection, CHUNK rows at a time from the gradient that this program just wrote: beside the
+        # whole tile in registers it would spill. It is rounded in between, as PyTorch's is.
         tl.debug_barrier()
         for first in range(0, BLOCK_K, CHUNK):
             some = tl.program_id(0) * BLOCK_K + first + tl.arange(0, CHUNK)
@@ -264,9 +264,9 @@ class Tile(NamedTuple):
 
 WIDTH = 256  # of the rows that these kernels take: from 129 elements on
 LOG2_E = 1.4426950408889634
-# By the chip: the tile that is taken, then what DINO_FAST_AUTOTUNE=1 also measures. All compile without spills and fit
-# the chip's shared memory (tests/kernels/test_linear_dino_loss.py), with Triton 3.6 the largest, from 3.7 on one less.
-# None is measured on a chip yet.
+# By the chip: the tile that is taken, then others that DINO_FAST_AUTOTUNE=1 measures too. All compile without spills
+# and fit the chip's shared memory (tests/kernels/test_linear_dino_loss.py), with Triton 3.6 the largest, from 3.7 on
+# one less. None is measured on a chip yet.
 LARGEST = (Tile(128, 64, 2, 8),) if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) else ()
 ATTEND_TILES = {
     (8, 0): (Tile(64, 64, 2, 8),),
@@ -298,7 +298,7 @@ def programs(device: torch.device) -> int:
 
 
 def constants(tile: Tile, D: int, dtype: torch.dtype, kernel: str) -> dict[str, Any]:
-    """What both kernels are compiled for besides which of their inputs there are."""
+    """The compile-time constants of both kernels other than which optional inputs there are."""
     return {
         "ROWS": tile.rows,
         "BLOCK_K": tile.prototypes,
@@ -364,7 +364,7 @@ def weight_gradient(
     student: Tensor, student_layer: Any, teacher: Tensor, teacher_layer: Any, center: Tensor,
     maxima: Tensor, factors: Tensor, pair_factors: Tensor, unit: Tensor, student_temp: float, teacher_temp: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients by the student's weight and gain (float32), from `maxima` [T + V, B], `factors` [V, B] and
+    """The gradients w.r.t. the student's weight and gain (float32), from `maxima` [T + V, B], `factors` [V, B] and
     `pair_factors` [T, V, B], both divided by `unit`."""
     (V, B, D), T, K = student.shape, len(teacher), len(student_layer.weight)
     aligned = V == 1 and T == 1

@@ -25,8 +25,8 @@ sequence needs:
           their dk and dv. Both make the scores, by the same product of the same tiles, so to the same bits.
 Every output is written once by one program and nothing is added between programs: no atomics, the same bits every time.
 
-float32 products are made of three in TF32, which keeps nearly all of float32's bits. `flops` and `bytes_moved` count
-what the kernels do; a test holds them to the interpreter's products, loads and stores.
+float32 products are made of three in TF32, which keeps nearly all of float32's bits. `flops` and `bytes_moved`
+count the kernels' operations and bytes; a test holds them to the interpreter's products, loads and stores.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _attend_by_tiles(
         t = tl.where((j + tl.arange(0, KEYS) < length)[None, :], t, float("-inf"))
         new_m = tl.maximum(m, tl.max(t, 1))
         p = tl.exp2((t - new_m[:, None]) * log2_scale)
-        # The first maximum is -inf; what its scale would multiply is 0 then.
+        # The first maximum is -inf; the sum that its scale multiplies is 0 then.
         old = tl.where(l > 0.0, tl.exp2((m - new_m) * log2_scale), 0.0)
         l = l * old + tl.sum(p, 1)
         v = _load(base + 2 * stride_part, j, length, stride_token, KEYS, D, WIDTH)
@@ -205,7 +205,7 @@ def _backward_of_queries(
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     m = tl.load(row_maxima + mine, inside, 0.0)
     l = tl.load(row_sums + mine, inside, 1.0)
-    total = tl.zeros([ROWS], tl.float32)  # what the probabilities add up to with the forward's l: nearly 1
+    total = tl.zeros([ROWS], tl.float32)  # of the probabilities with the forward's l: nearly 1
     dq = tl.zeros([ROWS, D], tl.float32)
     for j in range(0, length, ROWS):
         k = _load(base + stride_part, j, length, stride_token, ROWS, D, WIDTH)
@@ -310,9 +310,9 @@ WHOLE_SHARED_MEMORY = {32: 41984, 64: 86016, 128: 147456}
 CROPS = 4  # short sequences of a program, where there are programs enough all the same
 ENOUGH_PROGRAMS = 4  # for each multiprocessor
 
-# By the bytes of an element, the width and the way: first the tile that is taken, then what DINO_FAST_AUTOTUNE=1 also
-# measures. All compile for sm_80, sm_90 and sm_100 without spills (tests/kernels/test_packed_attention.py); larger ones
-# do not. None is measured on a chip yet.
+# By the bytes of an element, the width and the way: first the tile that is taken, then others that DINO_FAST_AUTOTUNE=1
+# measures too. All compile for sm_80, sm_90 and sm_100 without spills (tests/kernels/test_packed_attention.py); larger
+# ones do not. None is measured on a chip yet.
 FORWARD_TILES = {
     (2, 32, "short"): (Tile(64),),
     (2, 64, "short"): (Tile(64), Tile(64, warps=8)),
@@ -373,9 +373,9 @@ def tiles(
 
 
 def constants(way: str, tile: Tile, d: int, crops: int, *, backward: bool = False) -> dict:
-    """What a kernel is compiled for."""
-    found = {"WIDTH": d, "D": width(d), "SHORT": tile.short, "ROWS": tile.rows, "WAY": way, "CROPS": crops}
-    return found if backward else found | {"KEYS": tile.keys}
+    """A kernel's compile-time constants."""
+    constant = {"WIDTH": d, "D": width(d), "SHORT": tile.short, "ROWS": tile.rows, "WAY": way, "CROPS": crops}
+    return constant if backward else constant | {"KEYS": tile.keys}
 
 
 def grid(
@@ -413,7 +413,7 @@ def backward(
     grad: Tensor, qkv: Tensor, ends: Tensor, max_seqlen: int, out: Tensor, maxima: Tensor, sums: Tensor,
     grad_qkv: Tensor,
 ) -> None:  # fmt: skip
-    """Fills `grad_qkv` [tokens, 3, H, d], contiguous, from `grad` [tokens, H, d] and what `forward` wrote."""
+    """Fills `grad_qkv` [tokens, 3, H, d], contiguous, from `grad` [tokens, H, d] and the outputs of `forward`."""
     tokens, _, H, d = qkv.shape
     n = ends.shape[0] - 1
     if tokens == 0 or n == 0 or max_seqlen == 0:

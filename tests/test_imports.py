@@ -17,8 +17,8 @@ ABOVE = {
     "cli": {"engine", "eval", "report", "cli", "benchmarks"},
     "benchmarks": {"engine", "eval", "report", "cli", "benchmarks"},
 }
-# Two files outside the top hand a call on to it, at the call: `dino_fast.train` and `python -m dino_fast`.
-ENTRY = ("dino_fast", "dino_fast.__main__")
+# Files outside the top hand a call on to it: `dino_fast.train` and the like, and `python -m dino_fast`.
+ENTRY = ("dino_fast", "dino_fast.__main__", "dino_fast.api")
 
 
 def _modules() -> dict[str, Path]:

@@ -7,6 +7,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
 WHEEL_NEEDS = (
     "dino_fast/__init__.py",
     "dino_fast/py.typed",
@@ -17,9 +18,7 @@ WHEEL_NEEDS = (
     "dino_fast/benchmarks/original/__init__.py",
 )
 SDIST_NEEDS = (
-    "csrc/bindings.cpp",
-    "csrc/CMakeLists.txt",
-    "csrc/cpu/simd.h",
+    *(path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "csrc").rglob("*")) if path.is_file()),
     "kernels/__init__.py",
     "LICENSE",
     "setup.py",

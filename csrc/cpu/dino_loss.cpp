@@ -10,11 +10,11 @@
 //   1. `teacher_chunk`  reads the teacher: maxima, sums, entropies, and the mean over rows.        2 e B K
 //   2. `StudentRows`    takes groups of one image's student rows that fit the L2 cache. In one sweep over K it reads a
 //      group for maxima and sums, and beside it, tile by tile, writes the group before, whose sums are known: its logits
-//      again (from L2), the teacher's tile, <q, x>, and the gradient, which bypasses the cache. A copy is what this sweep
-//      looks like to the memory, both directions at once, with the arithmetic hidden under it.
+//      again (from L2), the teacher's tile, <q, x>, and the gradient, which bypasses the cache. To the memory the sweep
+//      looks like a copy, both directions at once, with the arithmetic hidden under it.
 //                                                                                     (2V + 2) e B K, and V e B K in L2
 // The floor is (2V + 2) e B K. Exponentials per column of an image: student 2V, teacher 2 + 2 per group.
-// What is summed in which order depends on K alone: the result's bits do not depend on the number of threads.
+// The order of every sum depends on K alone: the result's bits do not depend on the number of threads.
 #include "cpu/dino_loss.h"
 
 #include <algorithm>
@@ -54,7 +54,7 @@ struct RowSum {  // of one row, or of a part of it
   }
 };
 
-// What differences of logits are multiplied with, so that exp2 gives e^(difference / temperature).
+// The factor of differences of logits that makes exp2 give e^(difference / temperature).
 float base_2(double temperature) { return static_cast<float>(1.0 / (temperature * kLn2)); }
 
 template <typename F> void dispatch_type(LogitType type, F f) {

@@ -1,5 +1,5 @@
-// What the loss without logits does to a tile of logits between two matrix products: a softmax whose maximum and sum
-// are carried from tile to tile, with the sum of the teacher's weights times the student's logits; and the same
+// The passes of the loss without logits over a tile of logits between two matrix products: a softmax whose maximum and
+// sum are carried from tile to tile, with the sum of the teacher's weights times the student's logits; and the same
 // exponentials once all are known. A task takes whole images, so that a teacher's row is in the L1 cache for all its
 // students; nothing depends on which thread runs it. The tile comes from the L2 or L3 cache once in each function.
 #include "cpu/linear_dino_loss.h"
@@ -127,7 +127,7 @@ template <int N> double attend_student(const Image& image, const RowState& state
     const Vec y = layer.below(x, k, part, state.maxima[row], m);
     for (int i = 0; i < N; ++i) pairs[i] = fma(load_part(weights[i] + k, part, 0.0f), y, pairs[i]);
     Vec e = exp(y);
-    if (part < Vec::width) {  // only what exists is summed
+    if (part < Vec::width) {  // only lanes that exist are summed
       float own[Vec::width];
       store(own, e);
       e = load_first(own, part, 0.0f);
@@ -209,7 +209,7 @@ DINO_FAST_INLINE float dot(const float* a, const float* b, int64_t n) {
   return reduce_add(sum);
 }
 
-// Through the direction v / |v| itself, so that what points along it leaves as exactly as the direction is known.
+// Through the direction v / |v| itself: the component along it is removed as exactly as the direction is known.
 void project_row(float* gradient, const float* weight, float gain, float& gain_gradient, int64_t width) {
   const float norm = std::sqrt(dot(weight, weight, width));
   const Vec length(norm), scale(gain / norm);

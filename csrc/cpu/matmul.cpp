@@ -8,8 +8,8 @@
 // each exact in float32 and summed there, so that the result is as good as that of float32 arithmetic.
 //
 // Operands are packed in blocks of 16 rows of A (or columns of B) by 32 of K, one tile of 1 KB a part. Within a tile
-// k and k + 16 lie side by side, in A and in B alike: pairs are what the unit takes, and these are two vectors as they
-// come from memory. The operand with fewer rows is packed whole, for as much of K as keeps it in a core's L2 cache; the
+// k and k + 16 lie side by side, in A and in B alike: the unit takes pairs, and these are two vectors as they come
+// from memory. The operand with fewer rows is packed whole, for as much of K as keeps it in a core's L2 cache; the
 // other one is cut into blocks, each packed and multiplied by one task.
 #include "cpu/matmul.h"
 
@@ -240,7 +240,7 @@ struct alignas(64) Shapes {
 };
 
 // The product of two rows of tiles of each, over `tiles` of K: C in tiles 0 to 3, A in 4 and 5, B in 6 and 7. `row_a`
-// and `row_b` are what lies between rows of tiles.
+// and `row_b` are the distances between rows of tiles.
 #define LOAD_A(part)                      \
   _tile_loadd(4, a + (part) * kTile, 64); \
   _tile_loadd(5, a + row_a + (part) * kTile, 64)
@@ -257,7 +257,7 @@ inline void multiply_panels(const uint16_t* a, int64_t row_a, const uint16_t* b,
                             Ahead& ahead) {
   for (int64_t k = 0; k < tiles; ++k, a += kParts * kTile, b += kParts * kTile) {
     ahead.fetch();
-    // The small ones first: what only has three parts to be put together is then exact.
+    // The small ones first: a number that is the sum of its three parts alone is then exact.
     LOAD_A(2);
     LOAD_B(0);
     MULTIPLY();
@@ -302,7 +302,7 @@ struct Sums {
   const float* bias;  // [N], added once
 };
 
-// One row of a block of sums to (i, j) of C: `add` to what is there, else with the bias.
+// One row of a block of sums to (i, j) of C: added to its content with `add`, else to the bias.
 inline void write_row(const Sums& out, int64_t i, int64_t j, bool add, const float* sums) {
   float* c = out.c + i * out.row + j;
   for (int64_t half = 0; half < 2; ++half, c += kSide, sums += kSums) {
@@ -394,7 +394,7 @@ void multiply_stretch(const Operand& small, const Operand& large, bool large_is_
 }
 
 // C from a long K: cut into slices, as many however many threads there are, of each of which one task makes all sums,
-// or those of a chunk of C that lies in L2 with what is packed for it. The slices' sums are then added up in order.
+// or those of a chunk of C that lies in L2 with its packed operands. The slices' sums are then added up in order.
 void multiply_slices(const Operand& a, const Operand& b, int64_t K, bool add, const Sums& out, int threads) {
   const bool tall = a.outer >= b.outer;
   const int64_t most_down = tall ? kLongSide : kShortSide, most_across = tall ? kShortSide : kLongSide;
@@ -484,7 +484,7 @@ void matmul(const Matrix& a, const Matrix& b, const float* bias, bool add, float
     const bool whole_block = large.inner_stride != 1;
     const int64_t tasks = (whole_block ? 1 : 4) * std::max(threads, 1);
     const int64_t block = std::max<int64_t>(1, std::min(fit, (panels + tasks - 1) / tasks));
-    // Stretches of K of as equal lengths as keep what is packed in the cache.
+    // Stretches of K as equal as possible, and short enough for the packed operands to stay in the cache.
     const int64_t bytes = kPanel * kParts * 2 * (whole_block ? std::min(fit, panels) : others);
     const int64_t most = std::max((whole_block ? kOfTask : kShared) / bytes / kDepth, kTilesInL1) * kDepth;
     const int64_t stretches = std::max<int64_t>(1, (K + most - 1) / most);

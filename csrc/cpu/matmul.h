@@ -15,8 +15,8 @@ struct Matrix {
 // Null where products can be made so on this machine, else the reason why not.
 const char* matmul_unavailable_reason();
 
-// c [M, N], rows c_row apart, = a [M, K] b [K, N], plus what was there where `add`, plus bias [N] where it is not null
-// (not both). Each result is the same however many threads there are.
+// c [M, N], rows c_row apart, = a [M, K] b [K, N], plus the content of c where `add`, plus bias [N] where it is not
+// null (not both). Each result is the same however many threads there are.
 void matmul(const Matrix& a, const Matrix& b, const float* bias, bool add, float* c, int64_t c_row, int threads);
 
 }  // namespace dino_fast

@@ -17,7 +17,7 @@ namespace dino_fast {
 namespace DINO_FAST_ISA {
 namespace {
 
-// What a thread keeps from crop to crop.
+// A thread's buffers, kept from crop to crop.
 struct Scratch {
   Filter across, down;
   std::vector<int16_t> pairs;

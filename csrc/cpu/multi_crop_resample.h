@@ -289,7 +289,7 @@ void resample_down(const uint8_t* rows, int64_t n, int64_t stride, int64_t heigh
 }
 
 // from [width, height] -> to [height, width], lines from_stride and to_stride apart. Both strides are multiples of 16, and
-// `from` has 16 lines for every 16 columns or part of them; what lies beyond the result's width in a line is undefined.
+// `from` has 16 lines for every 16 columns or part of them; elements beyond the result's width in a line are undefined.
 void transpose(const uint8_t* from, int64_t from_stride, int64_t height, int64_t width, uint8_t* to, int64_t to_stride) {
   for (int64_t x = 0; x < width; x += 16) {
     for (int64_t y = 0; y < height; y += 16) {

@@ -1,7 +1,7 @@
 // multi_tensor on the CPU: EMA, gradient norms, and AdamW with EMA and bfloat16 copies, each one pass over all tensors.
 //
 // Tensors are cut into pieces and the pieces packed into tasks of about equal size, so that one 67 MB matrix and a
-// hundred 1.5 kB vectors both spread over the threads. What a piece computes depends on the piece alone, and partial
+// hundred 1.5 kB vectors both spread over the threads. A piece's results depend on the piece alone, and partial
 // sums are added in the order of the pieces: the same inputs give the same bits with any number of threads.
 //
 // Bytes a parameter, float32: EMA 12 (read t, p, write t); norms 4; AdamW with EMA 36 (read g, p, m1, m2, t, write
@@ -154,7 +154,7 @@ void adamw_piece(const AdamWScalars& scalars, const EmaScalars& ema, int64_t siz
   });
 }
 
-// What remains of a step whose gradients overflowed.
+// The part of a step that an overflow of the gradients leaves: EMA and copies.
 void skipped_piece(const EmaScalars& ema, int64_t size, const float* p, float* t, bf16* p_copy, bf16* t_copy) {
   for_each_vector(size, [&](int64_t i, auto part) {
     const Vec vp = part.get(p + i);

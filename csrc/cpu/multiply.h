@@ -1,4 +1,4 @@
-// Matrix products of operands that lie in a core's caches: C [M, N] = A [M, K] B [K, N], or added to what is there.
+// Matrix products of operands that lie in a core's caches: C [M, N] = A [M, K] B [K, N], or added to the content of C.
 //
 // Element (i, k) of A is at a[i * a_row + k * a_column], so that A may be a transpose; rows of B and C are contiguous.
 // N is a multiple of the vector's width. Each block of C is kept in registers for all of K: one broadcast of A serves as

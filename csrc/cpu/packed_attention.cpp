@@ -2,12 +2,12 @@
 // there, and its results are written where they belong. No transposed or concatenated copy of the whole is made.
 //
 // FLOPs of a sequence of L tokens and one head: forward 4 L^2 d, backward 10 L^2 d (the scores once more, the weights'
-// gradient, and those by q, k and v), where the columns of the scores are rounded up to whole vectors. Bytes: forward
+// gradient, and those w.r.t. q, k and v), where the columns of the scores are rounded up to whole vectors. Bytes: forward
 // reads 3 L d and writes L d elements, backward reads 4 L d and writes 3 L d: 16 d L^2 over 16 d L bytes and more, so from a
 // dozen tokens on the arithmetic takes longer than the memory.
 //
 // Scores are taken a few rows at a time, for all columns: a row's maximum, exponentials and sum are then exact in one go,
-// and nothing is rescaled. What a head's sequence gives depends on itself alone: the same bits with any number of threads.
+// and nothing is rescaled. The result depends on the head's sequence alone: the same bits with any number of threads.
 #include "cpu/packed_attention.h"
 
 #include <algorithm>

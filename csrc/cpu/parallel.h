@@ -13,7 +13,7 @@
 namespace dino_fast {
 
 // Calls body(task) for task in [0, tasks), on at most `threads` threads, the caller's among them. Which thread runs a
-// task is not determined; what a task writes must depend on its number alone. A call from within a task runs on that
+// task is not determined; a task's results must depend on its number alone. A call from within a task runs on that
 // task's thread. An exception that leaves body reaches the caller once all threads have stopped; tasks not yet begun are
 // then left out, and of several exceptions one is passed on.
 void parallel_for(int64_t tasks, int threads, const std::function<void(int64_t)>& body);

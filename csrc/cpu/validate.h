@@ -1,5 +1,5 @@
-// Checks of the compiled module's arguments, before any memory is touched. What does not fit is std::invalid_argument,
-// in Python ValueError. How long a buffer really is cannot be seen from its address; everything else is checked here.
+// Checks of the compiled module's arguments, before any memory is touched. Wrong ones throw std::invalid_argument, in
+// Python ValueError. How long a buffer really is cannot be seen from its address; everything else is checked here.
 #pragma once
 
 #include <algorithm>
@@ -17,8 +17,8 @@ class Validator {
  public:
   explicit Validator(const char* operation) : operation_(operation) {}
 
-  [[noreturn]] void refuse(const std::string& what) const {
-    throw std::invalid_argument(std::string(operation_) + ": " + what);
+  [[noreturn]] void refuse(const std::string& message) const {
+    throw std::invalid_argument(std::string(operation_) + ": " + message);
   }
 
   // A whole number of [least, most].
@@ -73,7 +73,7 @@ class Validator {
     add(written_, name, address, count, bytes, row);
   }
 
-  // What is written shares no memory with anything else; for the end, when all memory is known.
+  // Refuses written memory that overlaps any other; call it last, when all memory is known.
   void no_overlaps() {
     const auto begins_before = [](const Span& a, const Span& b) { return a.begin < b.begin; };
     std::sort(written_.begin(), written_.end(), begins_before);

@@ -1,4 +1,4 @@
-// Crops of a whole batch in six launches; what a block does is in multi_crop_blocks.h.
+// Crops of a whole batch in six launches; the work of a block is in multi_crop_blocks.h.
 //
 //   weights       one thread an output pixel of each axis: the filter's coefficients
 //   first         along one axis, to 8 bits

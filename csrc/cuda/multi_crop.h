@@ -31,7 +31,7 @@ struct CropTable {
   CropPlan plan;               // its base still 0
 };
 
-// `image` and `crop` of the tasks are device addresses. Throws std::invalid_argument for what the kernels cannot do.
+// `image` and `crop` of the tasks are device addresses. Throws std::invalid_argument for tasks that the kernels cannot do.
 CropTable plan_crops(const CropTask* tasks, int64_t n, const CropOutput& output);
 
 // Throws std::runtime_error with CUDA's own text.

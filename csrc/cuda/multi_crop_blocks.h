@@ -1,5 +1,5 @@
-// What one block of each multi_crop kernel does. Plain C++ with CUDA's qualifiers: on the device a block is 256 threads, in
-// the tests it is a loop over them. The arithmetic of a pixel is multi_crop_math.h, shared with the CPU.
+// The work of one block of each multi_crop kernel. Plain C++ with CUDA's qualifiers: on the device a block is 256
+// threads, in the tests it is a loop over them. The arithmetic of a pixel is multi_crop_math.h, shared with the CPU.
 //
 // Bytes of a crop of P pixels and C channels, made of a box by way of I pixels between the two passes, e bytes a value:
 //   weights   4 a tap and pixel along each axis

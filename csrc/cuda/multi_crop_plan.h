@@ -1,4 +1,4 @@
-// The table of a multi_crop plan: what the kernels know of each crop, and which block works on which part of which crop.
+// The table of a multi_crop plan: the parameters of each crop, and which block works on which part of which crop.
 #pragma once
 
 #include <algorithm>

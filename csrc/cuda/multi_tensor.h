@@ -2,7 +2,7 @@
 //
 // A plan is one block of device memory that the caller owns: hyper-parameters, gradient addresses, tensor addresses,
 // chunk table and scratch, at the offsets that `offsets_of` returns. The caller allocates it zeroed, writes the first
-// three with `upload` (again only what changed) and calls `fill_chunks` once. Addresses are 64 bits, 0 where absent.
+// three with `upload` (later only those that changed) and calls `fill_chunks` once. Addresses are 64 bits, 0 where absent.
 // Launchers throw std::runtime_error with CUDA's own text.
 #pragma once
 

@@ -1,4 +1,4 @@
-// What one block of each multi_tensor kernel does. Plain C++ with CUDA's qualifiers: on the device a block is 256
+// The work of one block of each multi_tensor kernel. Plain C++ with CUDA's qualifiers: on the device a block is 256
 // threads, in the tests it is a loop over them.
 //
 // The arithmetic of an element is multi_tensor_math.h, shared with the CPU. All of it happens in one pass: g, p, m1, m2
@@ -9,8 +9,8 @@
 //   update  e_g + 24 + 8            (8: the teacher's)
 //           4 + 8                   after an overflow, 0 where found_inf is infinite
 //   ema     e_student + 2 e_teacher
-// FLOPs an element, a fused multiply-add being two: update 18, ema 3, norms 2, far below what the chip does while the
-// bytes move.
+// FLOPs an element, a fused multiply-add being two: update 18, ema 3, norms 2, far below the chip's rate
+// while the bytes move.
 #pragma once
 
 #include "cuda/multi_tensor_tables.h"
@@ -30,7 +30,7 @@ DINO_FAST_BOTH T load_of_other_block(const T* from) {
 #endif
 }
 
-// How many blocks came before; what this thread wrote earlier is visible to those that come later.
+// The number of blocks that came before; this thread's earlier writes are visible to those that come later.
 DINO_FAST_BOTH uint32_t take_ticket(uint32_t* tickets) {
 #ifdef __CUDA_ARCH__
   __threadfence();

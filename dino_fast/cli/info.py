@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command and returns its exit status."""
-    found = collect()
-    print(json.dumps(found, indent=2) if args.json else as_text(found))
+    info = collect()
+    print(json.dumps(info, indent=2) if args.json else as_text(info))
     return 0
 
 
@@ -89,14 +89,14 @@ def _explain(operation: str) -> dict[str, dict[str, Any]]:
     return result
 
 
-def as_text(found: dict[str, Any]) -> str:
+def as_text(info: dict[str, Any]) -> str:
     """The report for people."""
-    cpu, native = found["cpu"], found["native"]
+    cpu, native = info["cpu"], info["native"]
     lines = [
-        f"dino-fast {found['dino_fast']}, Python {found['python']}, in {found['installed_at']}",
-        "libraries: " + ", ".join(f"{name} {version or '(absent)'}" for name, version in found["libraries"].items()),
+        f"dino-fast {info['dino_fast']}, Python {info['python']}, in {info['installed_at']}",
+        "libraries: " + ", ".join(f"{name} {version or '(absent)'}" for name, version in info["libraries"].items()),
         f"cpu: {cpu['name']}, {cpu['cores']} cores, torch uses {cpu['threads']} threads",
-        "gpu: " + ("; ".join(found["gpus"]) or f"none (torch was built for CUDA {found['torch_cuda']})"),
+        "gpu: " + ("; ".join(info["gpus"]) or f"none (torch was built for CUDA {info['torch_cuda']})"),
     ]
     if native["missing"]:
         lines.append(f"native code: absent. {native['missing']}")
@@ -106,8 +106,8 @@ def as_text(found: dict[str, Any]) -> str:
             "CUDA kernels "
             + (f"compiled with nvcc {native['cuda']}" if native["cuda"] else "not in this build (no nvcc was found)")
         )
-    lines += [f"allocator: {found['allocator']}", f"backends (DINO_FAST_BACKEND: {found['backend_setting']}):"]
-    for operation, devices in found["operations"].items():
+    lines += [f"allocator: {info['allocator']}", f"backends (DINO_FAST_BACKEND: {info['backend_setting']}):"]
+    for operation, devices in info["operations"].items():
         for device, choice in devices.items():
             lines.append(f"  {operation} on {device}: {choice['chosen'] or 'none can run'}")
             lines += [f"    rule: {choice['rule']}"] if "rule" in choice else []

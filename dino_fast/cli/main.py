@@ -33,6 +33,7 @@ COMMANDS = {
     ("eval", "copy"): ("dino_fast.cli.eval_copy", "find the originals of distorted copies"),
     ("runs",): ("dino_fast.cli.runs", "list and compare runs, with a plot of their curves"),
     ("report",): ("dino_fast.cli.report", "write a page about a run: curves, attention, neighbours, settings"),
+    ("embed",): ("dino_fast.cli.embed", "write the features of images to Parquet, .npy or .csv"),
     ("export",): (
         "dino_fast.cli.export",
         "write a checkpoint's backbone for timm, torch.hub, transformers, ONNX or torch.export",

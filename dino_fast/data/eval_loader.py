@@ -40,7 +40,7 @@ def eval_batches(
     images: list[Tensor] = []
     labels: list[int] = []
     found = False
-    for index, image in enumerate(_centered(source, pair(size))):
+    for index, image in enumerate(centered_images(source, pair(size))):
         if isinstance(image, ImageError):
             logger.warning("left out of the evaluation: %s", image)
         else:
@@ -58,8 +58,10 @@ def eval_batches(
         raise UserError(f"none of the {len(source)} images can be read; 'dino-fast data check' says why")
 
 
-def _centered(source: Source, size: tuple[int, int]) -> Iterator[Tensor | ImageError]:
-    """`center_crop` of every image in order, or why it cannot be read. Threads work two groups of images each ahead."""
+def centered_images(source: Source, size: tuple[int, int], start: int = 0) -> Iterator[Tensor | ImageError]:
+    """`center_crop` of every image from `start` on, in order, or why it cannot be read. Threads work two groups of
+    images each ahead."""
+    first = start
 
     def read(start: int) -> list[Tensor | ImageError]:
         found: list[Tensor | ImageError] = []
@@ -74,7 +76,7 @@ def _centered(source: Source, size: tuple[int, int]) -> Iterator[Tensor | ImageE
     threads = min(_READERS, usable_cpus())
     ahead: deque[Future[list[Tensor | ImageError]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
-        for start in range(0, len(source), _GROUP):
+        for start in range(first, len(source), _GROUP):
             ahead.append(pool.submit(read, start))
             if len(ahead) > 2 * threads:
                 yield from ahead.popleft().result()

@@ -18,6 +18,8 @@ from dino_fast.data.labels import share_classes
 from dino_fast.data.source import EXTENSIONS, TEST_DIRS, TRAIN_DIRS, Source, SourceNote, Subset, kind_of_file
 from dino_fast.errors import UserError
 
+IN_MEMORY = "python:"  # how a run's config.yaml begins the name of images that a program gave as an object
+
 
 def open_source(given: Any) -> Source:
     """Opens images from whatever holds them.
@@ -46,6 +48,11 @@ def _open(given: Any) -> Source:
         return _open_object(given)
     if str(given) == "demo":
         return demo.open_demo()
+    if str(given).startswith(IN_MEMORY):
+        raise UserError(
+            f"the images ({str(given).removeprefix(IN_MEMORY)}) were given from Python as an object: give them so "
+            "again (dino_fast.train(data=..., resume=True)), or say with --data where they are"
+        )
     path = Path(given).expanduser()
     if path.is_dir():
         return _open_folder(path)

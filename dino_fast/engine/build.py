@@ -44,9 +44,12 @@ class Data:
     note: str = ""
 
 
-def open_data(config: Config) -> Data:
-    """Opens the images. All are trained on, but for a part that came as a test set and the share `hold_out`."""
-    source = open_source(config.data)
+def open_data(config: Config, source: Source | None = None) -> Data:
+    """Opens the images of `config.data`, or takes `source`.
+
+    All are trained on, but for a part that came as a test set and the share `hold_out`.
+    """
+    source = open_source(config.data) if source is None else source
     if config.channels is not None:
         for part in (source, source.test):
             if part is not None:
@@ -210,8 +213,8 @@ def build_train_state(
     groups, bf16_models = parameter_groups(student, teacher), None
     if bf16:
         bf16_models, autocast = (parallelize.bf16_copy(student), parallelize.bf16_copy(teacher)), None
-        for group, copies in zip(groups, parameter_groups(*bf16_models), strict=True):
-            group |= {"bf16_params": copies["params"], "bf16_teacher": copies["teacher_params"]}
+        for group, bf16_group in zip(groups, parameter_groups(*bf16_models), strict=True):
+            group |= {"bf16_params": bf16_group["params"], "bf16_teacher": bf16_group["teacher_params"]}
         _checkpoint_and_compile(config, *bf16_models)
     if device.type == "cuda":
         parallelize.use_tf32(config.tf32)

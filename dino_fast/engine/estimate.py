@@ -78,9 +78,11 @@ def sizes_of(config: Config, channels: int) -> Sizes | None:
     if config.arch not in ARCHITECTURES:
         return None
     width, depth, _ = ARCHITECTURES[config.arch]
-    large, small = (1 + (side // config.patch_size) ** 2 for side in (config.global_size, config.local_size))
+    global_tokens, local_tokens = (
+        1 + (side // config.patch_size) ** 2 for side in (config.global_size, config.local_size)
+    )
     width, depth = config.embed_dim or width, config.depth or depth
-    return Sizes(width, depth, config.patch_size, channels, large, small, 2 + config.local_crops)
+    return Sizes(width, depth, config.patch_size, channels, global_tokens, local_tokens, 2 + config.local_crops)
 
 
 def flops_per_image(config: Config, channels: int) -> float | None:
@@ -115,8 +117,8 @@ def forward_flops(sizes: Sizes, tokens: int, rates: list[float]) -> float:
     block = n * per_token + 4.0 * n * n * C
     last = n * 4.0 * C * C + (per_token - 4 * C * C) + 4.0 * n * C
     blocks = [block] * (len(rates) - 1) + [last]
-    kept = sum(cost * (1 - rate) for cost, rate in zip(blocks, rates, strict=True))
-    return kept + 2.0 * (n - 1) * sizes.patch**2 * sizes.channels * C
+    computed = sum(cost * (1 - rate) for cost, rate in zip(blocks, rates, strict=True))
+    return computed + 2.0 * (n - 1) * sizes.patch**2 * sizes.channels * C
 
 
 def _counted(config: Config, channels: int) -> tuple[float, float, int] | None:
@@ -128,15 +130,15 @@ def _counted(config: Config, channels: int) -> tuple[float, float, int] | None:
 
     with torch.device("meta"):
         backbone = build_configured_backbone(config, channels, 0.0).eval()
-    found = []
+    flops: list[float] = []
     for side in (config.global_size, config.local_size):
         try:
             with FlopCounterMode(display=False) as counter, torch.no_grad():
                 backbone(torch.empty(1, channels, side, side, dtype=torch.float32, device="meta"))
         except (RuntimeError, NotImplementedError):
             return None
-        found.append(float(counter.get_total_flops()))
-    return 3 * (2 * found[0] + config.local_crops * found[1]), 2 * found[0], backbone.embed_dim
+        flops.append(float(counter.get_total_flops()))
+    return 3 * (2 * flops[0] + config.local_crops * flops[1]), 2 * flops[0], backbone.embed_dim
 
 
 def parameters(config: Config, channels: int) -> tuple[int, int]:
@@ -156,23 +158,23 @@ def memory_parts(config: Config, channels: int, precision: str, world: int, devi
     """
     wide = 4 if precision == "fp32" else 2
     count = sum(parameters(config, channels))
-    cut = 1 if config.fsdp == "none" else world
+    shards = 1 if config.fsdp == "none" else world
     images = config.batch_size / world / config.grad_accum_steps
-    copies = precision == "bf16" and world == 1  # of both networks' weights, and gradients in bfloat16
+    has_bf16_models = precision == "bf16" and world == 1  # of both networks' weights, and gradients in bfloat16
     pixels = 2 * config.global_size**2 + config.local_crops * config.local_size**2
     parts = {
-        "weights of student and teacher, gradients, moments": (22.0 if copies else 20.0) * count / cut,
+        "weights of student and teacher, gradients, moments": (22.0 if has_bf16_models else 20.0) * count / shards,
         "crops": 4.0 * channels * pixels * config.batch_size / world,
     }
     sizes = sizes_of(config, channels)
-    kept = {"none": 16.0, "selective": 10.0, "full": 1.0}[config.checkpoint_activations]
+    saved = {"none": 16.0, "selective": 10.0, "full": 1.0}[config.checkpoint_activations]
     if device == "cpu" and precision == "fp32":
-        kept = min(kept, 6.0)
+        saved = min(saved, 6.0)
     if config.loss_impl == "logits":
         parts["logits"] = images * (4 + config.local_crops) * config.out_dim * wide
     if sizes is not None:
-        parts["what the blocks keep for the backward pass"] = (
-            images * sizes.student_tokens * sizes.depth * kept * sizes.width * wide
+        parts["activations that the blocks save for the backward pass"] = (
+            images * sizes.student_tokens * sizes.depth * saved * sizes.width * wide
         )
     return parts
 
@@ -286,14 +288,14 @@ class _Noise:
 
 def trial(config: Config, channels: int, device: torch.device, precision: str, images: int) -> float:
     """Seconds of a step on `images` images, the least of two after one to warm up."""
-    small = replace(config, batch_size=images, grad_accum_steps=1, fsdp="none", cuda_graph="off")
-    state = build_train_state(small, channels, device, precision)
-    large, local = config.global_size, config.local_size
+    trial_config = replace(config, batch_size=images, grad_accum_steps=1, fsdp="none", cuda_graph="off")
+    state = build_train_state(trial_config, channels, device, precision)
+    global_size, local_size = config.global_size, config.local_size
     crops: Crops = _Noise(
-        torch.randn(2, images, channels, large, large, dtype=torch.float32, device="cpu"),
-        torch.randn(config.local_crops, images, channels, local, local, dtype=torch.float32, device="cpu"),
+        torch.randn(2, images, channels, global_size, global_size, dtype=torch.float32, device="cpu"),
+        torch.randn(config.local_crops, images, channels, local_size, local_size, dtype=torch.float32, device="cpu"),
     )
-    schedules = Schedules(small, 10)
+    schedules = Schedules(trial_config, 10)
     hyperparams = replace(schedules.values_at(schedules.steps - 1), frozen=False)
     best = float("inf")
     for step in range(3):

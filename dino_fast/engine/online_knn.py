@@ -33,9 +33,9 @@ def measure_knn(
     config, accuracies, text = state.config, {}, ""
     for name, model in (("knn", state.teacher), ("knn_student", state.student)):
         backbone = whole_backbone(state, model, channels)
-        found = [all_features(state, backbone, source, watch) for source in (bank, test) if source is not None]
-        sets = [features for features in found if features is not None]
-        if len(sets) < len(found):
+        extracted = [all_features(state, backbone, source, watch) for source in (bank, test) if source is not None]
+        sets = [features for features in extracted if features is not None]
+        if len(sets) < len(extracted):
             return {}, ""
         (known, labels), (queries, truth) = sets[0], sets[-1]
         k = min(config.knn_k, len(known) - (test is None))

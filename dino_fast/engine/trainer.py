@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 import torch
 
 from dino_fast.backends import native_unavailable_reason
-from dino_fast.data import Batch, TrainLoader
+from dino_fast.data import Batch, Source, TrainLoader
+from dino_fast.data.open import IN_MEMORY
 from dino_fast.defaults import torch_defaults
 from dino_fast.engine import checkpoint
 from dino_fast.engine.build import (
@@ -50,15 +51,19 @@ SAVE_SHARE = 0.1  # saving takes at most this share of the time, however short t
 
 
 @torch_defaults()
-def train(config: Config) -> Path:
-    """Trains as configured; returns the run directory. Raises UserError, and Interrupted after Ctrl-C or SIGTERM."""
+def train(config: Config, source: Source | None = None) -> Path:
+    """Trains as configured, on `source` where it is given; returns the run directory.
+
+    Raises UserError, and Interrupted after a signal.
+    """
     validate(config)
     kind = resolve_device(config.device)
     precision = resolve_precision(config.precision, kind)
     config, stored = with_whole_paths(config), stored_config(config)
     if stored is not None:
         check_same(with_whole_paths(stored), config)
-        if config.data == stored.data != "demo" and not os.path.isabs(config.data):
+        named = config.data == "demo" or source is not None or config.data.startswith(IN_MEMORY)
+        if config.data == stored.data and not named and not os.path.isabs(config.data):
             raise UserError(
                 f"the run in {config.out} trains on {config.data!r}, which is not in this folder (its config.yaml has "
                 "no whole path); say where the images are with --data"
@@ -69,7 +74,7 @@ def train(config: Config) -> Path:
         _C.keep_freed_memory()
     with init_distributed(kind.type) as context, explained_out_of_memory():
         device = torch.device(kind.type, context.local) if kind.type == "cuda" else kind
-        data = open_data(config)
+        data = open_data(config, source)
         loader = make_loader(config, data.train, device, context)
         if device.type == "cpu":
             parts = memory_parts(config, data.train.channels, precision, context.world, device.type)
@@ -108,7 +113,7 @@ class Newest:
 
     def __init__(self, config: Config, data: Data) -> None:
         self.config, self.data = config, data
-        self.found: tuple[int, dict[Any, Any]] | None = None
+        self.loaded: tuple[int, dict[Any, Any]] | None = None
         self.notes: list[str] = []  # what was passed over
 
     def load(self, path: Path) -> None:
@@ -117,11 +122,11 @@ class Newest:
             return
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            self.found = checkpoint.load(path / "checkpoints")
+            self.loaded = checkpoint.load(path / "checkpoints")
         self.notes = [str(warning.message) for warning in caught]
-        if self.found is None:
+        if self.loaded is None:
             return
-        saved = self.found[1]
+        saved = self.loaded[1]
         if saved["images"] != len(self.data.train):
             raise UserError(
                 f"the run in {path} trains on {saved['images']} images, and {self.config.data} has "
@@ -164,11 +169,8 @@ class Trainer:
         self.nonfinite_steps = 0  # in a row
         self.pending: PendingStep | None = None
         self.fingerprint = fingerprint(data.train) if self.context.first else []  # now: the data may be lost later
-        self._agreed = [
-            0,
-            1,
-            0,
-        ]  # maximum over the processes: signal, whether a save is affordable, whether data failed
+        # Maximum over the processes: signal; whether a save by epochs is affordable, one by minutes due; data failed.
+        self._agreed = [0, 1, 0, 0]
         device, channels = str(state.device), data.train.channels
         sizes = sizes_of(config, channels)
         self.tokens_per_image = sizes.tokens if sizes else 0
@@ -239,9 +241,10 @@ class Trainer:
         except UserError as error:
             failure = error
         if self.context.world > 1:
-            affordable = self.context.first and self._save_is_affordable()
-            self._agreed = self.context.all_reduce_max(self.signals.number or 0, affordable, failure is not None)
-        if failure is None and not self._agreed[2]:
+            clock = self._save_is_affordable(), self._minutes_are_over()
+            own = (self.signals.number or 0, *(self.context.first and due for due in clock), failure is not None)
+            self._agreed = self.context.all_reduce_max(*own)
+        if failure is None and not self._agreed[3]:
             return batch
         reason = failure or UserError("another process found no data; its message says why")
         if self.step <= max(self.saved_step, 0):
@@ -360,7 +363,7 @@ class Trainer:
         """With `--resume` takes over the newest whole checkpoint. Returns False if the run was already finished."""
         if not self.config.resume:
             return True
-        loaded, newest.found = broadcast_state(self.context, newest.found), None
+        loaded, newest.loaded = broadcast_state(self.context, newest.loaded), None
         for note in newest.notes:
             self.say(f"note: {note}")
         path = self.run_dir.path
@@ -403,14 +406,22 @@ class Trainer:
             self.checkpointer.save(self.run_dir.checkpoints, self.step, saved, self.config.keep_checkpoints, is_best)
 
     def _save_is_due(self, measured: dict[str, float]) -> bool:
-        """At the end, at a new best, and every `save_every` epochs if that is affordable."""
+        """At the end, at a new best, every so many steps and minutes, and every `save_every` epochs if affordable."""
         if self.step == self.end or measured.get("knn", -1.0) > self.best_knn:
             return True
-        affordable = bool(self._agreed[1]) if self.context.world > 1 else self._save_is_affordable()
-        return self._is_every(self.config.save_every) and affordable
+        if self.config.save_every_steps and self.step % self.config.save_every_steps == 0:
+            return True
+        affordable, minutes_over = map(bool, self._agreed[1:3])
+        if self.context.world == 1:
+            affordable, minutes_over = self._save_is_affordable(), self._minutes_are_over()
+        return minutes_over or (self._is_every(self.config.save_every) and affordable)
 
     def _save_is_affordable(self) -> bool:
         return (time.monotonic() - self.saved_at) * SAVE_SHARE >= self.checkpointer.seconds
+
+    def _minutes_are_over(self) -> bool:
+        minutes = self.config.save_every_minutes
+        return minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
 
     # ---- messages and the end ----
 
@@ -459,17 +470,22 @@ class Trainer:
         export_backbone(
             backbone,
             self.run_dir.export / "teacher.safetensors",
-            **({"arch": self.config.arch} if "/" in self.config.arch else {}),  # others are recognized by their shapes
+            **(  # others are recognized by their shapes
+                {"arch": self.config.arch, "img_size": [self.config.global_size] * 2} if "/" in self.config.arch else {}
+            ),
             mean=list(self.config.mean),
             std=list(self.config.std),
         )
         best = f" (best k-NN {self.best_knn:.1%} in checkpoints/best)" if self.best_knn >= 0 else ""
         look = "knn" if is_labeled(self.data.train) else "attention"  # k-NN needs labels
+        following = f"dino-fast eval {look} --checkpoint {path} --data {self.config.data}"
+        if self.config.data.startswith(IN_MEMORY):
+            following = f"dino_fast.load({str(path)!r}), which turns images into features"
         self.say(
             f"finished at step {self.step}{best}. Written to {path}:\n"
             "  export/teacher.safetensors   the trained backbone\n"
             "  checkpoints/                 to continue from, or to evaluate\n"
             "  metrics.jsonl, events.out.*  every step's numbers, for you and for TensorBoard\n"
             "  config.yaml                  the settings, to repeat it\n"
-            f"Try next: dino-fast eval {look} --checkpoint {path} --data {self.config.data}"
+            f"Try next: {following}"
         )

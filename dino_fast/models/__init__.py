@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, cast
 
 from dino_fast.errors import UserError, nearest
-from dino_fast.models import dinov2
+from dino_fast.models import custom, dinov2
 from dino_fast.models.dinov2 import DINOv2
 from dino_fast.models.head import DINOHead, WeightNormLinear
 from dino_fast.models.multi_crop_wrapper import MultiCropWrapper
@@ -42,9 +42,12 @@ def build_backbone(arch: str, **options: Any) -> Any:
     """A backbone by name; `options` are those of `VisionTransformer` and may replace the name's sizes too.
 
     `timm/NAME` and `torchvision/NAME` are models of those libraries without weights and classifier, in which only
-    `in_chans`, `img_size` and `drop_path_rate` are set, as far as they have them. Every backbone has `embed_dim` and
+    `in_chans`, `img_size` and `drop_path_rate` are set, as far as they have them; `custom/NAME` is a module that the
+    program gave. Every backbone has `embed_dim` and
     turns `[B, C, H, W]` into `[B, embed_dim]`. Raises UserError for a name that is not there.
     """
+    if arch.partition("/")[0] == custom.LIBRARY:
+        return custom.build(arch.partition("/")[2], **options)
     if arch.partition("/")[0] in LIBRARIES:
         from dino_fast.models.libraries import build
 

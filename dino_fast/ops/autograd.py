@@ -1,4 +1,4 @@
-"""What the operations share in PyTorch's autograd: how an operator is registered, and which derivatives are refused.
+"""Shared autograd code of the operations: registers operators, and refuses derivatives that do not exist.
 
 An operation has two doors. Plain tensors go straight to an `autograd.Function` (`is_plain`): with cold caches the
 dispatcher costs 0.2 to 0.7 ms, a tenth of a large problem. Everything else, compiled and recorded code above all, goes
@@ -24,12 +24,16 @@ from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("dino_fast", "FRAGMENT")
+Backward = Callable[..., Any]
 PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))  # no subclass with a dispatch of its own
 
 
 def is_plain(*tensors: Tensor) -> bool:
-    """Whether nothing but autograd has to see what is done to these tensors: no subclass, no compiler or other tracer,
-    no mode, no transform of `torch.func`, no forward-mode differentiation."""
+    """Whether only autograd has to see the operations on these tensors.
+
+    That is: no tensor subclass, no compiler or other tracer, no mode, no transform of `torch.func`, no forward-mode
+    differentiation.
+    """
     return (
         not torch.compiler.is_compiling()
         and PLAIN_TYPES.issuperset(map(type, tensors))
@@ -43,19 +47,19 @@ def is_plain(*tensors: Tensor) -> bool:
 
 def define_operator(
     name: str,
-    forward: Callable,
-    fake: Callable,
+    forward: Callable[..., Any],
+    fake: Callable[..., Any],
     *,
     alternative: str,
-    backward: Callable | None = None,
-    setup_context: Callable | None = None,
+    backward: Callable[..., Any] | None = None,
+    setup_context: Callable[..., None] | None = None,
     mutates_args: Sequence[str] = (),
 ) -> None:
     """Registers `torch.ops.dino_fast.NAME` with the schema of `forward`'s annotations.
 
     Args:
         fake: gives outputs of the right shapes and dtypes, as `torch.library.register_fake` takes it.
-        alternative: what to differentiate where this operator cannot be, for the message.
+        alternative: name of a function to differentiate where this operator cannot be, for the message.
         backward, setup_context: as `torch.library.register_autograd` takes them; without them, no derivative.
         mutates_args: the parameters whose tensors are written in place. Such an operator has no derivative, and is
             refused where one is recorded.
@@ -122,14 +126,15 @@ def refuse_transforms(operation: str, alternative: str, *arguments: Any) -> None
         )
 
 
-def once_differentiable(operation: str, alternative: str) -> Callable[[Callable], Callable]:
-    """Decorates a backward whose gradients must not be differentiated again: PyTorch's decorator of this name lets
-    `torch.autograd.grad` take them for constants, since its error is raised by a node without inputs.
+def once_differentiable(operation: str, alternative: str) -> Callable[[Backward], Backward]:
+    """Decorates a backward whose gradients must not be differentiated again: that raises RuntimeError.
 
-    The gradients depend on the upstream ones, the saved tensors, and `ctx.anchors`, for inputs that are not saved.
+    PyTorch's decorator of this name lets `torch.autograd.grad` take them for constants, since its error is raised by a
+    node without inputs. The gradients depend on the upstream ones, on the saved tensors, and on `ctx.anchors` for
+    inputs that are not saved.
     """
 
-    def decorate(backward: Callable) -> Callable:
+    def decorate(backward: Backward) -> Backward:
         @functools.wraps(backward)
         def decorated(ctx: Any, *upstream: Tensor | None) -> Any:
             if not torch.is_grad_enabled():
@@ -148,7 +153,7 @@ def _backward_inputs(ctx: Any) -> tuple[Tensor | None, ...]:
 
 
 def anchor(tensor: Tensor) -> Tensor:
-    """An empty tensor that was made from this one, as autograd sees it, and holds none of its memory."""
+    """An empty tensor that autograd sees as computed from this one; it keeps none of its memory."""
     with torch.enable_grad():
         return tensor.narrow(0, 0, 0).clone()
 
@@ -159,11 +164,11 @@ def savable(tensor: Tensor) -> Tensor:
 
 
 class _NoDoubleBackward(torch.autograd.Function):
-    """Lets gradients through, as functions of what they were made from, and refuses to differentiate them."""
+    """Passes gradients on as functions of the tensors they were computed from, and refuses to differentiate them."""
 
     @classmethod
     def guard(
-        cls, operation: str, alternative: str, gradients: Tensor | tuple[Tensor | None, ...], sources: tuple
+        cls, operation: str, alternative: str, gradients: Tensor | tuple[Tensor | None, ...], sources: tuple[Any, ...]
     ) -> Any:
         several = gradients if isinstance(gradients, tuple) else (gradients,)
         sources = tuple(x for x in sources if isinstance(x, Tensor) and x.requires_grad)
@@ -186,9 +191,11 @@ class _NoDoubleBackward(torch.autograd.Function):
 
 
 def split_temps(student_temp: float | Tensor, teacher_temp: float | Tensor) -> tuple[float, float, Tensor | None]:
-    """The temperatures as an operator takes them: both numbers and None; or where one is a tensor 1, 1 and both in a
-    float64 vector on the host. A number is a constant in traced code, and each new one is compiled anew; a tensor is an
-    input."""
+    """The temperatures as an operator takes them.
+
+    Both numbers and None; or, where one is a tensor, 1, 1 and both in a float64 tensor [2] on the host. A number is a
+    constant in traced code, which is compiled anew for each; a tensor is an input.
+    """
     if not isinstance(student_temp, Tensor) and not isinstance(teacher_temp, Tensor):
         return student_temp, teacher_temp, None
     both = [torch.as_tensor(x, dtype=torch.float64, device="cpu") for x in (student_temp, teacher_temp)]

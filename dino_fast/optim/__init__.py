@@ -16,7 +16,14 @@ Optimizer = AdamWEMA | SGDEMA | LARSEMA
 def build_optimizer(
     name: str, groups: list[dict[str, Any]], lr: float, weight_decay: float, clip_grad: float
 ) -> Optimizer:
-    """The optimizer called `adamw`, `sgd` or `lars` over groups of `params` and `teacher_params`."""
+    """The optimizer of a run.
+
+    Args:
+        name: "adamw", "sgd" or "lars".
+        groups: dicts with `params`, and any of `teacher_params`, `lr` and `weight_decay`.
+        lr, weight_decay: of groups that bring none.
+        clip_grad: largest 2-norm of each parameter's gradient; 0 does not clip.
+    """
     if name == "adamw":
         return AdamWEMA(groups, None, lr=lr, weight_decay=weight_decay, clip_grad=clip_grad)
     if name == "sgd":

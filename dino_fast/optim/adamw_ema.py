@@ -14,7 +14,7 @@ import operator
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -24,8 +24,8 @@ from dino_fast.ops.multi_tensor.param_batch import BatchCache, ParamBatch, grad_
 
 CLIP_MODES = ("parameter", "global")
 
-# What belongs to each parameter: the modules' own tensors. They may be given in groups, but are kept beside them, since
-# whoever reads an optimizer (torch.distributed.checkpoint) expects all that is in a group to be in the state dict too.
+# The tensors that belong to each parameter: the modules' own. They may be given in groups, but are kept beside them,
+# since torch.distributed.checkpoint expects all that is in a group to be in the state dict too.
 _COMPANIONS = ("teacher_params", "bf16_params", "bf16_teacher")
 
 
@@ -45,7 +45,7 @@ def ema_update(
         momentum: share of the old teacher that is kept, in [0, 1]: a number, or a tensor of one on the CPU. At 0.996 a
             bfloat16 teacher rounds to no change: keep it in float32. Either may change from call to call within
             `torch.compile`: it is an input of the compiled program.
-        skip: a boolean scalar on the device: where it is true nothing changes. Nothing waits for it.
+        skip: bool scalar on the tensors' device: where it is true nothing changes. It is not read on the host.
 
     Raises:
         ValueError: lists, shapes or devices that disagree, or a momentum outside [0, 1] or on another device.
@@ -65,7 +65,15 @@ def ema_update(
 
 
 def as_found_inf(skip: Tensor | None, found_inf: Tensor | None = None) -> Tensor | None:
-    """What the operations take: 0, positive after an overflow (the teacher moves on), infinite where all must stay."""
+    """The `found_inf` of the operations: `found_inf` itself, but infinite where `skip` is true.
+
+    Args:
+        skip: bool scalar on a device, or None for a step that is not skipped.
+        found_inf: torch.amp.GradScaler's, one float on a device: 0, or positive after an overflow. None means 0.
+
+    Returns:
+        A float32 scalar. 0: step; > 0: overflow, EMA only; inf: skip everything. Or `found_inf` where `skip` is None.
+    """
     if skip is None:
         return found_inf
     none = torch.zeros((), dtype=torch.float32, device=skip.device) if found_inf is None else found_inf.reshape(())
@@ -73,11 +81,15 @@ def as_found_inf(skip: Tensor | None, found_inf: Tensor | None = None) -> Tensor
 
 
 def only_makes_state(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the step that comes is one with which torch.distributed.checkpoint makes an optimizer's state."""
+    """Whether the coming step is the one by which torch.distributed.checkpoint initializes an optimizer's state.
+
+    It steps once with learning rates of 0, so that there is a state to load into.
+    """
     return not any(optimizer.state.values()) and all(float(group["lr"]) == 0 for group in optimizer.param_groups)
 
 
 def warn_that_teacher_stays(cure: str) -> None:
+    """Warns that a step without a momentum leaves the teacher as it is; `cure` is the sentence with the remedy."""
     warnings.warn(
         f"the optimizer has teacher_params, but this step has no momentum, so the teacher stays as it is. {cure} "
         f"Where something else moves the teacher, leave teacher_params out.",
@@ -108,13 +120,13 @@ class AdamWEMA(torch.optim.Optimizer):
             for training loops that call `step()` alone (accelerate, Hugging Face's Trainer). With None such a step
             leaves the teacher as it is, which is said once.
         bf16_params, bf16_teacher: bfloat16 tensors, one for each parameter, that hold rounded copies of student and
-            teacher: written here, at every step, and by `refresh_copies`. A copy may be what the forward pass uses;
-            its `.grad` then counts where the parameter itself has none.
+            teacher: written here, at every step, and by `refresh_copies`. The forward pass may use a copy instead
+            of the parameter; its `.grad` then counts where the parameter itself has none.
 
-    Dtypes: float32 (float64 runs on the reference). A bfloat16 parameter or teacher keeps a float32 master in the
-    state (`master`, `teacher_master`), which is what is updated; the module holds its rounding. Masters are saved in
-    the state dict, and made from the module where a loaded one has none; call `rebuild_masters` after changing
-    such a module's weights by hand.
+    Dtypes: float32 (float64 runs on the reference). A bfloat16 parameter or teacher has a float32 master in the
+    state (`master`, `teacher_master`): the step updates the master and rounds it into the module. Masters are saved in
+    the state dict, and made from the module where a loaded one has none; call `rebuild_masters` after changing such a
+    module's weights by hand.
 
     Mixed precision: `torch.amp.GradScaler.step(optimizer, momentum=m)` works with or without `unscale_`. Without it
     the gradients are unscaled on the way (`.grad` itself keeps the scale) before they are clipped. After an overflow
@@ -244,11 +256,14 @@ class AdamWEMA(torch.optim.Optimizer):
             closure: re-evaluates the model and returns the loss, as in every optimizer.
             momentum: share of the old teacher that is kept, in [0, 1], in all groups; None takes each group's
                 `momentum`. Without either the teacher stays as it is, with a warning the first time.
-            skip: a boolean scalar on the device: where it is true, as for a loss that is not finite, the step changes
-                nothing, the teacher neither. Nothing waits for it.
+            skip: bool scalar on the device: where it is true, as for a loss that is not finite, the step changes
+                nothing, the teacher neither. It is not read on the host.
 
-        Without `momentum`, a first step at learning rates of 0 is what torch.distributed.checkpoint makes the state
-        with: it leaves the teacher as it is.
+        torch.distributed.checkpoint initializes the state by a first step with learning rates of 0 and without
+        `momentum`; such a step leaves the teacher as it is.
+
+        Returns:
+            The closure's loss, or None without a closure.
 
         Raises:
             ValueError: a momentum outside [0, 1], or one given where there is no teacher.
@@ -269,7 +284,7 @@ class AdamWEMA(torch.optim.Optimizer):
             batch.grads = []  # the caller's to free, before the next forward
         for batch in without_grad:
             batch.update_teachers(keep[batch.momentum_group], _on(batch.device, found_inf))
-        if makes_state:  # all of it: what is loaded next is read by these names
+        if makes_state:  # masters too: only the names that exist are loaded next
             for group, teachers in zip(self.param_groups, self.teacher_params, strict=True):
                 for p, teacher in zip(group["params"], teachers, strict=False):
                     self._master(p, p, "master")
@@ -302,17 +317,20 @@ class AdamWEMA(torch.optim.Optimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """The 2-norm of all gradients of the last step, before they were clipped, a scalar on the device; None where
-        nothing is clipped, since no norms are made then."""
+        """The 2-norm of all gradients of the last step, before they were clipped.
+
+        A scalar on the device, without the gradient scale; None where nothing is clipped, since no norms are made then.
+        """
         if not self._norms:
             return None
-        return torch.linalg.vector_norm(torch.cat([norms.to(self._norms[0].device) for norms in self._norms]))
+        norms = [n.to(self._norms[0].device) for n in self._norms]
+        return cast(Tensor, torch.linalg.vector_norm(torch.cat(norms)))
 
     def write_hyperparameters(self, momentum: float | None = None) -> None:
-        """Before each replay of a CUDA graph that holds `step(momentum=...)`: bring the groups' present learning rates
-        and weight decays, and the momentum, to the device. Nothing else is computed.
+        """Copy the groups' learning rates and weight decays, and the momentum, to the device; compute nothing.
 
-        Run one step before the capture, and leave the gradients (or their set of Nones) as they were captured.
+        For a CUDA graph that captured `step(momentum=...)`: call this before each replay, which reads them there. Run
+        one step before the capture, and leave the gradients (or their set of Nones) as they were captured.
         """
         from dino_fast.ops.multi_tensor.cuda import writing_hyper_only
 
@@ -336,8 +354,11 @@ class AdamWEMA(torch.optim.Optimizer):
             state.pop("teacher_master", None)
 
     def state_dict(self) -> dict[str, Any]:
-        """torch.optim.AdamW's state dict, with float32 masters where a module is bfloat16, and with the groups'
-        `momentum` where they have one; the teacher is not in it."""
+        """torch.optim.AdamW's state dict.
+
+        With float32 masters where a module is bfloat16, and with the groups' `momentum` where they have one; the
+        teacher is not in it.
+        """
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -375,11 +396,11 @@ class AdamWEMA(torch.optim.Optimizer):
                     state[name] = source[name].to(p.device, torch.float32, copy=True)
 
     def _batches(self, momenta: list[float | None]) -> tuple[list[ParamBatch], list[ParamBatch]]:
-        """What to step, in one batch for each device and setting of AdamW, and teachers of parameters at rest.
+        """The batches (with gradients, without), one of each for every device and setting of AdamW.
 
-        Made anew only where tensors, settings or which of the parameters have gradients changed; otherwise this sets
-        the gradients, learning rates and weight decays of the last ones. Which groups have equal momenta is such a
-        setting, but not their values: a schedule changes them at every step.
+        Those without gradients are of teachers alone. Built anew only where tensors, settings or the set of parameters
+        with gradients changed; otherwise this sets the gradients, learning rates and weight decays of the cached ones.
+        Which groups have equal momenta is such a setting, but not the values: a schedule changes them at every step.
         """
         groups = self.param_groups
         params = [p for group in groups for p in group["params"]]
@@ -435,8 +456,8 @@ class AdamWEMA(torch.optim.Optimizer):
         return list(with_grad.values()), list(without_grad.values())
 
     def _init_state(self, p: Tensor) -> dict[str, Any]:
-        """The parameter's state, made at its first use. Moments of a bfloat16 parameter are float32."""
-        state = self.state[p]
+        """The parameter's state, created at its first use. Moments of a bfloat16 parameter are float32."""
+        state: dict[str, Any] = self.state[p]
         if "step" not in state:
             wide = torch.float32 if p.dtype == torch.bfloat16 else p.dtype
             state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
@@ -445,13 +466,13 @@ class AdamWEMA(torch.optim.Optimizer):
         return state
 
     def _master(self, p: Tensor, module_tensor: Tensor, name: str) -> Tensor:
-        """The tensor that is updated: the module's own, or the float32 master of a bfloat16 one."""
+        """The tensor that the step updates: the module's own, or the float32 master of a bfloat16 one."""
         if module_tensor.dtype != torch.bfloat16:
             return module_tensor
         state = self._init_state(p)
         if name not in state:
             state[name] = module_tensor.detach().float()
-        return state[name]
+        return cast(Tensor, state[name])
 
 
 # ---- arguments ----

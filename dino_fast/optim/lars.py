@@ -9,14 +9,14 @@ from torch import Tensor
 
 from dino_fast.optim.sgd import SGDEMA
 
-TRUST = 0.001  # the share of its own length by which a matrix moves at learning rate 1
+TRUST = 0.001  # eta of the paper: a matrix moves by this share of its own 2-norm at learning rate 1
 
 
 class LARSEMA(SGDEMA):
     """Layer-wise adaptive rate scaling (You, Gitman & Ginsburg 2017, arXiv:1708.03888), as the original has it.
 
     A matrix p with gradient g moves along u = g + weight_decay * p, scaled by TRUST * |p| / |u| where neither is 0;
-    vectors are neither decayed nor scaled. Groups carry `params` and `teacher_params`.
+    vectors are neither decayed nor scaled. Arguments and groups are those of `SGDEMA`.
     """
 
     def _update(self, p: Tensor, group: dict[str, Any]) -> Tensor:

@@ -1,7 +1,7 @@
 """SGD with the interface of `AdamWEMA`: one call clips, updates the student, then moves the teacher.
 
-For the published recipes of convolutional networks. Its momentum is 0.9 (torch's kind: the learning rate is outside of
-the buffer), and each gradient is clipped by its own norm, as the original does.
+For the published recipes of convolutional networks. SGD's own momentum is 0.9, as in torch.optim.SGD (the learning rate
+multiplies the buffer), and each gradient is clipped by its own norm, as in the original DINO.
 """
 
 from __future__ import annotations
@@ -18,8 +18,21 @@ MOMENTUM = 0.9
 
 
 class SGDEMA(torch.optim.Optimizer):
-    """SGD with momentum over groups that carry `params` and `teacher_params`; see `AdamWEMA` for `step`. Nothing waits
-    for the device."""
+    """SGD with momentum, gradient clipping and the teacher's EMA.
+
+    For each parameter p with gradient g, clipped to the 2-norm `clip_grad`, and buffer b, all in the parameter's dtype:
+
+        b <- 0.9 b + g + weight_decay * p,   p <- p - lr * b,   then   teacher <- m teacher + (1 - m) p
+
+    Args:
+        groups: dicts with `params`, and any of `teacher_params` (the teacher's counterparts in the same order), `lr`,
+            `weight_decay` and `momentum` (SGD's own).
+        lr, weight_decay: of groups that bring none.
+        clip_grad: largest 2-norm of each gradient; 0 does not clip.
+
+    torch.amp.GradScaler passes its scale and `found_inf` instead of waiting for them, as with `AdamWEMA`. The teacher
+    is in no group and in no state dict.
+    """
 
     _step_supports_amp_scaling = True
     found_inf: Tensor | None
@@ -47,6 +60,14 @@ class SGDEMA(torch.optim.Optimizer):
         momentum: float | None = None,
         skip: Tensor | None = None,
     ) -> Any:
+        """Clip, update the parameters, then the teacher; the arguments are those of `AdamWEMA.step`.
+
+        Gradients are unscaled and clipped in place. `momentum` is the teacher's, in [0, 1]; without it the teacher
+        stays as it is, with a warning the first time.
+
+        Raises:
+            ValueError: a momentum outside [0, 1], or teachers that do not fit the parameters; see `ema_update`.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():

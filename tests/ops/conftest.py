@@ -1,4 +1,4 @@
-"""What the tests of native kernels share."""
+"""Fixtures of the tests of native kernels."""
 
 from __future__ import annotations
 

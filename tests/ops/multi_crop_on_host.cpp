@@ -6,7 +6,7 @@ using namespace dino_fast::cuda;
 
 namespace {
 
-// The columns of csrc/bindings.cpp.
+// The columns of csrc/bindings/multi_crop.cpp.
 std::vector<CropTask> tasks_of(int64_t n, const int64_t* c, const float* f) {
   std::vector<CropTask> tasks(n);
   for (int64_t i = 0; i < n; ++i, c += 18, f += 5) {

@@ -53,7 +53,7 @@ def problem(V, T, B, K, D, dtype=torch.float32, *, gain=True, scale=1.0, seed=0,
 
 
 def results(function, tensors, gains, upstream=1.0, dtype=None, **options):
-    """Loss, teacher mean and the gradients by student, weight and gain."""
+    """Loss, teacher mean and the gradients w.r.t. student, weight and gain."""
     tensors = [x.detach().to(dtype or x.dtype) for x in tensors]
     gains = {name: x.detach().to(dtype or x.dtype) for name, x in gains.items()}
     leaves = [tensors[0], tensors[1], *([gains["student_gain"]] if gains else [])]

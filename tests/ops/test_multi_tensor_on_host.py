@@ -318,10 +318,10 @@ def test_a_capture_without_a_step_before_it_says_what_to_do(kernels):
 
 
 def test_plans_that_are_not_used_are_dropped(kernels):
-    for _ in range(multi_tensor_cuda.KEPT + 5):
+    for _ in range(multi_tensor_cuda.MAX_PLANS + 5):
         student = [torch.ones(5)]
         multi_tensor_cuda.ema_update([torch.zeros(5)], student, 0.5, [])
-    assert len(multi_tensor_cuda._plans) <= multi_tensor_cuda.KEPT
+    assert len(multi_tensor_cuda._plans) <= multi_tensor_cuda.MAX_PLANS
 
 
 @pytest.mark.parametrize("grad_dtype", FLOATS)

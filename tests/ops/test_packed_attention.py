@@ -40,7 +40,7 @@ def ends(lengths):
 
 
 def run(attention, qkv, cu_seqlens, upstream):
-    """(output, gradient by qkv) of attention(qkv, cu_seqlens)."""
+    """(output, gradient w.r.t. qkv) of attention(qkv, cu_seqlens)."""
     leaf = qkv.detach().clone().requires_grad_()
     out = attention(leaf, cu_seqlens)
     return out.detach(), torch.autograd.grad(out, leaf, upstream)[0]

@@ -401,6 +401,11 @@ def to_pixels(item: Any, scale: Scale | None) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(_eight_bits(array, scale)))
 
 
+def image_pixels(item: Any, channels: int) -> Tensor:
+    """One image of any kind -> uint8 [channels, H, W]; floats are pixels from 0 to 1. Raises ImageError."""
+    return _with_channels(to_pixels(item, None), channels)
+
+
 def _of_pillow(image: Image.Image) -> np.ndarray:
     """[H, W] or [H, W, 3], upright; opacity is dropped."""
     try:

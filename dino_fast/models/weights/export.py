@@ -24,6 +24,7 @@ from dino_fast.augment import IMAGENET_MEAN, IMAGENET_STD
 from dino_fast.errors import UserError, nearest, unwritable
 from dino_fast.models import DINOv2, VisionTransformer
 from dino_fast.models.vit import Attention, Block, grid_of
+from dino_fast.models.weights.hub_folder import write_folder
 from dino_fast.models.weights.key_mapping import to_timm, to_transformers
 from dino_fast.models.weights.read import export_backbone
 
@@ -99,6 +100,11 @@ def _torch_hub(backbone: VisionTransformer, path: Path, facts: dict[str, Any]) -
 
     _folder(path, fill)
     return f"torch.hub.load({str(path)!r}, 'backbone', source='local')"
+
+
+def _hub(backbone: VisionTransformer, path: Path, facts: dict[str, Any]) -> str:
+    _folder(path, lambda folder: write_folder(backbone, folder, facts))
+    return f"dino_fast.Backbone.from_pretrained({str(path)!r})"
 
 
 def _timm(backbone: VisionTransformer, path: Path, facts: dict[str, Any]) -> str:
@@ -369,6 +375,7 @@ FORMATS: dict[str, tuple[Writer, tuple[str, ...]]] = {
     "safetensors": (_safetensors, (".safetensors", ".pth")),
     "timm": (_timm, ()),
     "torch-hub": (_torch_hub, ()),
+    "hub": (_hub, ()),
     "transformers": (_transformers, ()),
     "onnx": (_onnx, (".onnx",)),
     "torch-export": (_torch_export, (".pt2",)),

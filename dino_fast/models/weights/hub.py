@@ -63,6 +63,8 @@ def folder_of_another_library(path: Path) -> tuple[Path, dict[str, Any]] | None:
     if not files or not (path / "config.json").exists():
         return None
     config = _json(path / "config.json")
+    if "dino_fast" in config:  # ours: the weights' file says all
+        return files[0], {}
     facts = _of_timm(config) if "architecture" in config else _of_transformers(config)
     images = path / "preprocessor_config.json"
     if images.exists():

@@ -7,17 +7,18 @@ With s the student's logits [V, B, K], t the teacher's [2, B, K], c the centre [
 
 (Caron et al. 2021, "Emerging properties in self-supervised vision transformers", algorithm 1 with multi-crop.)
 
-On a CPU the kernels write the gradient w.r.t. the student's logits in the forward pass, for an upstream gradient of 1,
-which is what `loss.backward()` brings. Another one multiplies it; for bfloat16, where that would round a second time,
-the backward makes the gradient anew with the upstream gradient included, from the logits and each row's maximum and sum
-that the forward saved. float16 logits never get theirs in the forward: divided by tau_s B (2 V - 2) it would underflow
+On a CPU the kernels write the gradient w.r.t. the student's logits in the forward pass, for the upstream gradient of 1
+of `loss.backward()`. Another one multiplies it; for bfloat16, where that would round a second time, the backward makes
+the gradient anew with the upstream gradient included, from the logits and each row's maximum and sum that the forward
+saved. float16 logits never get theirs in the forward: divided by tau_s B (2 V - 2) it would underflow
 before a loss scale could lift it.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,16 +27,16 @@ from dino_fast import gpu
 from dino_fast.backends import Backend, choose, native_unavailable_reason, register, triton_unavailable_reason
 from dino_fast.ops import autograd
 from dino_fast.ops.dino_loss import native, triton
-from dino_fast.ops.dino_loss.common import KERNEL_DTYPES, TEACHER_CROPS, pair_weights
+from dino_fast.ops.dino_loss.common import KERNEL_DTYPES, TEACHER_CROPS, Outputs, pair_weights
 
 DTYPES = (*KERNEL_DTYPES, torch.float64)
 REFERENCE = "dino_fast.ops.dino_loss.dino_loss_reference"
 
 
 class DinoLoss(NamedTuple):
-    """What `dino_loss` returns."""
+    """The results of `dino_loss`."""
 
-    loss: Tensor  # scalar, float32 (float64 for float64 logits), differentiable by the student's logits
+    loss: Tensor  # scalar, float32 (float64 for float64 logits), differentiable w.r.t. the student's logits
     teacher_mean: Tensor  # [K], mean of the raw teacher logits over its 2 B rows, detached
     teacher_entropy: Tensor  # scalar, mean entropy of the teacher's target rows in nats, detached
 
@@ -63,8 +64,7 @@ def dino_loss(
             backend does so where the logits are contiguous float32 or bfloat16 and need a gradient, outside of
             torch.compile. Where an earlier operation kept the logits for its own backward, that backward raises. In
             bfloat16 an upstream gradient that is no power of two then rounds the gradient a second time.
-        backend: "auto", "triton", "triton_sweep" (a GPU's gradient in the forward, not measured yet), "native" or
-            "reference"; see `dino_fast.backends`.
+        backend: "auto", "triton", "native" or "reference"; see `dino_fast.backends`.
 
     NaN or infinite logits give a loss and gradients that are not finite, as the formula does; they raise nothing, which
     would cost a pass over the data. One derivative, in reverse mode; others are refused.
@@ -90,7 +90,7 @@ def dino_loss(
 def validate_inputs(
     student: Tensor, teacher: Tensor, center: Tensor, student_temp: float = 1.0, teacher_temp: float = 1.0
 ) -> None:
-    """Raises ValueError for inputs that do not fit, with what was given and what is accepted."""
+    """Raises ValueError for inputs that do not fit; the message names the given and the accepted ones."""
     if wrong := _wrong_shapes(student.shape, teacher.shape, center.shape):
         shapes = f"got student {list(student.shape)}, teacher {list(teacher.shape)}, centre {list(center.shape)}"
         raise ValueError(f"dino_loss: {wrong}; {shapes}")
@@ -160,15 +160,25 @@ def _forward(
     differentiable: bool,
     backend: str = "auto",
     changing_temps: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Outputs:
     temps = autograd.read_temps(student_temp, teacher_temp, changing_temps)
     return _run(student, teacher, center, *temps, differentiable, backend)
 
 
-def _run(student, teacher, center, student_temp, teacher_temp, differentiable, backend, inplace=False, direct=False):
+def _run(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+    differentiable: bool,
+    backend: str,
+    inplace: bool = False,
+    direct: bool = False,
+) -> Outputs:
     validate_inputs(student, teacher, center, student_temp, teacher_temp)
     chosen = choose("dino_loss", student, teacher, backend=backend)
-    written = differentiable and _written_in_forward(student, chosen, direct)
+    written = differentiable and _written_in_forward(student, direct)
     overwritten = inplace and written and student.is_contiguous()
     if overwritten:
         _refuse_shared_memory(student, teacher, center)
@@ -185,15 +195,22 @@ def _run(student, teacher, center, student_temp, teacher_temp, differentiable, b
 
 
 def _fake_forward(
-    student, teacher, center, student_temp, teacher_temp, differentiable, backend="auto", changing_temps=None
-):
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+    differentiable: bool,
+    backend: str = "auto",
+    changing_temps: Tensor | None = None,
+) -> Outputs:
     temps = (student_temp, teacher_temp) if changing_temps is None else ()
     validate_inputs(student, teacher, center, *temps)
-    written = differentiable and _written_in_forward(student, "", direct=False)
+    written = differentiable and _written_in_forward(student, direct=False)
     return _empty_outputs(student, differentiable, written, overwritten=False)
 
 
-def _empty_outputs(student: Tensor, differentiable: bool, written: bool, overwritten: bool) -> tuple[Tensor, ...]:
+def _empty_outputs(student: Tensor, differentiable: bool, written: bool, overwritten: bool) -> Outputs:
     V, B, K = student.shape
     result = torch.float64 if student.dtype == torch.float64 else torch.float32
     made_anew = differentiable and (not written or (_rounds_twice(student) and not overwritten))
@@ -207,18 +224,16 @@ def _empty_outputs(student: Tensor, differentiable: bool, written: bool, overwri
     )
 
 
-def _written_in_forward(student: Tensor, chosen: str, direct: bool) -> bool:
+def _written_in_forward(student: Tensor, direct: bool) -> bool:
     """Whether the forward writes the gradient.
 
     Not in float16, where 1 / (tau_s B N) underflows. Not on an accelerator, whose upstream gradient the host cannot see
-    without waiting: one pass that scales as it writes costs less than multiplying afterwards (`triton_sweep` alone
-    writes it there). Not in bfloat16 in traced code, which cannot look at the upstream gradient either.
+    without waiting: one pass that scales as it writes costs less than multiplying afterwards. Not in bfloat16 in traced
+    code, which cannot look at the upstream gradient either.
     """
-    if student.dtype == torch.float16:
+    if student.dtype == torch.float16 or student.device.type != "cpu":
         return False
-    if student.device.type == "cpu":
-        return direct or student.dtype != torch.bfloat16
-    return direct and chosen == "triton_sweep"
+    return direct or student.dtype != torch.bfloat16
 
 
 def _rounds_twice(student: Tensor) -> bool:
@@ -257,8 +272,16 @@ def _gradient(
 
 
 def _fake_gradient(
-    student, teacher, center, row_statistics, upstream, student_temp, teacher_temp, backend="auto", changing_temps=None
-):
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    row_statistics: Tensor,
+    upstream: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+    backend: str = "auto",
+    changing_temps: Tensor | None = None,
+) -> Tensor:
     validate_inputs(student, teacher, center)
     _validate_backward(student, row_statistics, upstream)
     return student.new_empty(student.shape)
@@ -282,32 +305,31 @@ def _validate_backward(student: Tensor, row_statistics: Tensor, upstream: Tensor
             raise ValueError(f"dino_loss: the {name} on {tensor.device} but the student on {student.device}")
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Outputs) -> None:
     ctx.mark_non_differentiable(*output[1:])
     _keep_for_backward(ctx, inputs, output, keep_student=True)
 
 
-def _keep_for_backward(ctx, inputs, output, keep_student: bool) -> None:
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Outputs, keep_student: bool) -> None:
     student, teacher, _, student_temp, teacher_temp, differentiable, backend, changing_temps = inputs
     gradient, row_statistics, kept_center = output[3:]
     ctx.set_materialize_grads(False)
     ctx.differentiable = differentiable
     ctx.written = gradient.numel() > 0
-    ctx.taken = None  # the upstream gradient that a GPU has multiplied the written one by
     ctx.numbers = student_temp, teacher_temp, backend
     ctx.anchors = ()
-    kept = [gradient] if ctx.written else []
+    saved = [gradient] if ctx.written else []
     if kept_center.numel() > 0:
-        kept += [student, autograd.savable(teacher), kept_center, row_statistics, changing_temps]
-    elif keep_student:  # for autograd to see what the gradient depends on; compiled code drops it
-        kept += [student]
+        saved += [student, autograd.savable(teacher), kept_center, row_statistics, changing_temps]
+    elif keep_student:  # so that autograd sees that the gradient depends on it; compiled code drops it
+        saved += [student]
     elif differentiable:
         ctx.anchors = (autograd.anchor(student),)
-    ctx.save_for_backward(*kept)
+    ctx.save_for_backward(*saved)
 
 
 @autograd.once_differentiable("dino_loss", REFERENCE)
-def _backward(ctx, upstream, *unused):
+def _backward(ctx: Any, upstream: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     nothing = (None,) * 7
     if upstream is None:
         return None, *nothing
@@ -317,16 +339,15 @@ def _backward(ctx, upstream, *unused):
         return _make_anew(ctx, ctx.saved_tensors, upstream), *nothing
     gradient, *inputs = ctx.saved_tensors
     plain = type(upstream) is Tensor and type(gradient) is Tensor
-    if plain and gradient.device.type == "cuda":
-        return triton.scale_grad(ctx, gradient, upstream), *nothing
     if plain and len(inputs) > 1 and not _is_power_of_two(upstream.item()):
         return _make_anew(ctx, inputs, upstream), *nothing
     return _scale_grad(gradient, upstream), *nothing
 
 
-def _make_anew(ctx, inputs, upstream: Tensor) -> Tensor:
+def _make_anew(ctx: Any, inputs: Sequence[Tensor | None], upstream: Tensor) -> Tensor:
     *tensors, changing_temps = inputs
-    return torch.ops.dino_fast.dino_loss_gradient(*tensors, upstream, *ctx.numbers, changing_temps)
+    gradient: Tensor = torch.ops.dino_fast.dino_loss_gradient(*tensors, upstream, *ctx.numbers, changing_temps)
+    return gradient
 
 
 def _scale_grad(gradient: Tensor, upstream: Tensor) -> Tensor:
@@ -353,15 +374,27 @@ class _Direct(torch.autograd.Function):
 
     # Not a `setup_context`: for a function that has one, PyTorch binds the arguments by signature at each call.
     @staticmethod
-    def forward(ctx, *arguments):
-        outputs = _run(*arguments, direct=True)
-        _keep_for_backward(ctx, (*arguments[:-1], None), outputs, keep_student=False)
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        center: Tensor,
+        student_temp: float,
+        teacher_temp: float,
+        differentiable: bool,
+        backend: str,
+        inplace: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        given = (student, teacher, center, student_temp, teacher_temp, differentiable, backend)
+        outputs = _run(*given, inplace=inplace, direct=True)
+        _keep_for_backward(ctx, (*given, None), outputs, keep_student=False)
         ctx.mark_non_differentiable(*outputs[1:3])
         return outputs[:3]
 
     @staticmethod
-    def backward(ctx, *upstream):
-        return _backward(ctx, *upstream)
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        gradients: tuple[Tensor | None, ...] = _backward(ctx, *upstream)
+        return gradients
 
 
 # --- backends, fastest first ----------------------------------------------------------------------------------------
@@ -374,20 +407,18 @@ def _example(device: torch.device) -> tuple[Tensor, ...]:
     return tuple(torch.empty((n, 2, 4096), dtype=dtype, device=device) for n in (10, 2))
 
 
-# Programs of `triton_sweep` wait for each other, and none has run on a GPU yet: only who asks for it gets it.
 register(
     "dino_loss",
     Backend("triton", unavailable_reason=triton_unavailable_reason, unsupported_reason=triton.unsupported_reason),
-    Backend(
-        "triton_sweep", unavailable_reason=triton_unavailable_reason, unsupported_reason=triton.sweep_unsupported_reason
-    ),
     Backend("native", unavailable_reason=native_unavailable_reason, unsupported_reason=native.unsupported_reason),
     Backend("reference"),
     example=_example,
 )
 
 
-def _reference_forward(student, teacher, center, student_temp, teacher_temp, outputs):
+def _reference_forward(
+    student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float, outputs: Outputs
+) -> Outputs:
     temps = {"student_temp": student_temp, "teacher_temp": teacher_temp}
     loss, teacher_mean, teacher_entropy = dino_loss_reference(student, teacher, center, **temps)
     *_, gradient, row_statistics, kept_center = outputs
@@ -402,7 +433,15 @@ def _reference_forward(student, teacher, center, student_temp, teacher_temp, out
     return loss, teacher_mean, teacher_entropy, gradient, row_statistics, kept_center
 
 
-def _reference_gradient(student, teacher, center, row_statistics, upstream, student_temp, teacher_temp):
+def _reference_gradient(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    row_statistics: Tensor | None,
+    upstream: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+) -> Tensor:
     """(w softmax(s / tau_s) - q) / (tau_s B N), q the sum of a student crop's targets and w their number.
 
     Written out, because inside an operator's implementation autograd does not record.
@@ -416,15 +455,13 @@ def _reference_gradient(student, teacher, center, row_statistics, upstream, stud
     return (difference * (upstream / (student_temp * B * pairs.sum()))).to(student.dtype).contiguous()
 
 
-FORWARD = {
+FORWARD: dict[str, Callable[..., Outputs]] = {
     "triton": triton.forward,
-    "triton_sweep": triton.sweep_forward,
     "native": native.forward,
     "reference": _reference_forward,
 }
-GRADIENT = {
+GRADIENT: dict[str, Callable[..., Tensor]] = {
     "triton": triton.gradient,
-    "triton_sweep": triton.gradient,
     "native": native.gradient,
     "reference": _reference_gradient,
 }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from dino_fast.ops.dino_loss.common import KERNEL_DTYPES, pair_weights
+from dino_fast.ops.dino_loss.common import KERNEL_DTYPES, Outputs, pair_weights
 from dino_fast.ops.layout import contiguous_rows
 
 
@@ -21,7 +23,10 @@ def unsupported_reason(student: Tensor | None = None, *others: Tensor) -> str | 
     return None
 
 
-def forward(student, teacher, center, student_temp, teacher_temp, outputs):
+def forward(
+    student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float, outputs: Outputs
+) -> Outputs:
+    """Fills the operator's outputs, the gradient [V, B, K] only if it has elements; it may be the student's logits."""
     from dino_fast import _C
 
     problem, _alive = _problem(student, teacher, center, student_temp, teacher_temp)
@@ -31,7 +36,16 @@ def forward(student, teacher, center, student_temp, teacher_temp, outputs):
     return outputs
 
 
-def gradient(student, teacher, center, row_statistics, upstream, student_temp, teacher_temp):
+def gradient(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    row_statistics: Tensor,
+    upstream: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+) -> Tensor:
+    """The gradient w.r.t. the student's logits [V, B, K], in their dtype, times `upstream`, one number."""
     from dino_fast import _C
 
     grad = torch.empty(student.shape, dtype=student.dtype, device="cpu")
@@ -43,7 +57,7 @@ def gradient(student, teacher, center, row_statistics, upstream, student_temp, t
 
 def _problem(
     student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float
-) -> tuple[tuple, tuple]:
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     """The arguments that describe a problem to the native code, and the tensors that must outlive the call."""
     rows = contiguous_rows(student), contiguous_rows(teacher)
     if center.dtype != torch.float32 or center.stride(0) != 1:

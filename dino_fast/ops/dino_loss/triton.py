@@ -1,4 +1,4 @@
-"""The Triton backends of dino_loss: kernels/dino_loss.py, and kernels/dino_loss_sweep.py for `triton_sweep`."""
+"""The Triton backend of dino_loss: kernels/dino_loss.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dino_fast import gpu
-from dino_fast.ops.dino_loss.common import KERNEL_DTYPES
+from dino_fast.ops.dino_loss.common import KERNEL_DTYPES, Outputs
 from dino_fast.ops.layout import contiguous_rows
 
 
@@ -24,16 +24,10 @@ def unsupported_reason(student: Tensor | None = None, *others: Tensor) -> str | 
     return None if student is None else gpu.too_old(student.device)
 
 
-def sweep_unsupported_reason(student: Tensor | None = None, *others: Tensor) -> str | None:
-    """The same for `triton_sweep`."""
-    if (reason := unsupported_reason(student, *others)) or student is None:
-        return reason
-    from dino_fast.kernels import dino_loss_sweep
-
-    return dino_loss_sweep.unsupported_reason(student)
-
-
-def forward(student, teacher, center, student_temp, teacher_temp, outputs):
+def forward(
+    student: Tensor, teacher: Tensor, center: Tensor, student_temp: float, teacher_temp: float, outputs: Outputs
+) -> Outputs:
+    """The operator's outputs: the last three filled, the gradient [V, B, K] only if it has elements; results anew."""
     from dino_fast.kernels import dino_loss as kernels
 
     *_, grad, row_statistics, kept_center = outputs
@@ -48,19 +42,16 @@ def forward(student, teacher, center, student_temp, teacher_temp, outputs):
     return loss, mean, entropy, grad, row_statistics, kept_center
 
 
-def sweep_forward(student, teacher, center, student_temp, teacher_temp, outputs):
-    *_, grad, row_statistics, kept_center = outputs
-    if grad.numel() == 0:
-        return forward(student, teacher, center, student_temp, teacher_temp, outputs)
-    from dino_fast.kernels import dino_loss_sweep
-
-    rows = contiguous_rows(student), contiguous_rows(teacher)
-    center = center.to(torch.float32).contiguous()
-    loss, entropy, mean = dino_loss_sweep.sweep(*rows, center, student_temp, teacher_temp, row_statistics, grad)
-    return loss, mean, entropy, grad, row_statistics, kept_center
-
-
-def gradient(student, teacher, center, row_statistics, upstream, student_temp, teacher_temp):
+def gradient(
+    student: Tensor,
+    teacher: Tensor,
+    center: Tensor,
+    row_statistics: Tensor,
+    upstream: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+) -> Tensor:
+    """The gradient w.r.t. the student's logits [V, B, K], in their dtype, times `upstream`, one number on the GPU."""
     from dino_fast.kernels import dino_loss as kernels
 
     grad = student.new_empty(student.shape)
@@ -69,16 +60,3 @@ def gradient(student, teacher, center, row_statistics, upstream, student_temp, t
     statistics = row_statistics.contiguous()
     kernels.gradient(student, teacher, center, statistics, upstream, grad, student_temp, teacher_temp)
     return grad
-
-
-def scale_grad(ctx, grad: Tensor, upstream: Tensor) -> Tensor:
-    """grad * upstream, where only the GPU knows upstream: in place, by a kernel that returns at once if it is 1.
-    A graph that is run again gets a new tensor, from what the first run left; if that was for an upstream gradient of
-    0, the second run's is not finite."""
-    from dino_fast.kernels.dino_loss_sweep import scale
-
-    if ctx.taken is None:
-        ctx.taken = upstream
-        scale(grad, upstream)
-        return grad
-    return grad * (upstream / ctx.taken).to(grad.dtype)

@@ -1,7 +1,7 @@
-"""Gram anchoring (DINOv3, arXiv:2508.10104, section 4.2) in feature space: no patches by patches matrix where patches
-outnumber features.
+"""Gram anchoring (DINOv3, arXiv:2508.10104, section 4.2) in feature space.
 
-With the unit rows X (student) and Y (anchor) [P, D] of an image's patches, the loss compares their similarities:
+No matrix of patches by patches is made where patches outnumber features. With the unit rows X (student) and Y (anchor)
+[P, D] of an image's patches, the loss compares their similarities:
 
     loss = |X X' - Y Y'|^2  (Frobenius), a mean over images, divided by P^2 for the mean over pairs of patches.
 
@@ -65,7 +65,7 @@ def gram_loss_reference(student: Tensor, anchor: Tensor, *, reduction: str = "me
 
 
 def validate_inputs(student: Tensor, anchor: Tensor, reduction: str) -> None:
-    """Raises ValueError for inputs that do not fit, with what was given and what is accepted."""
+    """Raises ValueError for inputs that do not fit; the message names the given and the accepted ones."""
     if student.dim() != 3 or student.shape != anchor.shape or 0 in student.shape:
         raise ValueError(
             "gram_loss: student and anchor are [images, patches, features] of the same sizes, none of them 0; got "

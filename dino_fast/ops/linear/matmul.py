@@ -30,10 +30,10 @@ SMALLEST = 3 << 24  # multiply-adds
 
 
 def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None, *, out: Tensor | None = None, add: bool = False) -> Tensor:
-    """a [M, K] @ b [K, N], plus bias [N]; with `add` on top of what is in `out` [M, N] (then without bias).
+    """a [M, K] @ b [K, N], plus bias [N]; with `add` plus the content of `out` [M, N] (then without bias).
 
-    No gradients. The result is the same for any number of threads. What is not finite, and magnitudes above 3.38e38,
-    give inf or NaN.
+    All of one dtype and device. No gradients. The result is the same for any number of threads. NaN, inf and, on the
+    backend `amx`, magnitudes above 3.38e38 give inf or NaN.
 
     Raises:
         ValueError: an `out` of another shape, dtype or device, or some of whose elements share memory with others or
@@ -41,8 +41,8 @@ def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None, *, out: Tensor | No
         RuntimeError: as torch does, for shapes and dtypes of a, b and bias that do not fit.
     """
     if add and (out is None or bias is not None):
-        wanted = "out, what to add to" if out is None else "no bias, or add=False"
-        raise ValueError(f"matmul: add=True adds to what is in out; give {wanted}")
+        wanted = "out, the matrix to add to" if out is None else "no bias, or add=False"
+        raise ValueError(f"matmul: add=True adds to the content of out; give {wanted}")
     if out is None:
         out = a.new_empty(a.shape[0], b.shape[1])
     else:
@@ -79,8 +79,10 @@ def _validate_out(out: Tensor, a: Tensor, b: Tensor, bias: Tensor | None) -> Non
 
 
 def _share_memory(x: Tensor, y: Tensor) -> bool:
-    """Whether the memory from first to last element of these tensors overlaps; cheap where they have storages of their
-    own."""
+    """Whether the memory from first to last element of these tensors overlaps.
+
+    Compares storages first, which is cheap.
+    """
     if x.untyped_storage().data_ptr() != y.untyped_storage().data_ptr() or 0 in (x.numel(), y.numel()):
         return False
     begin_x, end_x, begin_y, end_y = (end for t in (x, y) for end in _ends(t))
@@ -93,30 +95,32 @@ def _ends(x: Tensor) -> tuple[int, int]:
 
 
 class Norm(NamedTuple):
-    """A layer norm of rows [..., C]: gain [C], bias [C], eps."""
+    """A layer norm of rows [..., C]: gain [C] and bias [C] in the rows' dtype, eps."""
 
     weight: Tensor
     bias: Tensor
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:
+        """The normalized rows."""
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The normalised rows, and each row's mean and inverse standard deviation."""
+        """The normalized rows, and each row's mean and inverse standard deviation, for `backward`."""
         return torch.native_layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
     def backward(self, grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients w.r.t. x, weight and bias."""
         function = torch.ops.aten.native_layer_norm_backward
-        return function(grad, x, x.shape[-1:], mean, rstd, self.weight, self.bias, [True] * 3)
+        gradients = function(grad, x, x.shape[-1:], mean, rstd, self.weight, self.bias, [True] * 3)
+        return cast("tuple[Tensor, Tensor, Tensor]", gradients)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: Norm | None = None) -> Tensor:
-    """x [..., C] weight^T + bias for weight [D, C], as `torch.nn.functional.linear`; one differentiation.
+    """x [..., C] weight^T + bias [D] for weight [D, C], as `torch.nn.functional.linear`, but differentiable once.
 
-    With `norm` of norm(x), which for float32 and float64 rows [n, C] on a CPU the backward makes again instead of
-    keeping it.
+    With `norm`, norm(x) takes the place of x; for float32 and float64 rows [n, C] on a CPU it is not saved: the
+    backward makes it again.
     """
     if norm is not None:
         tensors = (x, weight, bias, norm.weight, norm.bias)
@@ -127,14 +131,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, norm: Norm | N
     if x.ndim < 2 or not is_plain(x, weight, torch.float32):
         return F.linear(x, weight, bias)
     if x.ndim != 2:
-        return linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
+        return cast(Tensor, linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1]))
     if choose("matmul", x, weight.t()) != "amx":
         return F.linear(x, weight, bias)
     return cast(Tensor, _Linear.apply(x, weight, bias))
 
 
 def is_plain(x: Tensor, weight: Tensor, *dtypes: torch.dtype) -> bool:
-    """Whether these are tensors of one of `dtypes` on a CPU, and nothing traces or casts what is done to them."""
+    """Whether these are tensors of one of `dtypes` on a CPU, with no tracer and no autocast at work."""
     return (
         x.device.type == "cpu"
         and x.dtype == weight.dtype

@@ -25,9 +25,18 @@ ROWS = 4096  # 12 MB of h at a width of 192; with 512 the products are 7 % slowe
 
 
 def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, norm: Norm | None = None) -> Tensor:
-    """gelu(x weight1^T + bias1) weight2^T + bias2 for x [rows, C], weight1 [H, C] and weight2 [D, H], float32 or
-    float64 on a CPU; elsewhere, in other dtypes or shapes and in compiled code, PyTorch's layers in turn. With `norm`
-    of norm(x)."""
+    """gelu(x weight1^T + bias1) weight2^T + bias2; with `norm`, of norm(x).
+
+    Args:
+        x: [rows, C], float32 or float64 on a CPU. For other shapes, dtypes and devices, and in compiled code, PyTorch's
+            layers run in turn.
+        weight1, bias1: [H, C] and [H], in the dtype of x.
+        weight2, bias2: [D, H] and [D].
+        norm: a layer norm before the first layer.
+
+    Returns:
+        [rows, D], differentiable once.
+    """
     if x.ndim != 2 or not is_plain(x, weight1, torch.float32, torch.float64):
         return F.linear(F.gelu(F.linear(x if norm is None else norm(x), weight1, bias1)), weight2, bias2)
     tensors = (x, weight1, bias1, weight2, bias2, *((None, None, 0.0) if norm is None else norm))

@@ -30,7 +30,8 @@ dv_k = g_k / |v_k| (dW_k - dg_k v_k / |v_k|).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,13 +40,14 @@ from dino_fast import gpu
 from dino_fast.backends import Backend, choose, native_unavailable_reason, register, triton_unavailable_reason
 from dino_fast.ops import autograd
 from dino_fast.ops.linear_dino_loss import native, triton
+from dino_fast.ops.linear_dino_loss.common import ForwardOutputs
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 REFERENCE = "dino_fast.ops.linear_dino_loss.linear_dino_loss_reference"
 
 
 class LinearDinoLoss(NamedTuple):
-    """What `linear_dino_loss` returns."""
+    """The results of `linear_dino_loss`."""
 
     loss: Tensor  # scalar, float32 (float64 for a float64 student)
     teacher_mean: Tensor  # [K], mean of the raw teacher logits over its T B rows, detached
@@ -109,7 +111,7 @@ def validate_inputs(
     student_temp: float = 1.0,
     teacher_temp: float = 1.0,
 ) -> None:
-    """Raises ValueError for inputs that do not fit, with what was given and what is accepted."""
+    """Raises ValueError for inputs that do not fit; the message names the given and the accepted ones."""
     if student.dim() != 3 or teacher.dim() != 3 or student_weight.dim() != 2:
         raise ValueError(
             "linear_dino_loss: student and teacher are [crops, images, D] and the weights [K, D]; got student "
@@ -182,6 +184,7 @@ def linear_dino_loss_reference(
 
 
 def result_dtype(student: Tensor) -> torch.dtype:
+    """The dtype of the loss and of the row statistics: float64 for a float64 student, else float32."""
     return torch.float64 if student.dtype == torch.float64 else torch.float32
 
 
@@ -190,7 +193,8 @@ def effective_weight(weight: Tensor, gain: Tensor | None, dtype: torch.dtype) ->
     weight = weight.to(dtype)
     if gain is None:
         return weight
-    return weight * (gain.to(dtype) / torch.linalg.vector_norm(weight, dim=1))[:, None]
+    lengths: Tensor = torch.linalg.vector_norm(weight, dim=1)
+    return weight * (gain.to(dtype) / lengths)[:, None]
 
 
 def flops(V: int, T: int, B: int, K: int, D: int, *, student: bool = True, weight: bool = True) -> int:
@@ -231,17 +235,30 @@ def _forward(
         statistics, pairs, difference, teacher_mean = FORWARD[chosen](
             *tensors, pair_weights, student_temp, teacher_temp, differentiable
         )
-        loss = _loss_of_rows(pair_weights, row_weights, statistics, pairs)
+        loss = loss_from_rows(pair_weights, row_weights, statistics, pairs)
         gradient = student.new_empty((0,), dtype=statistics.dtype)
-        if differentiable:
+        if difference is not None:
             scale = (row_weights.double() / student_temp)[None, :, None]
             gradient = (difference * scale).to(statistics.dtype)
     return loss, teacher_mean, gradient, statistics, center.clone()
 
 
-def _fake_forward(student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center, pair_weights,
-                  row_weights, student_temp, teacher_temp, differentiable, backend="auto",
-                  changing_temps=None):  # fmt: skip
+def _fake_forward(
+    student: Tensor,
+    student_weight: Tensor,
+    student_gain: Tensor | None,
+    teacher: Tensor,
+    teacher_weight: Tensor,
+    teacher_gain: Tensor | None,
+    center: Tensor,
+    pair_weights: Tensor,
+    row_weights: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+    differentiable: bool,
+    backend: str = "auto",
+    changing_temps: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tensors = (student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center)
     temps = (student_temp, teacher_temp) if changing_temps is None else ()
     validate_inputs(*tensors, pair_weights, row_weights, *temps)
@@ -256,7 +273,7 @@ def _fake_forward(student, student_weight, student_gain, teacher, teacher_weight
     )
 
 
-def _loss_of_rows(pair_weights: Tensor, row_weights: Tensor, statistics: Tensor, pairs: Tensor) -> Tensor:
+def loss_from_rows(pair_weights: Tensor, row_weights: Tensor, statistics: Tensor, pairs: Tensor) -> Tensor:
     """The loss from [T + V, B] row statistics and the [T, V, B] products d, few enough to take them in float64."""
     T = pairs.shape[0]
     weights, rows = pair_weights.double(), row_weights.double()
@@ -289,7 +306,7 @@ def _weight_gradient(
     _validate_backward(student, teacher, row_statistics, upstream)
     chosen = choose("linear_dino_loss", student, student_weight, teacher, teacher_weight, backend=backend)
     with torch.autocast(student.device.type, enabled=False):
-        # What multiplies e^(logit - maximum) of a student's row, and that of each teacher's beside it.
+        # The factors of e^(logit - maximum) of a student's row, and of each teacher's row beside it.
         T, dtype = teacher.shape[0], row_statistics.dtype
         scale = row_weights.double() * upstream.double() / student_temp  # [B]
         sums, pairs = row_statistics[1].double(), pair_weights.double()
@@ -298,9 +315,23 @@ def _weight_gradient(
         return WEIGHT_GRADIENT[chosen](*tensors, row_statistics, factors, pair_factors, student_temp, teacher_temp)
 
 
-def _fake_weight_gradient(student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center,
-                          pair_weights, row_weights, row_statistics, upstream, student_temp, teacher_temp,
-                          backend="auto", changing_temps=None):  # fmt: skip
+def _fake_weight_gradient(
+    student: Tensor,
+    student_weight: Tensor,
+    student_gain: Tensor | None,
+    teacher: Tensor,
+    teacher_weight: Tensor,
+    teacher_gain: Tensor | None,
+    center: Tensor,
+    pair_weights: Tensor,
+    row_weights: Tensor,
+    row_statistics: Tensor,
+    upstream: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+    backend: str = "auto",
+    changing_temps: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     tensors = (student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center)
     validate_inputs(*tensors, pair_weights, row_weights)
     _validate_backward(student, teacher, row_statistics, upstream)
@@ -328,7 +359,7 @@ def _empty_weight_gradients(weight: Tensor, gain: Tensor | None) -> tuple[Tensor
     return weight.new_empty(weight.shape), weight.new_empty((0,)) if gain is None else gain.new_empty(gain.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, student_temp, teacher_temp, differentiable, backend, changing_temps = inputs
     *_, student_gradient, row_statistics, kept_center = output
     ctx.mark_non_differentiable(*output[1:])
@@ -336,12 +367,12 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.differentiable = differentiable
     ctx.numbers = student_temp, teacher_temp, backend
     tensors[6] = kept_center
-    kept = [None if x is None else autograd.savable(x) for x in tensors]
-    ctx.save_for_backward(*kept, student_gradient, row_statistics, changing_temps)
+    saved = [None if x is None else autograd.savable(x) for x in tensors]
+    ctx.save_for_backward(*saved, student_gradient, row_statistics, changing_temps)
 
 
 @autograd.once_differentiable("linear_dino_loss", REFERENCE)
-def _backward(ctx, upstream, *unused):
+def _backward(ctx: Any, upstream: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     gradients: list[Tensor | None] = [None] * 14
     if upstream is None:
         return tuple(gradients)
@@ -368,9 +399,8 @@ autograd.define_operator(
 
 
 # --- backends, fastest first ----------------------------------------------------------------------------------------
-# Forward: (row statistics [2, T + V, B], products d [T, V, B], differences w E(v) - sum_u A(u, v) E(u) [V, B, D] or
-# None, teacher mean); without pair weights the reads E [T + V, B, D] themselves instead of the differences. Weight
-# gradient: (dW, dg), from a factor for each student row [V, B], and one for each teacher row beside it [T, V, B].
+# Forward: `ForwardOutputs`. Weight gradient: (dW, dg), from a factor for each student row [V, B], and one for each
+# teacher row beside it [T, V, B].
 
 
 def _example(device: torch.device) -> tuple[Tensor, ...]:
@@ -390,8 +420,19 @@ register(
 )
 
 
-def _reference_forward(student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center,
-                       pair_weights, student_temp, teacher_temp, differentiable):  # fmt: skip
+def _reference_forward(
+    student: Tensor,
+    student_weight: Tensor,
+    student_gain: Tensor | None,
+    teacher: Tensor,
+    teacher_weight: Tensor,
+    teacher_gain: Tensor | None,
+    center: Tensor,
+    pair_weights: Tensor | None,
+    student_temp: float,
+    teacher_temp: float,
+    differentiable: bool,
+) -> ForwardOutputs:
     dtype = result_dtype(student)
     weight = effective_weight(student_weight, student_gain, dtype)
     raw = teacher.to(dtype) @ effective_weight(teacher_weight, teacher_gain, dtype).T
@@ -412,8 +453,20 @@ def _reference_forward(student, student_weight, student_gain, teacher, teacher_w
     return statistics, pairs, difference @ weight if differentiable else None, raw.mean(dim=(0, 1))
 
 
-def _reference_weight_gradient(student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center,
-                               row_statistics, factors, pair_factors, student_temp, teacher_temp):  # fmt: skip
+def _reference_weight_gradient(
+    student: Tensor,
+    student_weight: Tensor,
+    student_gain: Tensor | None,
+    teacher: Tensor,
+    teacher_weight: Tensor,
+    teacher_gain: Tensor | None,
+    center: Tensor,
+    row_statistics: Tensor,
+    factors: Tensor,
+    pair_factors: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+) -> tuple[Tensor, Tensor]:
     dtype, T = result_dtype(student), teacher.shape[0]
     s = student.to(dtype) @ effective_weight(student_weight, student_gain, dtype).T
     t = teacher.to(dtype) @ effective_weight(teacher_weight, teacher_gain, dtype).T - center.to(dtype)
@@ -430,14 +483,18 @@ def project_weight_gradient(gradient: Tensor, weight: Tensor, gain: Tensor | Non
     if gain is None:
         return weight.new_empty((0,))
     v = weight.to(gradient.dtype)
-    length = torch.linalg.vector_norm(v, dim=1)
+    length: Tensor = torch.linalg.vector_norm(v, dim=1)
     grad_gain = (gradient * v).sum(1) / length
     gradient.addcmul_(v, (grad_gain / length)[:, None], value=-1).mul_((gain.to(gradient.dtype) / length)[:, None])
     return grad_gain.to(gain.dtype)
 
 
-FORWARD = {"triton": triton.forward, "native": native.forward, "reference": _reference_forward}
-WEIGHT_GRADIENT = {
+FORWARD: dict[str, Callable[..., ForwardOutputs]] = {
+    "triton": triton.forward,
+    "native": native.forward,
+    "reference": _reference_forward,
+}
+WEIGHT_GRADIENT: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "triton": triton.weight_gradient,
     "native": native.weight_gradient,
     "reference": _reference_weight_gradient,

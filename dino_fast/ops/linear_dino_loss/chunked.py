@@ -8,7 +8,7 @@ at a third of the memory of all logits.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -38,7 +38,7 @@ def linear_dino_loss_chunked(
     `student` [V, B, D] and `student_weight` [K, D] have one dtype, float32 or bfloat16; `teacher` [2, B, D] and
     `teacher_weight` [K, D] likewise; `center` [K] is float32; all are on one device. Gradients reach `student` and
     `student_weight`. They are computed for an upstream gradient of 1 and scaled afterwards, too late for the loss
-    scaling that float16 needs.
+    scaling that float16 needs. Raises NotImplementedError in forward-mode differentiation and under `torch.func`.
     """
     autograd.refuse_transforms("linear_dino_loss_chunked", REFERENCE, student, student_weight)
     targets = _TeacherLogits(teacher, teacher_weight)
@@ -75,7 +75,7 @@ class _TeacherLogits:
             return self.logits[:, images]
         rows = self.rows[:, images]
         # Flattened first: a batched product would be one product for each crop.
-        return matmul(rows.reshape(-1, rows.shape[2]), self.weight.t()).unflatten(0, rows.shape[:2])
+        return cast(Tensor, matmul(rows.reshape(-1, rows.shape[2]), self.weight.t()).unflatten(0, rows.shape[:2]))
 
 
 class ChunkedDinoLoss(torch.autograd.Function):
@@ -90,6 +90,7 @@ class ChunkedDinoLoss(torch.autograd.Function):
         center: Tensor,
         temps: dict[str, Any],
     ) -> tuple[Tensor, Tensor]:
+        """Loss and entropy; the gradients w.r.t. `rows` and `weight` are saved for the backward."""
         V, B, D = rows.shape
         wants_rows, wants_weight = ctx.needs_input_grad[:2]
         grad_rows = torch.empty_like(rows, memory_format=torch.contiguous_format) if wants_rows else None
@@ -122,6 +123,7 @@ class ChunkedDinoLoss(torch.autograd.Function):
     @staticmethod
     @autograd.once_differentiable("linear_dino_loss_chunked", REFERENCE)
     def backward(ctx: Any, upstream: Tensor, unused: Tensor) -> tuple[Tensor | None, ...]:
+        """The saved gradients, times `upstream`."""
         gradients = [None if x is None else _scale_grad(x, upstream) for x in ctx.saved_tensors]
         return *gradients, None, None, None
 

@@ -1,14 +1,13 @@
-"""The native backend of linear_dino_loss: matrix products by `matmul`, and what lies between them in C++.
+"""The native backend of linear_dino_loss: matrix products by `matmul`, and the passes between them in C++.
 
 The prototypes are taken a tile of columns at a time: rows x tile -> logits, in one kept buffer; the epilogue turns them
-into weights in place; weights x tile -> what the rows read, or weights^T x student rows -> dW. All rows of an image are
+into weights in place; weights x tile -> the rows' reads, or weights^T x student rows -> dW. All rows of an image are
 in one tile, the teacher's first: their products are summed there, both read the student's prototypes through one
 product, and dW needs the student's rows alone. Float32 weights without weight norm are used where they lie; others go
 through a tile of their own, which both networks share where one chunk of rows is all there is.
 
 Extra memory, in floats: BUFFER for the logits, six times (T + V) B D for rows and reads (partly float64), and tile * D
-for weights: about 11 MiB at B = 64, V = 10, D = 256, and what PyTorch's
-products keep for themselves.
+for weights: about 11 MiB at B = 64, V = 10, D = 256, and the buffers of PyTorch's own products.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dino_fast.ops.linear.matmul import matmul
+from dino_fast.ops.linear_dino_loss.common import ForwardOutputs
 
 # floats, 4.5 MiB: 768 rows by 1536 columns. On two cores 1024 columns take an eighth longer, 2048 no less.
 BUFFER = 9 << 17
@@ -37,10 +37,20 @@ def unsupported_reason(*tensors: Tensor) -> str | None:
     return None
 
 
-def forward(student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center, pair_weights,
-            student_temp, teacher_temp, differentiable):  # fmt: skip
-    """Row statistics [2, T + V, B], pair products [T, V, B], read differences [V, B, D] (or None) and mean teacher
-    logits [K]: see the operator. Without pair weights the reads [T + V, B, D] instead of their differences."""
+def forward(
+    student: Tensor,
+    student_weight: Tensor,
+    student_gain: Tensor | None,
+    teacher: Tensor,
+    teacher_weight: Tensor,
+    teacher_gain: Tensor | None,
+    center: Tensor,
+    pair_weights: Tensor | None,
+    student_temp: float,
+    teacher_temp: float,
+    differentiable: bool,
+) -> ForwardOutputs:
+    """The forward pass: see `ForwardOutputs`. Statistics and mean are float32, products and differences float64."""
     T, V, K = len(teacher), len(student), len(student_weight)
     tiles = _Tiles(student, teacher, center, student_temp, teacher_temp, K)
     chunks = [_Chunk(images, *_stacked(teacher[:, images], student[:, images])) for images in tiles.chunks]
@@ -60,22 +70,34 @@ def forward(student, student_weight, student_gain, teacher, teacher_weight, teac
             tiles.native.linear_dino_loss_attend(description, *state, readers, width, torch.get_num_threads())
             if chunk.read is not None:
                 matmul(tile, layers[1].tile(first), out=chunk.read, add=True)
-            elif differentiable:
+            elif differentiable and pair_weights is not None:
                 # All sums are known before anything is read: the difference is taken before the product, not after.
                 factors, pair_factors = (x.to(torch.float32).contiguous() for x in chunk.shares(pair_weights))
                 pair_addresses = _address(factors), _address(pair_factors)
                 tiles.native.linear_dino_loss_weigh(description, 0, *pair_addresses, torch.get_num_threads())
-                difference = _product_in_pieces(tile[chunk.split :], layers[1].tile(first))
-                chunk.difference = difference.unflatten(0, (V, -1))
-    del tiles, layers, tile  # the buffers, before the float64 of what follows
+                product = _product_in_pieces(tile[chunk.split :], layers[1].tile(first))
+                chunk.difference = product.unflatten(0, (V, -1))
+    del tiles, layers, tile  # the buffers, before the float64 tensors are made
     statistics, pairs, differences = zip(*(chunk.result(pair_weights) for chunk in chunks), strict=True)
     difference = torch.cat(differences, dim=1) if differentiable else None
     return torch.cat(statistics, dim=2), torch.cat(pairs, dim=2), difference, mean
 
 
-def weight_gradient(student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center,
-                    row_statistics, factors, pair_factors, student_temp, teacher_temp):  # fmt: skip
-    """The gradients w.r.t. weight and gain: see the operator."""
+def weight_gradient(
+    student: Tensor,
+    student_weight: Tensor,
+    student_gain: Tensor | None,
+    teacher: Tensor,
+    teacher_weight: Tensor,
+    teacher_gain: Tensor | None,
+    center: Tensor,
+    row_statistics: Tensor,
+    factors: Tensor,
+    pair_factors: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+) -> tuple[Tensor, Tensor]:
+    """The gradients w.r.t. weight [K, D] and gain [K] (without one: empty), in their dtypes: see the operator."""
     K, D = student_weight.shape
     tiles = _Tiles(student, teacher, center, student_temp, teacher_temp, K)
     layers = tiles.layers((teacher_weight, teacher_gain), (student_weight, student_gain))
@@ -104,8 +126,10 @@ def weight_gradient(student, student_weight, student_gain, teacher, teacher_weig
 
 
 def _product_in_pieces(weights: Tensor, rows: Tensor) -> Tensor:
-    """weights [n, K] @ rows [K, D], float64 from float32 pieces: for few rows a product is one long sum of terms that
-    cancel, and its error would be many times the result's."""
+    """weights [n, K] @ rows [K, D], float64 from float32 pieces.
+
+    For few rows a product is one long sum of terms that cancel, whose float32 error would be many times the result.
+    """
     total = torch.zeros(len(weights), rows.shape[1], dtype=torch.float64, device="cpu")
     for first in range(0, len(rows), PIECE):
         total += torch.mm(weights[:, first : first + PIECE], rows[first : first + PIECE])
@@ -139,7 +163,7 @@ class _Chunk:
             self.read = torch.zeros(n, D, dtype=torch.float32, device="cpu")
 
     def shares(self, pair_weights: Tensor) -> tuple[Tensor, Tensor]:
-        """What a student's e^(logit - maximum) is multiplied by [V, images], and its teachers' [T, V, images]."""
+        """The factors of a student's e^(logit - maximum) [V, images], and of its teachers' [T, V, images]."""
         T, _, n = self.pairs.shape
         sums, weights = self.sums.view(-1, n), pair_weights.double()
         return weights.sum(0)[:, None] / sums[T:], weights[..., None] / sums[:T, None]
@@ -188,7 +212,7 @@ class _Tiles:
             layers.append(_Layer(weight, gain, self, None if in_place else buffer))
         return layers
 
-    def logits(self, first: int, chunk: _Chunk, teacher: _Layer, student: _Layer) -> tuple[Tensor, tuple]:
+    def logits(self, first: int, chunk: _Chunk, teacher: _Layer, student: _Layer) -> tuple[Tensor, tuple[Any, ...]]:
         """rows x weights^T of columns from `first` on, and the tile's description."""
         n, width = len(chunk.rows), min(self.columns, len(student.weight) - first)
         tile = self.buffer[: n * width].view(n, width)

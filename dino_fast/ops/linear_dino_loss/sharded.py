@@ -6,8 +6,8 @@ a_r = l_r e^((m_r - M) / temp) of the sum L = sum_r a_r,
 
     E = sum_r a_r / L E_r,      d(u, v) = sum_r a_r(u) / L(u) (d_r(u, v) + (m_r(v) - M(v)) / tau)
 
-so two small reductions make the loss, a third sums the gradient by z into the process that owns the image, and the
-gradient by a process's own prototypes, of all images, needs none: it is made from M and L as in one process.
+so two small reductions make the loss, a third sums the gradient w.r.t. z into the process that owns the image, and
+the gradient w.r.t. a process's own prototypes, of all images, needs none: it is made from M and L as in one process.
 
 Bytes that a process sends, of P, for B images of it: (P - 1)(V + T) B D e to gather rows and (P - 1) V B D 4 for their
 gradient. Cutting the prototypes for storage alone, and gathering both layers, takes (P - 1)/P 12 K D.
@@ -15,7 +15,7 @@ gradient. Cutting the prototypes for storage alone, and gathering both layers, t
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -34,7 +34,7 @@ BUFFER = 1 << 24
 
 
 class ShardedLoss(NamedTuple):
-    """What `linear_dino_loss_ranks` returns."""
+    """The results of `linear_dino_loss_ranks`."""
 
     loss: Tensor  # float32 scalar, of all images, the same in every process
     teacher_entropy: Tensor  # float32 scalar, detached: mean entropy of all images' targets, in nats
@@ -60,11 +60,16 @@ def linear_dino_loss_ranks(
         student: [V, B, D], this process's rows, the two global crops first; teacher: [2, B, D]. B is the same in all.
         student_weight, teacher_weight: [K_r, D], this process's prototypes; K_r may differ, and be 0.
         student_gain, teacher_gain, center: [K_r], of the same prototypes; see `linear_dino_loss`.
-        student_temp, teacher_temp: what logits are divided by before the softmax.
+        student_temp, teacher_temp: positive divisors of the logits before the softmax.
         group: the processes; by default all.
+        backend: "auto" or a name that `dino-fast info` lists for linear_dino_loss.
 
-    Differentiable by `student` (the loss of all images by this process's rows), `student_weight` and `student_gain`
-    (complete: nothing is left to reduce). The upstream gradient must be the same in all processes.
+    Differentiable w.r.t. `student` (the gradient of all images' loss), `student_weight` and `student_gain` (complete:
+    nothing is left to reduce). The upstream gradient must be the same in all processes.
+
+    Raises:
+        ValueError: temperatures, shapes, dtypes or devices that do not fit.
+        BackendError: an explicitly chosen backend cannot run these inputs.
     """
     V, T = len(student), len(teacher)
     pairs = torch.ones(T, V, dtype=torch.float32, device=student.device).fill_diagonal_(0.0)
@@ -77,17 +82,34 @@ def linear_dino_loss_ranks(
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center,  # type: ignore[override]
-                pair_weights, student_temp, teacher_temp, group, backend):  # fmt: skip
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        student_weight: Tensor,
+        student_gain: Tensor | None,
+        teacher: Tensor,
+        teacher_weight: Tensor,
+        teacher_gain: Tensor | None,
+        center: Tensor,
+        pair_weights: Tensor,
+        student_temp: float,
+        teacher_temp: float,
+        group: Any,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
         T, B = len(teacher), student.shape[1]
         rows, targets = gathered_images(student.detach(), group), gathered_images(teacher.detach(), group)
         layers = (student_weight.detach(), None if student_gain is None else student_gain.detach())
-        others = (teacher_weight.detach(), None if teacher_gain is None else teacher_gain.detach(), center.detach())
+        others: tuple[Tensor, Tensor | None, Tensor] = (
+            teacher_weight.detach(),
+            None if teacher_gain is None else teacher_gain.detach(),
+            center.detach(),
+        )
         images = rows.shape[1]
         temps = torch.full((T + len(rows), 1), student_temp, dtype=torch.float64, device=student.device)
         temps[:T] = teacher_temp
         with torch.autocast(student.device.type, enabled=False):
-            statistics, pairs, reads = _own(rows, *layers, targets, *others, student_temp, teacher_temp, backend)
+            statistics, pairs, reads = _own(rows, *layers, targets, others, student_temp, teacher_temp, backend)
             maxima = statistics[0].double()
             top = maxima.clone()
             dist.all_reduce(top, dist.ReduceOp.MAX, group=group)
@@ -107,7 +129,7 @@ class _Loss(torch.autograd.Function):
             )
             merged = torch.stack([top, total]).to(statistics.dtype)
             row_weights = torch.full((images,), 1.0 / images, dtype=torch.float64, device=student.device)
-            loss = whole._loss_of_rows(pair_weights, row_weights, merged, pairs / total[:T, None])
+            loss = whole.loss_from_rows(pair_weights, row_weights, merged, pairs / total[:T, None])
             entropy = (summed[0].log() - summed[1] / summed[0]).mean().to(loss.dtype)
             A = pair_weights.double()
             E = reads.double() * (shares / total)[..., None]  # [T + V, B, D], this process's part
@@ -117,14 +139,14 @@ class _Loss(torch.autograd.Function):
         ctx.anchors = [autograd.anchor(x) for x in (student, student_weight, student_gain) if x is not None]
         ctx.temps, ctx.backend = (student_temp, teacher_temp), backend
         others = (*others[:2], others[2].clone())  # the centre is updated in place before the backward
-        kept = (rows, *layers, targets, *others, pair_weights, row_weights, merged, gradient)
-        ctx.save_for_backward(*(None if x is None else autograd.savable(x) for x in kept))
+        saved = (rows, *layers, targets, *others, pair_weights, row_weights, merged, gradient)
+        ctx.save_for_backward(*(None if x is None else autograd.savable(x) for x in saved))
         ctx.dtype = student.dtype
         return loss, entropy
 
     @staticmethod
     @autograd.once_differentiable("linear_dino_loss_ranks", whole.REFERENCE)
-    def backward(ctx, upstream, _):  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, gradient = ctx.saved_tensors
         grad_rows = (gradient * upstream).to(ctx.dtype) if ctx.needs_input_grad[0] else None
         grad_weight = grad_gain = None
@@ -144,8 +166,18 @@ class _Loss(torch.autograd.Function):
         )
 
 
-def _own(rows, weight, gain, targets, teacher_weight, teacher_gain, center, student_temp, teacher_temp, backend):
-    """What this process's prototypes give: statistics [2, T + V, B], pair products [T, V, B], reads [T + V, B, D]."""
+def _own(
+    rows: Tensor,
+    weight: Tensor,
+    gain: Tensor | None,
+    targets: Tensor,
+    others: tuple[Tensor, Tensor | None, Tensor],
+    student_temp: float,
+    teacher_temp: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics [2, T + V, B], products [T, V, B] and reads [T + V, B, D] over this process's prototypes."""
+    teacher_weight, teacher_gain, center = others
     T, V, images, D = len(targets), len(rows), rows.shape[1], rows.shape[2]
     if len(weight) == 0:  # more processes than prototypes
         wide = whole.result_dtype(rows)
@@ -156,10 +188,13 @@ def _own(rows, weight, gain, targets, teacher_weight, teacher_gain, center, stud
     statistics, pairs, reads, _ = whole.FORWARD[chosen](
         rows, weight, gain, targets, teacher_weight, teacher_gain, center, None, student_temp, teacher_temp, True
     )
+    assert reads is not None
     return statistics, pairs, reads
 
 
-def _entropy_sums(targets: Tensor, weight: Tensor, gain: Tensor | None, center: Tensor, top: Tensor, temp: float):
+def _entropy_sums(
+    targets: Tensor, weight: Tensor, gain: Tensor | None, center: Tensor, top: Tensor, temp: float
+) -> Tensor:
     """Sums of e^y and of e^y y over this process's prototypes, y = (logit - top) / temp, float64 [2, T, B].
 
     The entropy is log L - S / L of the two; both are of the same logits, so that errors of these cancel.
@@ -174,7 +209,7 @@ def _entropy_sums(targets: Tensor, weight: Tensor, gain: Tensor | None, center: 
         e = y.exp()
         total[0] += e.sum(1, dtype=torch.float64)
         total[1] += torch.where(e == 0, 0.0, e * y).sum(1, dtype=torch.float64)
-    return total.unflatten(1, targets.shape[:2])
+    return cast(Tensor, total.unflatten(1, targets.shape[:2]))
 
 
 def gathered_images(rows: Tensor, group: Any) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dino_fast import gpu
+from dino_fast.ops.linear_dino_loss.common import ForwardOutputs
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -31,8 +32,20 @@ def unsupported_reason(*tensors: Tensor) -> str | None:
     return gpu.too_old(student.device)
 
 
-def forward(student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center, pair_weights,
-            student_temp, teacher_temp, differentiable):  # fmt: skip
+def forward(
+    student: Tensor,
+    student_weight: Tensor,
+    student_gain: Tensor | None,
+    teacher: Tensor,
+    teacher_weight: Tensor,
+    teacher_gain: Tensor | None,
+    center: Tensor,
+    pair_weights: Tensor | None,
+    student_temp: float,
+    teacher_temp: float,
+    differentiable: bool,
+) -> ForwardOutputs:
+    """The forward pass: see `ForwardOutputs`. Statistics and products are float32."""
     from dino_fast.kernels import linear_dino_loss as kernels
 
     T = len(teacher)
@@ -50,8 +63,21 @@ def forward(student, student_weight, student_gain, teacher, teacher_weight, teac
     return statistics, pairs, difference, teacher_layer.logits
 
 
-def weight_gradient(student, student_weight, student_gain, teacher, teacher_weight, teacher_gain, center,
-                    row_statistics, factors, pair_factors, student_temp, teacher_temp):  # fmt: skip
+def weight_gradient(
+    student: Tensor,
+    student_weight: Tensor,
+    student_gain: Tensor | None,
+    teacher: Tensor,
+    teacher_weight: Tensor,
+    teacher_gain: Tensor | None,
+    center: Tensor,
+    row_statistics: Tensor,
+    factors: Tensor,
+    pair_factors: Tensor,
+    student_temp: float,
+    teacher_temp: float,
+) -> tuple[Tensor, Tensor]:
+    """The gradients w.r.t. weight [K, D] and gain [K] (without one: empty), in their dtypes: see the operator."""
     from dino_fast.kernels import linear_dino_loss as kernels
 
     rows = _rows_of_one_dtype(student, teacher)

@@ -73,8 +73,17 @@ def multi_crop_into(
     std: Tensor,
     backend: str = "auto",
 ) -> None:
-    """`multi_crop`, its results written to `crops`: contiguous, of the shapes that it returns, on the images' device
-    and of one dtype. Raises ValueError for others, and RuntimeError where autograd would have to differentiate them."""
+    """`multi_crop` with its results written to `crops`.
+
+    Args:
+        crops: the global and the local crops, of the shapes that `multi_crop` returns, contiguous, float32 or both
+            bfloat16, on the images' device.
+        images, boxes, switches, order, factors, radius, mean, std, backend: as in `multi_crop`.
+
+    Raises:
+        ValueError: inputs that `multi_crop` refuses, and crops of other shapes, dtypes or devices.
+        RuntimeError: crops that require gradients, with gradients enabled.
+    """
     if torch.is_grad_enabled() and any(x.requires_grad for x in crops):
         raise RuntimeError("multi_crop: the crops to write require gradients; call it under torch.no_grad()")
     if autograd.is_plain(*crops, *images, boxes, switches, order, factors, radius, mean, std):
@@ -112,15 +121,39 @@ def _run(
     return crops
 
 
-def _fake(images, boxes, switches, order, factors, radius, n_global, global_size, local_size, mean, std,
-          dtype=torch.float32, backend="auto"):  # type: ignore[no-untyped-def]  # fmt: skip
+def _fake(
+    images: list[Tensor],
+    boxes: Tensor,
+    switches: Tensor,
+    order: Tensor,
+    factors: Tensor,
+    radius: Tensor,
+    n_global: int,
+    global_size: list[int],
+    local_size: list[int],
+    mean: Tensor,
+    std: Tensor,
+    dtype: torch.dtype = torch.float32,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
     return _empty(images, boxes, n_global, global_size, local_size, dtype)
 
 
 autograd.define_operator("multi_crop", _run, _fake, alternative="the same distortions written in PyTorch")
 
 
-def _fill(crops, images, boxes, switches, order, factors, radius, mean, std, backend) -> None:  # type: ignore[no-untyped-def]
+def _fill(
+    crops: tuple[Tensor, Tensor],
+    images: list[Tensor],
+    boxes: Tensor,
+    switches: Tensor,
+    order: Tensor,
+    factors: Tensor,
+    radius: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    backend: str,
+) -> None:
     _check_images(images, boxes)
     _check_results(crops, images, boxes.shape[1])
     _check(images, boxes, switches, order, factors, radius, mean, std, crops[0].dtype)
@@ -185,7 +218,17 @@ def _check_results(crops: tuple[Tensor, Tensor], images: list[Tensor], V: int) -
         )
 
 
-def _check(images, boxes, switches, order, factors, radius, mean, std, dtype) -> None:  # type: ignore[no-untyped-def]
+def _check(
+    images: list[Tensor],
+    boxes: Tensor,
+    switches: Tensor,
+    order: Tensor,
+    factors: Tensor,
+    radius: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    dtype: torch.dtype,
+) -> None:
     n, V = len(images), boxes.shape[1]
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"multi_crop: dtype is {dtype}; torch.float32 and torch.bfloat16 are supported")
@@ -219,7 +262,18 @@ def _check(images, boxes, switches, order, factors, radius, mean, std, dtype) ->
         raise ValueError("multi_crop: a box is empty or reaches outside its image")
 
 
-def multi_crop_reference(images, boxes, switches, order, factors, radius, mean, std, global_crops, local_crops) -> None:  # type: ignore[no-untyped-def]
+def multi_crop_reference(
+    images: list[Tensor],
+    boxes: Tensor,
+    switches: Tensor,
+    order: Tensor,
+    factors: Tensor,
+    radius: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    global_crops: Tensor,
+    local_crops: Tensor,
+) -> None:
     """Fills global_crops and local_crops by way of Pillow; the arguments are the operator's."""
     views = [*global_crops.unbind(), *local_crops.unbind()]  # V of [n, C, h, w]
     mean, std = mean.view(-1, 1, 1), std.view(-1, 1, 1)
@@ -309,7 +363,7 @@ _JITTER: tuple[Callable[[list[Image.Image], float], list[Image.Image]], ...] = (
 )
 
 
-_RUN = {
+_RUN: dict[str, Callable[..., None]] = {
     "cuda": cuda.multi_crop,
     "native": native.multi_crop,
     "reference": lambda *arguments: multi_crop_reference(*arguments),

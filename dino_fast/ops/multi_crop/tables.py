@@ -1,8 +1,8 @@
-"""Tables of crops: as the operation takes them, and as its compiled backends do (csrc/bindings.cpp)."""
+"""Tables of crops: as the operation takes them, and as its compiled backends do (csrc/bindings/multi_crop.cpp)."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import PIL
@@ -38,12 +38,23 @@ def planar(image: Tensor) -> Tensor:
 class Tasks(NamedTuple):
     """The arguments of a compiled backend; `keep` holds the tensors whose addresses are among them."""
 
-    arguments: tuple  # type: ignore[type-arg]
-    keep: tuple  # type: ignore[type-arg]
+    arguments: tuple[Any, ...]
+    keep: tuple[Any, ...]
 
 
-def tasks(images, boxes, switches, order, factors, radius, mean, std, global_crops, local_crops) -> Tasks:  # type: ignore[no-untyped-def]
-    """Tables of V n crops, see csrc/bindings.cpp."""
+def tasks(
+    images: list[Tensor],
+    boxes: Tensor,
+    switches: Tensor,
+    order: Tensor,
+    factors: Tensor,
+    radius: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    global_crops: Tensor,
+    local_crops: Tensor,
+) -> Tasks:
+    """Tables of V n crops, see csrc/bindings/multi_crop.cpp."""
     images = [planar(image) for image in images]
     mean, std = mean.float().contiguous(), std.float().contiguous()
     (n, V), (C, T) = boxes.shape[:2], (images[0].shape[0], len(global_crops))

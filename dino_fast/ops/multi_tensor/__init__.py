@@ -93,7 +93,7 @@ def adamw_ema_reference(
 
 
 # ---- operations ----
-# The run_* functions are what torch.ops.dino_fast.* run. AdamWEMA calls them directly where nothing traces: the
+# torch.ops.dino_fast.* run the run_* functions. AdamWEMA calls them directly where nothing traces: the
 # dispatcher's handling of a thousand tensors takes longer than all else that is not arithmetic.
 
 
@@ -109,7 +109,8 @@ def run_ema_update(
 
     Any mix of float32, bfloat16 and float16 (float64 on the reference), computed in float32. `copies` is empty, or
     bfloat16 tensors of the teachers' shapes; an entry without elements means no copy of that teacher. Nothing changes
-    where `found_inf`, one float on the device, is infinite.
+    where `found_inf`, one float on the device, is infinite. Raises ValueError and TypeError for tensors that do not
+    correspond, and for a momentum outside [0, 1].
     """
     _check_ema(teacher, student, momentum, copies)
     if not teacher:
@@ -126,8 +127,10 @@ def run_ema_update_tensor_momentum(
     backend: str = "auto",
     found_inf: Tensor | None = None,
 ) -> None:
-    """`run_ema_update` by a momentum in a scalar tensor on the CPU: a compiled program takes it as an input, where a
-    number would be a constant of it, and another number another program."""
+    """`run_ema_update` with the momentum in a scalar tensor on the CPU.
+
+    A compiled program takes the tensor as an input; a number would be a constant, and each new one compiled anew.
+    """
     _check_momentum_tensor(momentum)
     run_ema_update(teacher, student, momentum.item(), copies, backend, found_inf)
 
@@ -172,6 +175,9 @@ def run_adamw_ema(
                                     steps stay as they are; the EMA and the copies are made all the same. Where it is
                                     infinite nothing changes at all
     lrs, weight_decays              one for each parameter
+    momentum                        share of the old teacher that is kept, in [0, 1]
+
+    Raises ValueError and TypeError for tensors, lists and a momentum that do not fit.
     """
     _check_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, teachers, param_copies, teacher_copies)
     _check_multipliers(params, multipliers)
@@ -185,23 +191,47 @@ def run_adamw_ema(
     )  # fmt: skip
 
 
-def _fake_ema_update(teacher, student, momentum, copies, backend="auto", found_inf=None):
+def _fake_ema_update(
+    teacher: list[Tensor],
+    student: list[Tensor],
+    momentum: float,
+    copies: list[Tensor],
+    backend: str = "auto",
+    found_inf: Tensor | None = None,
+) -> None:
     _check_ema(teacher, student, momentum, copies)
 
 
-def _fake_ema_update_tensor_momentum(teacher, student, momentum, copies, backend="auto", found_inf=None):
+def _fake_ema_update_tensor_momentum(
+    teacher: list[Tensor],
+    student: list[Tensor],
+    momentum: Tensor,
+    copies: list[Tensor],
+    backend: str = "auto",
+    found_inf: Tensor | None = None,
+) -> None:
     _check_momentum_tensor(momentum)
     _check_ema(teacher, student, 1.0, copies)  # its value is checked where it is known
 
 
-def _fake_grad_norms(grads, backend="auto"):
+def _fake_grad_norms(grads: list[Tensor], backend: str = "auto") -> Tensor:
     wide = torch.float64 if any(g.dtype == torch.float64 for g in grads) else torch.float32
     return grads[0].new_empty(len(grads), dtype=wide)
 
 
 def _fake_adamw_ema(
-    params, grads, exp_avgs, exp_avg_sqs, steps, teachers, param_copies, teacher_copies, multipliers, *rest, **options
-):
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    teachers: list[Tensor],
+    param_copies: list[Tensor],
+    teacher_copies: list[Tensor],
+    multipliers: Tensor | None,
+    *rest: Any,
+    **options: Any,
+) -> None:
     _check_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, teachers, param_copies, teacher_copies)
     _check_multipliers(params, multipliers)
 
@@ -232,7 +262,7 @@ define_operator(
 )
 
 
-# ---- what is accepted ----
+# ---- validation ----
 
 
 def _check_ema(teacher: list[Tensor], student: list[Tensor], momentum: float, copies: list[Tensor]) -> None:
@@ -251,7 +281,16 @@ def _check_momentum_tensor(momentum: Tensor) -> None:
         )
 
 
-def _check_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, teachers, param_copies, teacher_copies) -> None:
+def _check_adamw(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    teachers: list[Tensor],
+    param_copies: list[Tensor],
+    teacher_copies: list[Tensor],
+) -> None:
     columns = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     _check_same(columns | ({"teachers": teachers} if teachers else {}))
     _check_copies("param_copies", param_copies, params)
@@ -269,7 +308,7 @@ def _check_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, teachers, param_co
     _check_devices([*params, *grads, *exp_avgs, *exp_avg_sqs, *steps, *teachers, *param_copies, *teacher_copies])
 
 
-def _check_scalars(n: int, lrs, weight_decays, momentum: float) -> None:
+def _check_scalars(n: int, lrs: list[float], weight_decays: list[float], momentum: float) -> None:
     if not 0.0 <= momentum <= 1.0:
         raise ValueError(f"momentum must lie in [0, 1]: the share of the old teacher that is kept; got {momentum}")
     if len(lrs) != n or len(weight_decays) != n:

@@ -24,9 +24,9 @@ from torch import Tensor
 from dino_fast.gpu import on_device, too_old
 from dino_fast.ops.multi_tensor.memory import DTYPE_CODES, flat_memory, write_back
 
-# Plans kept of lists that have not been captured. An optimizer needs one for its norms, one for its step and one for
-# teachers of parameters at rest, for each device and setting of AdamW.
-KEPT = 32
+# The most plans kept of lists that have not been captured. An optimizer needs one for its norms, one for its step and
+# one for teachers of parameters without gradients, for each device and setting of AdamW.
+MAX_PLANS = 32
 
 
 def unsupported_reason(*tensors: Tensor) -> str | None:
@@ -41,23 +41,27 @@ def unsupported_reason(*tensors: Tensor) -> str | None:
 
 @dataclass
 class Plan:
-    memory: Tensor  # uint8, zeroed
+    """Device memory for one list of tensors, laid out as csrc/cuda/multi_tensor.h says."""
+
+    memory: Tensor  # uint8 [bytes] on the tensors' device, zeroed when made
     tensors: int
     chunks: int
-    hyper_at: int
+    hyper_at: int  # byte offsets of the hyper-parameters and of the gradients' addresses
     gradients_at: int
-    hyper: bytes = b""  # what the device has, or will have when it gets there
+    hyper: bytes = b""  # as uploaded last: on the device, or queued on its way there
     gradients: bytes = b""
     captured: bool = False  # a graph holds its address: never dropped
 
     def write_hyper(self, scalars: Sequence[float], stream: int) -> None:
+        """Uploads the hyper-parameters, float64, where they differ from the last ones; never in a capture."""
         data = array("d", scalars).tobytes()
-        # A replay must see what is written between replays, so a capture records no write of them.
+        # A replay must see the values written between replays, so a capture records no write of them.
         if data != self.hyper and not _capturing(self.memory):
             _kernels().cuda_upload(self.memory.data_ptr() + self.hyper_at, data, stream)
             self.hyper = data
 
     def write_gradients(self, grads: Sequence[Tensor], stream: int) -> None:
+        """Uploads the gradients' addresses and dtypes where they differ from the last ones."""
         data = array("Q", chain.from_iterable((_address(g), DTYPE_CODES[g.dtype]) for g in grads)).tobytes()
         # A capture records the write, since its gradients have addresses of their own and steps outside may change the
         # table; and a replay changes it unseen, so from then on every step writes it.
@@ -67,6 +71,7 @@ class Plan:
 
     @property
     def place(self) -> tuple[int, int, int]:
+        """The plan as the compiled functions take it: (address, number of tensors, number of chunks)."""
         return self.memory.data_ptr(), self.tensors, self.chunks
 
 
@@ -185,7 +190,7 @@ def _plan(
 def _forget() -> None:
     """Drop the plans unused for longest."""
     free = [key for key, plan in _plans.items() if not plan.captured]
-    for key in free[:-KEPT]:
+    for key in free[:-MAX_PLANS]:
         del _plans[key]
 
 

@@ -44,5 +44,6 @@ def _without_gaps(tensor: Tensor) -> bool:
 
 
 def write_back(written: list[tuple[Tensor, Tensor]]) -> None:
+    """Copies the contiguous copies that `flat_memory` made back into their originals."""
     for original, copy in written:
         original.copy_(copy)

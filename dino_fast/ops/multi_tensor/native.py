@@ -29,6 +29,7 @@ def ema_update(
     copies: Sequence[Tensor],
     found_inf: Tensor | None,
 ) -> None:
+    """The operation `ema_update` on CPU tensors."""
     from dino_fast import _C
 
     if found_inf is not None and found_inf.item() == math.inf:
@@ -42,6 +43,7 @@ def ema_update(
 
 
 def grad_norms(grads: Sequence[Tensor]) -> Tensor:
+    """The operation `grad_norms` on CPU tensors: float32 [n]."""
     from dino_fast import _C
 
     n = len(grads)
@@ -53,9 +55,12 @@ def grad_norms(grads: Sequence[Tensor]) -> Tensor:
 
 
 def adamw_ema(
-    params, grads, exp_avgs, exp_avg_sqs, steps, teachers, param_copies, teacher_copies,
-    multipliers, found_inf, lrs, weight_decays, beta1, beta2, eps, momentum,
+    params: Sequence[Tensor], grads: Sequence[Tensor], exp_avgs: Sequence[Tensor], exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor], teachers: Sequence[Tensor], param_copies: Sequence[Tensor],
+    teacher_copies: Sequence[Tensor], multipliers: Tensor | None, found_inf: Tensor | None, lrs: Sequence[float],
+    weight_decays: Sequence[float], beta1: float, beta2: float, eps: float, momentum: float,
 ) -> None:  # fmt: skip
+    """The operation `adamw_ema` on CPU tensors."""
     from dino_fast import _C
 
     n, overflow = len(params), 0.0 if found_inf is None else found_inf.item()

@@ -1,4 +1,4 @@
-"""Batches of tensors for the calls of multi_tensor: an optimizer's rows, what gradients are multiplied by, shards."""
+"""Batches of parameters for the calls of multi_tensor, and the factors that clip their gradients."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ from dino_fast.ops.multi_tensor import run_adamw_ema, run_grad_norms
 
 @dataclass
 class ParamBatch:
-    """Arguments of one call of adamw_ema or ema_update; entry i of each list belongs to the i-th parameter."""
+    """Arguments of one call of adamw_ema or ema_update; entry i of each list belongs to the i-th parameter.
+
+    All tensors are on `device`, float32 (or all float64), with bfloat16 copies; gradients also bfloat16 and float16.
+    """
 
     device: torch.device
     beta1: float
     beta2: float
     eps: float
-    momentum_group: int  # the group whose momentum is that of these teachers
-    index: list[int] = field(default_factory=list)  # of the parameter, among all
-    group: list[int] = field(default_factory=list)  # of its group
+    momentum_group: int  # index of the group whose momentum these teachers take
+    index: list[int] = field(default_factory=list)  # the parameter's, among all of the optimizer
+    group: list[int] = field(default_factory=list)  # its group's, in param_groups
     states: list[dict[str, Any]] = field(default_factory=list)
     params: list[Tensor] = field(default_factory=list)
     grads: list[Any] = field(default_factory=list)
@@ -38,10 +41,12 @@ class ParamBatch:
     weight_decays: list[float] = field(default_factory=list)
 
     def add(self, param: Tensor, copy: Tensor | None) -> None:
+        """Adds a parameter, and its bfloat16 copy where it has one."""
         self.params.append(param)
         self.param_copies.append(copy)
 
     def add_state(self, index: int, group: int, state: dict[str, Any]) -> None:
+        """Adds the optimizer's state of the parameter: `exp_avg`, `exp_avg_sq` and `step`, which the step updates."""
         self.index.append(index)
         self.group.append(group)
         self.states.append(state)
@@ -50,10 +55,12 @@ class ParamBatch:
         self.steps.append(state["step"])
 
     def add_teacher(self, teacher: Tensor, copy: Tensor | None) -> None:
+        """Adds the parameter's teacher, and the teacher's bfloat16 copy where it has one."""
         self.teachers.append(teacher)
         self.teacher_copies.append(copy)
 
     def step(self, multipliers: Tensor | None, found_inf: Tensor | None, momentum: float) -> None:
+        """AdamW, then the teachers' EMA, in place; the arguments are those of `run_adamw_ema`."""
         lists = (self.params, self.grads, self.exp_avgs, self.exp_avg_sqs, self.teachers)
         params, grads, m1, m2, teachers = map(_locals, lists)
         copies, teacher_copies = self._copies(self.param_copies), self._copies(self.teacher_copies)
@@ -66,13 +73,13 @@ class ParamBatch:
             increment_versions([*params, *teachers, *copies, *teacher_copies])
 
     def update_teachers(self, momentum: float, found_inf: Tensor | None = None) -> None:
-        """The EMA of parameters that do not move."""
+        """The EMA alone, for parameters without gradients."""
         teachers, students = _locals(self.teachers), _locals(self.params)
         copies = self._copies(self.teacher_copies)
         torch.ops.dino_fast.ema_update(teachers, students, momentum, copies, found_inf=found_inf)
 
     def _copies(self, copies: list[Tensor | None]) -> list[Tensor]:
-        """As the operations want them: none at all, or one each, without elements where there is no copy."""
+        """The argument of the operations: an empty list, or one tensor each, without elements for no copy."""
         if all(c is None for c in copies):
             return []
         none = torch.empty(0, dtype=torch.bfloat16, device=self.device)
@@ -81,10 +88,10 @@ class ParamBatch:
 
 @dataclass
 class BatchCache:
-    """The last step's batches, and what they were made from."""
+    """The last step's batches, and the settings and tensors that they were built from."""
 
-    settings: list[Any]
-    tensors: list[Tensor]
+    settings: list[Any]  # compared by value: any change means new batches
+    tensors: list[Tensor]  # compared by identity
     with_grad: list[ParamBatch]
     without_grad: list[ParamBatch]
 
@@ -103,8 +110,18 @@ class BatchCache:
 def grad_multipliers(
     batches: list[list[Tensor]], grad_scale: Tensor | None, clip_grad: float, clip_mode: str
 ) -> tuple[list[Tensor | None], list[Tensor]]:
-    """For each batch what its gradients are multiplied by, [n]: clip coefficient over gradient scale; and where
-    anything is clipped the norms, [n], of the gradients without their scale."""
+    """The factors that unscale and clip gradients, and the gradients' norms.
+
+    Args:
+        batches: lists of gradients, each on one device.
+        grad_scale: torch.amp.GradScaler's, one float, or None.
+        clip_grad: largest 2-norm; 0 does not clip.
+        clip_mode: "parameter" or "global"; see `AdamWEMA`.
+
+    Returns:
+        For each batch of n gradients: clip coefficient over gradient scale, float32 [n], or None where both are 1; and
+        the 2-norms [n] of the unscaled gradients before clipping, or [] without clipping.
+    """
     inverse = [None if grad_scale is None else grad_scale.to(b[0].device).double().reciprocal() for b in batches]
     if clip_grad == 0.0:
         return [
@@ -132,7 +149,7 @@ def grad_multipliers(
 
 
 def _norms(grads: list[Tensor]) -> Tensor:
-    """The 2-norm of each whole gradient, [n]; shards' sums of squares are added over the mesh, as one vector."""
+    """The 2-norm of each whole gradient, [n]. The sums of squares of shards are all-reduced, one vector a mesh."""
     shards = _locals(grads)
     norms = run_grad_norms(shards) if is_plain(*shards) else torch.ops.dino_fast.grad_norms(shards)
     sharded: dict[Any, list[int]] = {}
@@ -153,7 +170,7 @@ def _norms(grads: list[Tensor]) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def _index(rows: tuple[int, ...], device: torch.device) -> Tensor:
-    """Made once: the host would wait for the copy to a GPU at every step."""
+    """Cached, since each host-to-device copy would block the host at every step."""
     return torch.tensor(rows, dtype=torch.int64, device=device)
 
 

@@ -23,6 +23,7 @@ import importlib
 import os
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -59,8 +60,8 @@ def packed_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, backen
         backend: "auto" or a name that `dino-fast info` lists; see `dino_fast.backends`.
 
     The values of `cu_seqlens` are checked on a CPU only: on an accelerator looking at them would wait for it, and ends
-    that do not fit `qkv` or a `max_seqlen` that is too small give wrong results. What is not finite spreads within its
-    own sequence. One derivative, w.r.t. `qkv`, in reverse mode; others are refused.
+    that do not fit `qkv` or a `max_seqlen` that is too small give wrong results. NaN and inf spread within their own
+    sequence. One derivative, w.r.t. `qkv`, in reverse mode; others are refused.
 
     Raises:
         ValueError: shapes, dtypes, devices or ends that do not fit, said in the message.
@@ -70,13 +71,13 @@ def packed_attention(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, backen
     if qkv.dtype == torch.float32 and device != "meta" and torch.is_autocast_enabled(device):
         qkv = qkv.to(torch.get_autocast_dtype(device))
     if autograd.is_plain(qkv, cu_seqlens):
-        # The dispatcher's way to the same functions takes 0.2 ms, a third of what a batch of short crops does.
-        return _Direct.apply(qkv, cu_seqlens, max_seqlen, backend)
-    return torch.ops.dino_fast.packed_attention_forward(qkv, cu_seqlens, max_seqlen, backend)[0]
+        # The dispatcher's way to the same functions takes 0.2 ms, a third of the time of a batch of short crops.
+        return cast(Tensor, _Direct.apply(qkv, cu_seqlens, max_seqlen, backend))
+    return cast(Tensor, torch.ops.dino_fast.packed_attention_forward(qkv, cu_seqlens, max_seqlen, backend)[0])
 
 
 def validate_inputs(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
-    """Raises ValueError for shapes, dtypes and devices that do not fit, with what was given and what is accepted."""
+    """Raises ValueError for inputs that do not fit; the message names the given and the accepted ones."""
     if qkv.ndim != 4 or qkv.shape[1] != 3:
         raise ValueError(
             f"packed_attention: qkv is [tokens, 3, heads, width of a head]; got {list(qkv.shape)}. "
@@ -129,7 +130,7 @@ def _forward(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str) -> 
     return FORWARD[chosen](qkv, cu_seqlens, max_seqlen)
 
 
-def _fake_forward(qkv, cu_seqlens, max_seqlen, backend):
+def _fake_forward(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str) -> tuple[Tensor, Tensor]:
     validate_inputs(qkv, cu_seqlens, max_seqlen)
     return grouped.empty_outputs(qkv)
 
@@ -143,17 +144,27 @@ def _gradient(
     max_seqlen: int,
     backend: str,
 ) -> Tensor:
-    """The gradient w.r.t. qkv, [tokens, 3, H, d], from the output's and what the forward of the same backend kept."""
+    """The gradient w.r.t. qkv, [tokens, 3, H, d], from the output's and the same backend's `out` and statistics."""
     _validate_backward(grad, qkv, cu_seqlens, out, statistics, max_seqlen)
     return _run_backward(grad, qkv, cu_seqlens, out, statistics, max_seqlen, backend)
 
 
-def _fake_gradient(grad, qkv, cu_seqlens, out, statistics, max_seqlen, backend):
+def _fake_gradient(
+    grad: Tensor,
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    out: Tensor,
+    statistics: Tensor,
+    max_seqlen: int,
+    backend: str,
+) -> Tensor:
     _validate_backward(grad, qkv, cu_seqlens, out, statistics, max_seqlen)
     return qkv.new_empty(qkv.shape)
 
 
-def _validate_backward(grad, qkv, cu_seqlens, out, statistics, max_seqlen) -> None:
+def _validate_backward(
+    grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, out: Tensor, statistics: Tensor, max_seqlen: int
+) -> None:
     validate_inputs(qkv, cu_seqlens, max_seqlen)
     tokens, _, H, d = qkv.shape
     expected = {
@@ -171,13 +182,21 @@ def _validate_backward(grad, qkv, cu_seqlens, out, statistics, max_seqlen) -> No
             raise ValueError(f"packed_attention: the {name} is on {tensor.device} but qkv on {qkv.device}")
 
 
-def _run_backward(grad, qkv, cu_seqlens, out, statistics, max_seqlen, backend) -> Tensor:
+def _run_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    cu_seqlens: Tensor,
+    out: Tensor,
+    statistics: Tensor,
+    max_seqlen: int,
+    backend: str,
+) -> Tensor:
     _check_ends(qkv, cu_seqlens, max_seqlen)  # compiled code saves the caller's, which numpy may have changed
     chosen = choose("packed_attention", qkv, max_seqlen, backend=backend)
     return BACKWARD[chosen](grad, qkv, cu_seqlens, out, statistics, max_seqlen)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     qkv, cu_seqlens, max_seqlen, backend = inputs
     out, statistics = output
     ctx.mark_non_differentiable(statistics)
@@ -185,7 +204,9 @@ def _setup_context(ctx, inputs, output) -> None:
     _keep_for_backward(ctx, qkv, cu_seqlens, out, statistics, max_seqlen, backend)
 
 
-def _keep_for_backward(ctx, qkv, cu_seqlens, out, statistics, max_seqlen, backend) -> None:
+def _keep_for_backward(
+    ctx: Any, qkv: Tensor, cu_seqlens: Tensor, out: Tensor, statistics: Tensor, max_seqlen: int, backend: str
+) -> None:
     ctx.max_seqlen, ctx.backend = max_seqlen, backend
     # numpy may write new ends between forward and backward, and autograd would not see it: on the host, a copy is kept.
     ends = cu_seqlens.clone() if cu_seqlens.device.type == "cpu" else autograd.savable(cu_seqlens)
@@ -193,7 +214,7 @@ def _keep_for_backward(ctx, qkv, cu_seqlens, out, statistics, max_seqlen, backen
 
 
 @autograd.once_differentiable("packed_attention", REFERENCE)
-def _backward(ctx, grad, unused):
+def _backward(ctx: Any, grad: Tensor | None, unused: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
         return None, None, None, None
     saved = ctx.saved_tensors
@@ -212,15 +233,16 @@ class _Direct(torch.autograd.Function):
     """The operator without the dispatcher, for plain tensors."""
 
     @staticmethod
-    def forward(ctx, qkv, cu_seqlens, max_seqlen, backend):
+    def forward(ctx: Any, qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, backend: str) -> Tensor:
         out, statistics = _forward(qkv, cu_seqlens, max_seqlen, backend)
         _keep_for_backward(ctx, qkv, cu_seqlens, out, statistics, max_seqlen, backend)
         return out
 
     @staticmethod
     @autograd.once_differentiable("packed_attention", REFERENCE)
-    def backward(ctx, grad):
-        return _run_backward(grad, *ctx.saved_tensors, ctx.max_seqlen, ctx.backend), None, None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, ends, out, statistics = ctx.saved_tensors
+        return _run_backward(grad, qkv, ends, out, statistics, ctx.max_seqlen, ctx.backend), None, None, None
 
 
 def _check_ends(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> None:
@@ -352,7 +374,7 @@ def _triton_backward(
     return gradient
 
 
-def _sdpa_functions(qkv: Tensor) -> tuple[Callable, Callable]:
+def _sdpa_functions(qkv: Tensor) -> tuple[grouped.Attention, grouped.AttentionBackward]:
     if qkv.device.type == "cpu":
         return grouped.sdpa, grouped.sdpa_backward
     from dino_fast.ops.packed_attention.cuda import sdpa, sdpa_backward
@@ -370,16 +392,16 @@ def _sdpa_gradient(
     return grouped.per_length_backward(_sdpa_functions(qkv)[1])(grad, qkv, cu_seqlens, out, statistics, max_seqlen)
 
 
-def _peer(name: str) -> Callable:
+def _peer(name: str) -> Callable[..., Any]:
     """A function of dino_fast.ops.packed_attention.cuda, imported when it is called."""
 
-    def call(*arguments):
+    def call(*arguments: Any) -> Any:
         return getattr(importlib.import_module("dino_fast.ops.packed_attention.cuda"), name)(*arguments)
 
     return call
 
 
-FORWARD = {
+FORWARD: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
     "triton": _triton_forward,
     "varlen": _peer("varlen"),
     "xformers": _peer("xformers"),
@@ -387,7 +409,7 @@ FORWARD = {
     "sdpa": _sdpa_forward,
     "reference": grouped.per_length(grouped.math),
 }
-BACKWARD = {
+BACKWARD: dict[str, Callable[..., Tensor]] = {
     "triton": _triton_backward,
     "varlen": _peer("varlen_backward"),
     "xformers": _peer("xformers_backward"),

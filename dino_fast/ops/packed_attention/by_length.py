@@ -7,7 +7,7 @@ of the sum of exponentials.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,12 +16,19 @@ from torch import Tensor
 
 from dino_fast.ops.layout import contiguous_rows
 
+# An attention on q, k, v [n, H, L, d] -> (out [n, H, L, d], logsumexp [n, H, L]), and its backward: (grad, q, k, v,
+# out, logsumexp) -> the gradients w.r.t. q, k and v.
+Attention = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+AttentionBackward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+
 
 def wide(x: Tensor) -> torch.dtype:
+    """The dtype of statistics and of the reference's arithmetic: float64 for float64, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def empty_outputs(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    """Uninitialized out [tokens, H, d] and statistics [2, H, tokens] of an operator call on `qkv`."""
     tokens, _, H, d = qkv.shape
     return qkv.new_empty((tokens, H, d)), qkv.new_empty((2, H, tokens), dtype=wide(qkv))
 
@@ -37,7 +44,8 @@ class Group(NamedTuple):
     def read(self, x: Tensor) -> Tensor:
         """[tokens, ...] -> [n, L, ...], a view where the sequences are adjacent."""
         taken = x[self.start : self.start + self.n * self.L] if self.rows is None else x.index_select(0, self.rows)
-        return taken.unflatten(0, (self.n, self.L))
+        sequences: Tensor = taken.unflatten(0, (self.n, self.L))
+        return sequences
 
     def write(self, x: Tensor, value: Tensor) -> None:
         """Puts value [n, L, ...] where `read` would find it in x."""
@@ -67,7 +75,7 @@ def _heads(group: Group, qkv: Tensor) -> tuple[Tensor, ...]:
     return group.read(qkv).permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def per_length(forward):
+def per_length(forward: Attention) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
     """Forward of an attention on q, k, v [n, H, L, d] -> (out, logsumexp [n, H, L]) for packed sequences."""
 
     def run(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
@@ -83,8 +91,8 @@ def per_length(forward):
     return run
 
 
-def per_length_backward(backward):
-    """Backward of the same: (grad, q, k, v, out, logsumexp) -> gradients by q, k and v."""
+def per_length_backward(backward: AttentionBackward) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int], Tensor]:
+    """Backward of the same: (grad, q, k, v, out, logsumexp) -> gradients w.r.t. q, k and v."""
 
     def run(grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, out: Tensor, statistics: Tensor, max_seqlen: int) -> Tensor:
         gradient, logsumexp = qkv.new_empty(qkv.shape), statistics[0]
@@ -99,12 +107,14 @@ def per_length_backward(backward):
 
 
 def math(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition in steps, with all scores [n, H, L, L] in memory; results in `wide(q)`."""
     dtype = wide(q)
     scores = q.to(dtype) @ k.to(dtype).mT * q.shape[-1] ** -0.5  # [n, H, L, L]
     return scores.softmax(-1) @ v.to(dtype), scores.logsumexp(-1)
 
 
 def math_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of `math`, in `wide(q)`; the probabilities are computed again from q and k."""
     dtype, scale = wide(q), q.shape[-1] ** -0.5
     grad, q, k, v = (x.to(dtype) for x in (grad, q, k, v))
     # Not from the logsumexp: its rounding is an error of every probability of the row.
@@ -116,6 +126,7 @@ def math_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lo
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """PyTorch's flash attention on a CPU: out in q's dtype, float32 logsumexp (float64 for float64)."""
     out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
     # In short sequences it takes a row of nothing but NaN for a masked one, and gives zeros and a logsumexp of 0.
     suspect = logsumexp == 0
@@ -127,5 +138,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sdpa_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of `sdpa` w.r.t. q, k and v, in their dtype."""
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    return backward(grad, q, k, v, out, logsumexp, 0.0, False)
+    gradients: tuple[Tensor, ...] = backward(grad, q, k, v, out, logsumexp, 0.0, False)
+    return gradients

@@ -1,6 +1,6 @@
 """`packed_attention` through other people's kernels on a GPU.
 
-    varlen    PyTorch's flash attention over packed sequences, what torch.nn.attention.varlen is made of
+    varlen    PyTorch's flash attention over packed sequences, as in torch.nn.attention.varlen
     xformers  memory_efficient_attention under a block-diagonal mask, where xformers is installed
     sdpa      PyTorch's attention, a call per distinct length
 
@@ -10,6 +10,7 @@ dino_fast/ops/packed_attention/__init__.py: each row's logarithm of the sum of e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -24,10 +25,12 @@ WIDEST = 256  # elements of a head that PyTorch's flash attention takes
 
 
 def varlen_unsupported_reason(qkv: Tensor) -> str | None:
+    """Why PyTorch's packed flash attention cannot take this qkv, or None."""
     return xformers_unsupported_reason(qkv) or gpu.too_old(qkv.device)
 
 
 def xformers_unsupported_reason(qkv: Tensor) -> str | None:
+    """Why xformers cannot take this qkv, or None."""
     if qkv.device.type != "cuda":
         return f"it runs on CUDA, qkv is on {qkv.device}"
     if qkv.dtype not in HALF:
@@ -42,6 +45,7 @@ def _no_bfloat16(qkv: Tensor) -> str | None:
 
 
 def sdpa_unsupported_reason(qkv: Tensor) -> str | None:
+    """Why PyTorch's attention on a GPU cannot take this qkv, or None."""
     if qkv.device.type != "cuda":
         return f"it calls PyTorch's attention for CPUs or for CUDA, qkv is on {qkv.device}"
     if qkv.dtype not in (*HALF, torch.float32):
@@ -69,6 +73,7 @@ def _with_zeros(logsumexp: Tensor) -> Tensor:
 
 
 def varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
+    """(out [tokens, H, d], statistics [2, H, tokens] float32): see the operator."""
     ends = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     out, logsumexp, *_ = torch.ops.aten._flash_attention_forward(*_parts(qkv), *ends, 0.0, False, False)
     return out, _with_zeros(logsumexp)  # [tokens, H, d], [H, tokens]
@@ -77,6 +82,7 @@ def varlen(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Te
 def varlen_backward(
     grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, out: Tensor, statistics: Tensor, max_seqlen: int
 ) -> Tensor:
+    """The gradient w.r.t. qkv [tokens, 3, H, d], in its dtype."""
     ends = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     no_dropout = (
         torch.zeros(2, dtype=torch.uint64, device=qkv.device),
@@ -97,6 +103,7 @@ def _mask(ops: Any, cu_seqlens: Tensor) -> Any:
 
 
 def xformers(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
+    """(out [tokens, H, d], statistics [2, H, tokens] float32): see the operator."""
     import xformers.ops as ops
 
     q, k, v = (x[None] for x in _parts(qkv))  # [1, tokens, H, d]
@@ -110,6 +117,7 @@ def xformers(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, 
 def xformers_backward(
     grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, out: Tensor, statistics: Tensor, max_seqlen: int
 ) -> Tensor:
+    """The gradient w.r.t. qkv [tokens, 3, H, d], in its dtype."""
     import xformers.ops as ops
 
     q, k, v = (x[None] for x in _parts(qkv))
@@ -124,6 +132,7 @@ def xformers_backward(
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """(out [n, H, L, d] in q's dtype, logsumexp [n, H, L] float32)."""
     if _flash(q):
         out, logsumexp, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
     else:
@@ -132,13 +141,16 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sdpa_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of `sdpa` w.r.t. q, k and v, in their dtype."""
     L = q.shape[2]
+    gradients: Sequence[Tensor]
     if _flash(q):
         seed = torch.zeros(2, dtype=torch.uint64, device=q.device)
         nothing = torch.empty(0, dtype=torch.uint64, device=q.device)
-        return torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        gradients = torch.ops.aten._scaled_dot_product_flash_attention_backward(
             grad, q, k, v, out, logsumexp.contiguous(), None, None, L, L, 0.0, False, seed, nothing
         )
+        return tuple(gradients)
     padded = torch.nn.functional.pad(logsumexp, (0, -L % 32))
     seed = torch.zeros((), dtype=torch.int64, device=q.device)
     *gradients, _ = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
