@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 import dino_fast
 from dino_fast.attention import packed_attention
 from dino_fast.augment import CropParams, MultiCrop, statistics
-from dino_fast.data import ArraySource, Subset, TrainLoader, eval_batches, held_out, open_source, split, train_loader
+from dino_fast.data import ArraySource, Subset, TrainLoader, eval_batches, open_source, split, train_loader
 from dino_fast.data.decode import decode
 from dino_fast.engine.config import build_config
 from dino_fast.eval import boundary, finetune, knn, segment
@@ -191,7 +191,7 @@ def loaded(workers: int = 0) -> list[Any]:
 
 def sources() -> list[Any]:
     whole = open_source((images(20).numpy(), labels(20).numpy()))
-    parts = [*split(whole), held_out(whole), Subset(whole, np.arange(3))]
+    parts = [*split(whole), Subset(whole, np.arange(3))]
     return [[part.read(i) for i in range(len(part))] for part in parts]
 
 
@@ -296,7 +296,7 @@ CALLS: dict[str, tuple[str, Callable[[], Any]]] = {
     "crop parameters": ("CropParams statistics", crop_parameters),
     "train_loader": ("train_loader TrainLoader Batch ArraySource", loaded),
     "train_loader with a worker": ("train_loader", lambda: loaded(workers=1)),
-    "sources": ("open_source split held_out Subset Source", sources),
+    "sources": ("open_source split Subset Source", sources),
     "decode": ("", decoded),
     "k-NN": ("neighbors largest knn_accuracy knn_grid leave_one_out_accuracy", nearest),
     "features": ("extract_features eval_batches", features),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dino_fast.data.batch import Batch
 from dino_fast.data.decode import ImageError
 from dino_fast.data.eval_loader import eval_batches
-from dino_fast.data.open import held_out, open_source, split
-from dino_fast.data.source import ArraySource, Source, Subset
+from dino_fast.data.open import open_source, split
+from dino_fast.data.source import ArraySource, Source, SourceNote, Subset
 from dino_fast.data.train_loader import TrainLoader, train_loader
 
 __all__ = [
@@ -14,10 +14,10 @@ __all__ = [
     "Batch",
     "ImageError",
     "Source",
+    "SourceNote",
     "Subset",
     "TrainLoader",
     "eval_batches",
-    "held_out",
     "open_source",
     "split",
     "train_loader",

@@ -50,7 +50,7 @@ def class_numbers(values: Any, names: Sequence[str] | None = None, where: str = 
     if types.is_null(kind):
         return Labels(None)
     if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
-        return _texts(values.to_pylist(), names)
+        return _texts(values, names)
     if not (types.is_integer(kind) or types.is_boolean(kind) or types.is_floating(kind)):
         return Labels(None, None, f"{where} are not used: {_describe(values)}")
     if types.is_boolean(kind):
@@ -73,18 +73,24 @@ def class_numbers(values: Any, names: Sequence[str] | None = None, where: str = 
     return _integers(numbers, known, names)
 
 
-def _texts(values: list[str | None], names: Sequence[str] | None) -> Labels:
+def _texts(values: Any, names: Sequence[str] | None) -> Labels:
     """Whole numbers written as text are numbers, as in WebDataset's `.cls`; other text is numbered in sorted order."""
-    given = {value for value in values if value}
+    import pyarrow
+
+    encoded = values.cast(pyarrow.large_string()).dictionary_encode()
+    if isinstance(encoded, pyarrow.ChunkedArray):
+        encoded = encoded.unify_dictionaries().combine_chunks()
+    distinct: list[str] = encoded.dictionary.to_pylist()
+    index = encoded.indices.cast(pyarrow.int64()).fill_null(-1).to_numpy(zero_copy_only=False)
+    given = [text for text in distinct if text]
     if not given:
         return Labels(None)
     if all(len(text) < 19 and text.removeprefix("-").isdecimal() and str(int(text)) == text for text in given):
-        number: dict[str | None, int] = {text: max(int(text), -1) for text in given}
-        numbers = np.array([number.get(value, -1) for value in values], np.int64)
+        numbers = np.array([*(max(int(text), -1) if text else -1 for text in distinct), -1], np.int64)[index]
         return _integers(numbers[numbers >= 0], numbers >= 0, names)
     classes = sorted(given)
     number = {name: i for i, name in enumerate(classes)}
-    return Labels(np.array([number.get(value, -1) for value in values], np.int64), classes)
+    return Labels(np.array([*(number.get(text, -1) for text in distinct), -1], np.int64)[index], classes)
 
 
 def _integers(numbers: np.ndarray, known: np.ndarray, names: Sequence[str] | None) -> Labels:
@@ -95,8 +101,9 @@ def _integers(numbers: np.ndarray, known: np.ndarray, names: Sequence[str] | Non
     if names is not None and numbers.max() < len(names):
         labels[known] = numbers.astype(np.int64)
         return Labels(labels, list(names))
-    distinct, dense = np.unique(numbers, return_inverse=True)
-    if distinct[-1] < len(distinct) + _UNUSED:
+    if numbers.max() >= _UNUSED:
+        distinct, dense = np.unique(numbers, return_inverse=True)
+    if numbers.max() < _UNUSED or distinct[-1] < len(distinct) + _UNUSED:
         labels[known] = numbers.astype(np.int64)
         return Labels(labels)
     labels[known] = dense
@@ -117,6 +124,8 @@ def _describe(values: Any) -> str:
 def share_classes(train: Source, test: Source) -> None:
     """Numbers the classes of both parts alike; classes that only the test part has come last."""
     names, others = names_to_match(train, test)
+    if names is not None and others is None and test.labels is not None and test.labels.max(initial=-1) < len(names):
+        test.classes = names
     if names is None or others is None or test.labels is None or names == others:
         return
     known = set(names)

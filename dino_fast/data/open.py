@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dino_fast.data.formats import demo, folder, hugging_face, parquet, python, tar
+from dino_fast.data.formats import demo, folder, hugging_face, lists, parquet, python, tar, zip
+from dino_fast.data.formats.layout import ARCHIVES, UNLABELED_DIRS
 from dino_fast.data.labels import share_classes
-from dino_fast.data.source import EXTENSIONS, TEST_DIRS, TRAIN_DIRS, Source, Subset
+from dino_fast.data.source import EXTENSIONS, TEST_DIRS, TRAIN_DIRS, Source, SourceNote, Subset, kind_of_file
 from dino_fast.errors import UserError
 
 IN_MEMORY = "python:"  # how a run's config.yaml begins the name of images that a program gave as an object
@@ -22,8 +24,8 @@ IN_MEMORY = "python:"  # how a run's config.yaml begins the name of images that 
 def open_source(given: Any) -> Source:
     """Opens images from whatever holds them.
 
-    A path or string: `demo`; a folder of images, of .parquet or of .tar files, or one that `datasets` saved; a
-    .parquet, .tar or .npy file; a text file with one image path a line; a pattern with * ? [] or {000..099}.
+    A path or string: `demo`; a folder of images, of .parquet, .tar or .zip files, or one that `datasets` saved; a
+    .parquet, .tar, .zip or .npy file; a text file with one image path a line; a pattern with * ? [] or {000..099}.
     A Python object: a source; a `datasets.Dataset` or `DatasetDict`; an array or tensor [N, H, W], [N, H, W, C] or
     [N, C, H, W] of uint8, floats from 0 to 1 or other numbers; a list of arrays, images of PIL and paths; a pair of any
     of these and its labels; {"images": ..., "labels": ..., "range": (black, white)}; a `torch.utils.data.Dataset` of
@@ -36,10 +38,8 @@ def open_source(given: Any) -> Source:
     if isinstance(given, Source):
         return given
     source = _open(given)
-    for part in (source, source.test):
-        for note in () if part is None else (*part.notes, part.unused_labels):
-            if note:
-                warnings.warn(note, stacklevel=2)
+    for note in source.all_notes():
+        warnings.warn(note, SourceNote, stacklevel=2)
     return source
 
 
@@ -61,7 +61,7 @@ def _open(given: Any) -> Source:
     if any(character in str(path) for character in "*?[{"):
         return _open_files(expand(str(path)), str(path))
     raise UserError(
-        f"{path} does not exist; give a folder, a .parquet, .tar or .npy file, a text file listing images, "
+        f"{path} does not exist; give a folder, a .parquet, .tar, .zip or .npy file, a text file listing images, "
         "a pattern such as 'photos/*.jpg', or 'demo'"
     )
 
@@ -78,15 +78,9 @@ def split(source: Source, share: float = 0.1) -> tuple[Source, Source]:
     return Subset(source, np.sort(order[count:])), Subset(source, np.sort(order[:count]))
 
 
-def held_out(source: Source) -> Source:
-    """The second part of `split`."""
-    return split(source)[1]
-
-
 def expand(pattern: str) -> list[Path]:
     """The files that a pattern stands for, in order: * ? [] ** as a shell does, {a,b} and {000..099}."""
     import glob
-    import re
 
     braces = re.search(r"\{([^{}]*)\}", pattern)
     if braces:
@@ -124,47 +118,95 @@ def _open_object(given: Any) -> Source:
 
 
 def _open_folder(root: Path) -> Source:
-    train = next((root / name for name in TRAIN_DIRS if (root / name).is_dir()), None)
-    test = next((root / name for name in TEST_DIRS if (root / name).is_dir()), None)
     if (root / "dataset_info.json").is_file() or (root / "dataset_dict.json").is_file():
         return _open_object(hugging_face.load_saved(root))
-    if train and test:
-        return _pair(_open_folder(train), _open_folder(test))
-    images = folder.open_images(root)
-    if images is not None:
+    images, shards, notes = folder.open_images(root)
+    if not shards and images is not None:
         return images
-    found = [
-        Path(place.path) / os.fsdecode(name)
-        for place in folder.walk(root, {".parquet", ".tar"})
-        for name in place.files
-    ]
-    if not found:
-        arrays = folder.open_images(root, {".npy"})  # elsewhere they are masks and features, beside the images
+    if not shards:
+        arrays = folder.open_images(root, {".npy"}).images  # elsewhere they are masks and features, beside the images
         if arrays is not None:
             return arrays
         raise UserError(
             f"{root} holds no images (looked in all sub-folders for {', '.join(sorted(EXTENSIONS))}) "
-            "and no .parquet, .tar or .npy files"
+            f"and no .parquet, .tar, .zip or .npy files{''.join(f' ({note})' for note in notes)}"
         )
-    parts = {p: [file for file in found if file.name.startswith(p)] for p in (*TRAIN_DIRS, *TEST_DIRS)}
-    training = next((parts[p] for p in TRAIN_DIRS if parts[p]), None)
-    testing = next((parts[p] for p in TEST_DIRS if parts[p]), None)
-    if not (training and testing):
-        return _open_files(found, str(root))
-    return _pair(_open_files(training, str(root)), _open_files(testing, str(root)))
+    kinds = {suffix: [shard for shard in shards if shard.suffix.lower() == suffix] for suffix in sorted(ARCHIVES)}
+    kinds = {suffix: files for suffix, files in kinds.items() if files}
+    if images is None and len(kinds) == 1:
+        return _open_shards(shards, root, notes)
+    return _most(root, images, kinds, notes)
+
+
+def _most(root: Path, images: Source | None, kinds: dict[str, list[Path]], notes: Sequence[str]) -> Source:
+    """Of image files and shards of several kinds in one folder, what holds most images; a note says what is left."""
+    counts = {} if images is None else {"image files": len(images) + (len(images.test) if images.test else 0)}
+    for suffix, files in kinds.items():
+        try:
+            counts[f"{suffix} files"] = _count(suffix, files)
+        except UserError as error:
+            counts[f"{suffix} files"] = 0
+            if images is None and len(counts) == len(kinds) and not any(counts.values()):
+                raise UserError(f"{root} holds no images: {error}") from error
+    best = max(counts, key=lambda name: counts[name])
+    left = ", ".join(f"{count:,} in {name}" for name, count in counts.items() if name != best)
+    note = f"{root}: the images are the {counts[best]:,} in {best}; left out: {left}"
+    if images is not None and best == "image files":
+        images.notes = [*images.notes, note]
+        return images
+    return _open_shards(kinds[best.removesuffix(" files")], root, [note])
+
+
+def _count(suffix: str, files: list[Path]) -> int:
+    """Images in shards of one kind. Raises UserError where one cannot be read."""
+    if suffix == ".parquet":
+        return parquet.count_rows(files)
+    source = _open_files(files, "")
+    return len(source) + (len(source.test) if source.test else 0)
+
+
+def _open_shards(shards: list[Path], root: Path, notes: Sequence[str]) -> Source:
+    """Shards of one kind; those of train and val, by their folder or the beginning of their name, are kept apart."""
+    parts: dict[str, list[Path]] = {}
+    for shard in shards:
+        parts.setdefault(_part_of(shard, root), []).append(shard)
+    training = [shard for shard in shards if _part_of(shard, root) in (*TRAIN_DIRS, *UNLABELED_DIRS)]
+    testing = next((name for name in TEST_DIRS if name in parts), None)
+    if testing is None or not any(name in parts for name in TRAIN_DIRS):
+        source = _open_files(shards, str(root))
+    else:
+        source = _pair(_open_files(training, str(root)), _open_files(parts[testing], str(root)))
+        left = [shard for shard in shards if shard not in set(training) | set(parts[testing])]
+        if left:
+            names = ", ".join(str(shard.relative_to(root)) for shard in left[:5]) + (", ..." if len(left) > 5 else "")
+            notes = [*notes, f"{root}: {testing} is held out; left out: {len(left)} files ({names})"]
+    source.notes = [*source.notes, *notes]
+    return source
+
+
+def _part_of(shard: Path, root: Path) -> str:
+    """The part that a shard belongs to: train/x.parquet, train-00000-of-00010.parquet, Train2017.tar."""
+    names = shard.relative_to(root).parts
+    for name in names:
+        part = re.match(r"[a-z]*", name.lower())
+        if part and part[0] in (*TRAIN_DIRS, *TEST_DIRS, *UNLABELED_DIRS):
+            return part[0]
+    return ""
 
 
 def _open_file(path: Path) -> Source:
+    if not path.is_file():
+        raise UserError(f"{path} is {kind_of_file(path.stat().st_mode)}, not a file of images or a list of them")
     if path.suffix.lower() == ".npy":
         return python.open_images(_mapped(path), name=str(path))
-    if path.suffix.lower() in (".parquet", ".tar"):
+    if path.suffix.lower() in ARCHIVES:
         return _open_files([path], str(path))
     if path.name.lower().endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")):
         raise UserError(
             f"{path} is a compressed tar, of which single images cannot be read. Unpack it to a .tar (images are "
             "compressed already, so it will hardly be larger), or to a folder"
         )
-    return folder.open_list(path)
+    return lists.open_list(path)
 
 
 def _mapped(path: Path) -> np.ndarray:
@@ -184,10 +226,12 @@ def _open_files(paths: list[Path], given: str) -> Source:
         return parquet.ParquetSource(paths)
     if suffixes == {".tar"}:
         return tar.open_tars(paths)
+    if suffixes == {".zip"}:
+        return zip.open_zips(paths)
     if suffixes <= EXTENSIONS:
         return folder.open_paths(paths)
     raise UserError(
-        f"{given} has files of {', '.join(sorted(suffixes)[:8])}; expected images, or .parquet files alone, or .tar "
+        f"{given} has files of {', '.join(sorted(suffixes)[:8])}; expected images, or .parquet, .tar or .zip "
         "files alone"
     )
 

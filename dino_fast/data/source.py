@@ -29,7 +29,11 @@ EXTENSIONS = {
 }
 _LFS = b"version https://git-lfs.github.com/spec/"
 _LFS_MESSAGE = "a Git LFS pointer, not the file itself; run 'git lfs pull' in its repository"
-TRAIN_DIRS, TEST_DIRS = ("train", "training"), ("val", "test", "valid", "validation", "testing")
+TRAIN_DIRS, TEST_DIRS = ("train", "training"), ("val", "valid", "validation", "test", "testing")
+
+
+class SourceNote(UserWarning):
+    """What was taken for the images and what was left out, where a person might expect otherwise."""
 
 
 class Source:
@@ -76,6 +80,12 @@ class Source:
     def data(self, index: int) -> bytes:
         """The encoded file. Raises ImageError naming the image."""
         raise TypeError(f"{type(self).__name__} has no encoded images")
+
+    def all_notes(self) -> list[str]:
+        """The notes of both parts, and why labels that are there are not used."""
+        parts = [part for part in (self, self.test) if part is not None]
+        notes = [note for part in parts for note in (*part.notes, part.unused_labels) if note]
+        return list(dict.fromkeys(notes))
 
     def prepare(self) -> None:
         """Does once, before workers and threads start, what is not theirs to do: imports what decodes, and sets the

@@ -453,6 +453,8 @@ class Trainer:
         )
         wants_graph = state.device.type == "cuda" and config.cuda_graph == "auto"
         reason = unsupported_reason(state) if wants_graph else None
+        for line in self.data.train.all_notes() if self.context.first else ():  # printed when the images were opened
+            self.run_dir.log_text(f"note: {line}")
         pixels = pixel_note(self.data.train)
         for note in (*self.schedules.notes(), self.data.note, pixels, reason and f"no CUDA graph: {reason}"):
             if note:

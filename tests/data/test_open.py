@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,10 @@ import pytest
 import torch
 
 from dino_fast.augment import MultiCrop
-from dino_fast.data import ArraySource, held_out, open_source, split, train_loader
+from dino_fast.data import ArraySource, ImageError, SourceNote, open_source, split, train_loader
 from dino_fast.errors import UserError
 
-from .example_files import hugging_face, save
+from .example_files import hugging_face, pack, png, save, shard
 
 RNG = np.random.default_rng(0)
 
@@ -24,7 +26,7 @@ def test_train_and_val_folders_share_class_numbers(tmp_path: Path) -> None:
         save(tmp_path / name)
     source = open_source(tmp_path)
     assert len(source) == 2 and source.classes == ["cat", "dog", "ant"]
-    test = held_out(source)
+    test = source.test
     assert [(Path(test.name(i)).name, test.label(i)) for i in range(2)] == [("4.png", 2), ("3.png", 1)]
     assert split(source)[0] is source
 
@@ -33,7 +35,7 @@ def test_a_seeded_tenth_is_held_out() -> None:
     source = ArraySource(torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1).contiguous(), labels=range(50))
     train, test = split(source)
     assert len(train) == 45 and len(test) == 5
-    assert {*train.labels, *test.labels} == set(range(50)) and test.labels.tolist() == held_out(source).labels.tolist()
+    assert {*train.labels, *test.labels} == set(range(50)) and test.labels.tolist() == split(source)[1].labels.tolist()
     assert test.read(3).item() == test.label(3) == test.labels[3] and "image" in test.name(0)
     with pytest.raises(UserError, match="at least 2"):
         split(ArraySource(source.images[:1]))
@@ -122,3 +124,62 @@ def test_patterns(tmp_path: Path) -> None:
     strange = save(tmp_path / "[x]" / "1.png").parent
     assert len(open_source(strange)) == 1  # what exists is no pattern
     assert isinstance(open_source("demo"), ArraySource)
+
+
+def test_the_larger_of_images_and_shards_is_taken(tmp_path: Path) -> None:
+    """A picture for the README beside shards is not the data set, nor is an archive of something else beside images."""
+    save(tmp_path / "a" / "docs" / "preview.png")
+    (tmp_path / "a" / "data").mkdir()
+    shard(tmp_path / "a" / "data" / "x.tar", 0, 20)
+    with pytest.warns(SourceNote, match=r"images are the 20 in \.tar files; left out: 1 in image files"):
+        assert len(open_source(tmp_path / "a")) == 20
+    for i in range(3):
+        save(tmp_path / "b" / f"{i}.png")
+    pack(tmp_path / "b" / "weights.tar", {"model.bin": b"x"})
+    arrow.parquet.write_table(arrow.table({"metadata": [1, 2, 3, 4]}), tmp_path / "b" / "metadata.parquet")
+    with pytest.warns(SourceNote, match=r"3 in image files; left out: 0 in \.parquet files, 0 in \.tar files"):
+        assert len(open_source(tmp_path / "b")) == 3
+    (tmp_path / "c").mkdir()
+    for name in ("x.tar", "y.tar"):
+        shard(tmp_path / "c" / name, 0, 4)
+    hugging_face(tmp_path / "c" / "x.parquet", [{"bytes": png(1), "path": None}])
+    with pytest.warns(SourceNote, match=r"8 in \.tar files; left out: 1 in \.parquet"):
+        assert len(open_source(tmp_path / "c")) == 8
+
+
+def test_parts_of_shards(tmp_path: Path) -> None:
+    for name, count in (("Train/0.tar", 3), ("Train/1.tar", 2), ("validation/0.tar", 1), ("test/0.tar", 4)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shard(tmp_path / name, 0, count)
+    with pytest.warns(SourceNote, match=r"validation is held out; left out: 1 files \(test/0\.tar\)"):
+        source = open_source(tmp_path)
+    assert len(source) == 5 and len(source.test) == 1
+
+
+def test_pipes_and_sockets_are_never_opened(tmp_path: Path) -> None:
+    """Opening a FIFO waits for its writer, for ever."""
+    save(tmp_path / "x" / "0.png")
+    for name in ("1.png", "2.tar", "3.parquet"):
+        os.mkfifo(tmp_path / "x" / name)
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "x" / "4.jpg"))
+    with pytest.warns(SourceNote, match=r"left out: 4 of special kinds \(FIFOs, sockets, devices\)"):
+        source = open_source(tmp_path / "x")
+    assert len(source) == 1
+    os.unlink(tmp_path / "x" / "0.png")
+    os.mkfifo(tmp_path / "x" / "0.png")
+    with pytest.raises(ImageError, match=r"0\.png: is no file but a FIFO"):
+        source.read(0)
+    for name in ("1.png", "2.tar", "3.parquet", "4.jpg"):
+        with pytest.raises(UserError, match=r"is a (FIFO|socket), not a file"):
+            open_source(tmp_path / "x" / name)
+    (tmp_path / "list.txt").write_text("x/1.png\n")
+    with pytest.raises(UserError, match="is no file"):
+        open_source(tmp_path / "list.txt")
+
+
+def test_formats_that_are_not_read_are_named(tmp_path: Path) -> None:
+    for i in range(3):
+        (tmp_path / f"{i}.HEIC").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"holds no images .*\(left out: 3 \.heic"):
+        open_source(tmp_path)

@@ -1,22 +1,23 @@
-"""Image files: a folder, a text file that lists them, a pattern."""
+"""Image files in folders."""
 
 from __future__ import annotations
 
-import io
 import os
+import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 
 from dino_fast.data.decode import ImageError
-from dino_fast.data.index_cache import Index, cached, stamp, watch
+from dino_fast.data.formats.layout import ARCHIVES, Layout, annotation, counted, passed_over, read_layout
+from dino_fast.data.index_cache import Index, cached, stamp
+from dino_fast.data.labels import class_numbers, share_classes
 from dino_fast.data.source import EXTENSIONS, Source, printable, read_file
-from dino_fast.errors import UserError
-
-_CHECKED = 1000  # entries of a file list that are looked for when it is opened; a missing later one is an ImageError
 
 
 class FileSource(Source):
@@ -45,16 +46,33 @@ class FileSource(Source):
             raise ImageError(f"{self.name(index)}: {error.strerror or error}") from error
 
 
-def open_images(root: Path, extensions: set[str] = EXTENSIONS) -> FileSource | None:
-    """The images below a folder, or None where there are none.
+class Contents(NamedTuple):
+    """What lies below a folder: its image files, if any, with `.test` where a part is held out; and shards' paths."""
 
-    Where every image lies in a sub-folder, the first level of sub-folders are the classes.
-    """
+    images: FileSource | None
+    shards: list[Path]
+    notes: list[str]
+
+
+def open_images(root: Path, extensions: set[str] = EXTENSIONS) -> Contents:
+    """The images and shards below a folder. What its sub-folders mean is said in layout.py."""
     kind = "folder" if extensions is EXTENSIONS else "folder" + "".join(sorted(extensions))
     index = cached(kind, [root], lambda: scan(root, extensions))
-    source = _files(root, index)
-    source.notes = index.facts["notes"]
-    return source if len(source) else None
+    shards = [root / os.fsdecode(name.encode("latin-1")) for name in index.facts["shards"]]
+    notes = index.facts["notes"]
+    if not len(index.arrays["ends"]):
+        return Contents(None, shards, notes)
+    parts, (classes, test_classes) = index.arrays.get("parts"), index.facts["classes"]
+    if parts is None:
+        images = _files(root, index, None, classes)
+    else:
+        images = _files(root, index, np.flatnonzero(parts == 0), classes)
+        test = _files(root, index, np.flatnonzero(parts == 1), test_classes)
+        if len(test):
+            share_classes(images, test)
+            images.test = test
+    images.notes = notes
+    return Contents(images, shards, notes)
 
 
 def open_paths(paths: Sequence[str | Path]) -> FileSource:
@@ -63,47 +81,75 @@ def open_paths(paths: Sequence[str | Path]) -> FileSource:
     return _files(Path("/"), Index({"names": _buffer(b"".join(names)), "ends": _ends([len(name) for name in names])}))
 
 
-def open_list(path: Path) -> FileSource:
-    """The images that a text file lists: a path a line, then optionally a tab and a whole number, the label."""
-    index = cached("list", [path], lambda: _read_list(path))
-    source = FileSource(path.parent, *(index.arrays[name] for name in ("names", "starts", "ends")))
-    source.labels = index.arrays.get("labels")
-    for i in range(min(len(source), _CHECKED)):
-        if not source.path(i).is_file():
-            raise UserError(
-                f"{path}: entry {i + 1}, {os.path.relpath(source.path(i), path.parent)!r}, is no file (paths are "
-                "relative to the list's folder)"
-            )
-    return source
-
-
 def scan(root: Path, extensions: set[str]) -> Index:
-    """Walks a folder: `names` one after the other, their `ends`, `labels` unless an image lies in `root` itself."""
-    names, lengths, labels = bytearray(), array("q"), array("q")
+    """Walks a folder once: the names of its images and where each ends, their labels and parts."""
+    names, lengths, counts, shards = bytearray(), array("q"), array("q"), []
     watched, stamps, notes = bytearray(), array("q"), []
-    classes: list[str] = []
-    top, flat = None, False
+    folders: list[bytes] = []
+    left_out: Counter[str] = Counter()
     for folder in walk(root, extensions):
         if folder.reason:
             notes.append(f"{folder.path}: {folder.reason}; its images are left out")
             continue
         watched += b"\0" * bool(watched) + os.fsencode(folder.path)
         stamps.extend(folder.stamp)
+        left_out.update(folder.left_out)
+        inside = folder.inside + b"/" if folder.inside else b""
+        shards += [inside + name for name in folder.shards]
         if not folder.files:
             continue
-        inside = folder.inside + b"/" if folder.inside else b""
-        flat = flat or not inside
-        if inside and inside.split(b"/", 1)[0] != top:
-            top = inside.split(b"/", 1)[0]
-            classes.append(printable(os.fsdecode(top)))
+        folders.append(folder.inside)
+        counts.append(len(folder.files))
         names += b"".join(inside + name for name in folder.files)
         lengths.extend(len(inside) + len(name) for name in folder.files)
-        labels.extend([len(classes) - 1] * len(folder.files))
     arrays = {"names": _buffer(names), "ends": _ends(lengths)}
-    if classes and not flat:
-        arrays["labels"] = np.frombuffer(labels, np.int64)
-    facts = {"classes": None if flat or not classes else classes, "notes": notes}
+    layout = read_layout(folders, counts)
+    if layout.parts is not None:
+        arrays["parts"] = np.repeat(layout.parts, counts)
+    if layout.labels is not None:
+        arrays["labels"] = np.repeat(layout.labels, counts)
+    if layout.held_out is not None and layout.classes[1] is None:
+        file = _label_files(root, arrays, layout)
+        if file is not None:
+            watched += b"\0" + os.fsencode(file.absolute())
+            stamps.extend(stamp(os.stat(file)))
+    facts = {
+        "classes": layout.classes,
+        "notes": [*notes, *layout.notes, *counted(left_out)],
+        "shards": [name.decode("latin-1") for name in shards],  # names may hold any bytes, JSON holds text
+    }
     return Index(arrays, facts, bytes(watched), np.frombuffer(stamps, np.int64).reshape(-1, 2))
+
+
+# Labels of a flat held-out part, as Tiny ImageNet, Kaggle's ImageNet and Caffe write them: an image's name, its class.
+_LABEL_FILES = ("val_annotations.txt", "LOC_val_solution.csv", "val.txt")
+
+
+def _label_files(root: Path, arrays: dict[str, np.ndarray], layout: Layout) -> Path | None:
+    """Labels the held-out part from a file of `_LABEL_FILES` in its folder or one above, and returns the file."""
+    assert layout.held_out is not None and layout.parts is not None
+    held_out = root / os.fsdecode(layout.held_out)
+    places = [held_out, *(place for place in held_out.parents if place.is_relative_to(root))]
+    file = next((place / name for place in places for name in _LABEL_FILES if (place / name).is_file()), None)
+    if file is None:
+        return None
+    given: dict[bytes, str] = {}
+    for line in file.read_bytes().splitlines():
+        name, label = [*re.split(rb"[\t, ]+", line, maxsplit=2), b"", b""][:2]
+        given[os.path.splitext(os.path.basename(name))[0]] = os.fsdecode(label)
+    rows = np.flatnonzero(arrays["parts"] == 1)
+    buffer, ends = arrays["names"].tobytes(), arrays["ends"]
+    texts = []
+    for row in rows.tolist():
+        name = buffer[int(ends[row - 1]) if row else 0 : int(ends[row])]
+        texts.append(given.get(os.path.splitext(os.path.basename(name))[0]))
+    labels = class_numbers(texts)
+    if labels.numbers is None:
+        layout.notes.append(f"{file} names none of the images beside it, so that they have no labels")
+        return file
+    arrays.setdefault("labels", np.full(len(ends), -1, np.int64))[rows] = labels.numbers
+    layout.classes[1] = labels.classes
+    return file
 
 
 class Folder(NamedTuple):
@@ -114,16 +160,19 @@ class Folder(NamedTuple):
     files: list[bytes]
     stamp: tuple[int, int]
     reason: str = ""
+    shards: Sequence[bytes] = ()
+    left_out: Mapping[str, int] = MappingProxyType({})  # files that are passed over, by reason
 
 
 def walk(root: Path, extensions: set[str]) -> Iterator[Folder]:
     """Folders and their files in a fixed order; hidden ones left out, links followed but in no circle."""
-    known = {extension.encode() for extension in extensions}
+    known, archives = ({extension[1:].encode() for extension in kind} for kind in (extensions, ARCHIVES))
     base, pending, seen = os.fsencode(root.absolute()), [b""], set()
     while pending:
         inside = pending.pop()
         path = os.path.join(base, inside) if inside else base
-        files, folders = [], []
+        files, shards, folders = [], [], []
+        left_out: Counter[str] = Counter()
         try:
             stat = os.stat(path)  # before the names, so that a change while they are read is seen
             if (stat.st_dev, stat.st_ino) in seen:
@@ -131,68 +180,45 @@ def walk(root: Path, extensions: set[str]) -> Iterator[Folder]:
             seen.add((stat.st_dev, stat.st_ino))
             with os.scandir(path) as entries:
                 for entry in entries:
-                    if entry.name.startswith(b"."):
+                    name = entry.name
+                    if name.startswith(b"."):
                         continue
                     if entry.is_dir():
-                        folders.append(entry.name)
-                    elif os.path.splitext(entry.name)[1].lower() in known:
-                        files.append(entry.name)
+                        folders.append(name)
+                        continue
+                    stem, _, extension = name.rpartition(b".")
+                    extension = extension.lower()
+                    is_image = extension in known
+                    if not entry.is_file() and (is_image or extension in archives) and os.path.exists(entry.path):
+                        left_out["of special kinds (FIFOs, sockets, devices)"] += 1  # opening one may never end
+                    elif is_image:
+                        reason = annotation(name) if b"." in stem else ""
+                        if reason:
+                            left_out[reason] += 1
+                        else:
+                            files.append(name)
+                    elif extension in archives:
+                        shards.append(name)
+                    elif reason := passed_over(name):
+                        left_out[reason] += 1
         except OSError as error:
             yield Folder(os.fsdecode(path), inside, [], (0, 0), error.strerror or str(error))
             continue
-        yield Folder(os.fsdecode(path), inside, sorted(files), stamp(stat))
+        yield Folder(os.fsdecode(path), inside, sorted(files), stamp(stat), "", sorted(shards), left_out)
         pending.extend(os.path.join(inside, name) for name in sorted(folders, reverse=True))
 
 
-def _files(root: Path, index: Index) -> FileSource:
-    ends = index.arrays["ends"]
+def _files(root: Path, index: Index, chosen: np.ndarray | None = None, classes: list[str] | None = None) -> FileSource:
+    """The images of an index, or those `chosen` of them."""
+    ends, labels = index.arrays["ends"], index.arrays.get("labels")
     starts = np.empty_like(ends)
     starts[:1], starts[1:] = 0, ends[:-1]
+    if chosen is not None:
+        starts, ends, labels = starts[chosen], ends[chosen], None if labels is None else labels[chosen]
     source = FileSource(root, index.arrays["names"], starts, ends)
-    source.labels, source.classes = index.arrays.get("labels"), index.facts.get("classes")
+    if labels is not None and (labels >= 0).any():
+        source.labels, source.classes = labels, classes
     return source
-
-
-def _read_list(path: Path) -> Index:
-    text = path.read_bytes()
-    try:
-        if b"\0" in text:
-            raise ValueError
-        text.decode("utf-8")
-    except ValueError:
-        raise UserError(
-            f"{path} is not a list of images: it is no text. Accepted: a text file with one path a line, "
-            "a .parquet or .tar file, a folder"
-        ) from None
-    starts, ends, labels, labelled = array("q"), array("q"), array("q"), False
-    at = 0
-    for line in io.BytesIO(text):
-        row, start = line.rstrip(), at
-        at += len(line)
-        if not row:
-            continue
-        name, _, label = row.partition(b"\t")
-        starts.append(start)
-        ends.append(start + len(name))
-        labelled = labelled or bool(label)
-        labels.append(_label(path, label) if label else -1)
-    if not starts:
-        raise UserError(
-            f"{path} lists no images; write one path a line, optionally a tab and a whole number as its label"
-        )
-    arrays = {
-        "names": _buffer(text),
-        "starts": np.frombuffer(starts, np.int64),
-        "ends": np.frombuffer(ends, np.int64),
-    }
-    return Index(arrays | ({"labels": np.frombuffer(labels, np.int64)} if labelled else {}), {}, **watch([path]))
-
-
-def _label(path: Path, text: bytes) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise UserError(f"{path}: a label after a tab must be a whole number; found {text.decode()!r}") from None
 
 
 def _buffer(text: bytes | bytearray) -> np.ndarray:

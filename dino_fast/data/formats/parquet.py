@@ -86,6 +86,11 @@ class EncodedRows:
         return int(self._kinds[row]), data
 
 
+def count_rows(paths: Sequence[Path]) -> int:
+    """Rows of the files, by their footers. Raises UserError for a file without images."""
+    return sum(_open(path).metadata.num_rows for path in paths)
+
+
 def find_column(names: Sequence[str], known: Sequence[str]) -> str | None:
     """The column whose name comes first in `known`, in any case."""
     lower = {name.lower(): name for name in reversed(names)}

@@ -9,7 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from dino_fast.augment import MultiCrop
-from dino_fast.data import ImageError, held_out, open_source, train_loader
+from dino_fast.data import ImageError, open_source, train_loader
 from dino_fast.errors import UserError
 
 from ..example_files import png, save
@@ -53,7 +53,7 @@ def test_rows_of_datasets(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="columns text; expected 'image'"):
         open_source(Rows(arrow.table({"text": ["a"]})))
     parts = open_source({"train": Rows(table), "test": Rows(table.slice(0, 1))})
-    assert len(parts) == 4 and len(held_out(parts)) == 1
+    assert len(parts) == 4 and len(parts.test) == 1
 
 
 def test_the_library_datasets_itself(tmp_path: Path) -> None:
@@ -68,4 +68,4 @@ def test_the_library_datasets_itself(tmp_path: Path) -> None:
     assert len(batch.index) == 10
     datasets.DatasetDict({"train": dataset, "test": dataset.select([3])}).save_to_disk(str(tmp_path / "kept"))
     kept = open_source(tmp_path / "kept")
-    assert len(kept) == 12 and held_out(kept).read(0).unique().tolist() == [3]
+    assert len(kept) == 12 and kept.test.read(0).unique().tolist() == [3]

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dino_fast.augment import MultiCrop
-from dino_fast.data import ImageError, held_out, open_source, train_loader
+from dino_fast.data import ImageError, open_source, train_loader
 from dino_fast.data.formats import parquet
 from dino_fast.errors import UserError
 
@@ -149,7 +149,7 @@ def test_parquet_variants(tmp_path: Path) -> None:
     source = open_source(tmp_path)
     assert len(source) == 6 and source.classes == ["a", "b"] and source.label(0) == 1
     assert source.read(4)[0, 0, 0] == 2 and source.name(4).endswith("train-1.parquet, row 1")
-    assert len(held_out(source)) == 3 and held_out(source).read(0)[0, 0, 0] == 3
+    assert len(source.test) == 3 and source.test.read(0)[0, 0, 0] == 3
     (batch,) = train_loader(source, MultiCrop(8, 4, 1), batch_size=6, seed=0, workers=1, epochs=1)
     assert sorted(batch.index.tolist()) == list(range(6))
 

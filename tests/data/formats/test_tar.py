@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import resource
 import tarfile
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from dino_fast.augment import MultiCrop
-from dino_fast.data import ImageError, held_out, open_source, train_loader
+from dino_fast.data import ImageError, SourceNote, open_source, train_loader
 from dino_fast.data import index_cache as index
 from dino_fast.data.formats.tar import TarSource
 from dino_fast.errors import UserError
@@ -50,7 +51,7 @@ def test_a_packed_folder_has_its_classes_and_parts(tmp_path: Path) -> None:
     names = ["set/train/cat/1.png", "set/train/dog/2.png", "set/val/dog/3.png", "set/val/dog/._3.png"]
     source = open_source(pack(tmp_path / "x.tar", {name: png(i) for i, name in enumerate(names)}))
     assert len(source) == 2 and source.classes == ["cat", "dog"] and source.labels.tolist() == [0, 1]
-    assert held_out(source).read(0).unique().tolist() == [2] and held_out(source).labels.tolist() == [1]
+    assert source.test.read(0).unique().tolist() == [2] and source.test.labels.tolist() == [1]
     flat = open_source(pack(tmp_path / "flat.tar", {"a.png": png(1), "sub/b.png": png(2)}))
     assert flat.labels is None and flat.classes is None
     texts = {"a.png": png(1), "a.cls": b"zebra", "b.png": png(2), "c.cls": b"ant\n", "c.png": png(3)}
@@ -62,7 +63,7 @@ def test_train_and_test_shards(tmp_path: Path) -> None:
     shard(tmp_path / "train-0.tar", 0, 6)
     shard(tmp_path / "test-0.tar", 6, 3)
     source = open_source(tmp_path)
-    assert len(source) == 6 and len(held_out(source)) == 3
+    assert len(source) == 6 and len(source.test) == 3
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -136,9 +137,9 @@ def test_the_index_is_kept_until_a_shard_changes(tmp_path: Path, monkeypatch: py
 
 
 def test_more_shards_than_are_kept_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dino_fast.data.formats import tar as tars
+    from dino_fast.data.formats import archive
 
-    monkeypatch.setattr(tars, "_OPEN", 2)
+    monkeypatch.setattr(archive, "_OPEN", 2)
     paths = [shard(tmp_path / f"{i}.tar", i, 1) for i in range(5)]
     source = TarSource(paths)
     before = len(os.listdir("/proc/self/fd"))
@@ -168,3 +169,60 @@ def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
         assert [int(source.read(i).unique().item()) for i in range(40)] == list(range(40))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_links_are_images_with_their_labels(tmp_path: Path) -> None:
+    """`tar` stores a file that it meets again as a hard link; symbolic links are kept as such."""
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+
+        def add(name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE, target: str = "") -> None:
+            member = tarfile.TarInfo(name)
+            member.size, member.type, member.linkname = len(data), kind, target
+            tar.addfile(member, io.BytesIO(data))
+
+        add("set/cat/1.png", png(1))
+        add("set/dog/2.png", kind=tarfile.LNKTYPE, target="set/cat/1.png")
+        add("set/dog/3.png", kind=tarfile.SYMTYPE, target="../cat/4.png")
+        add("set/cat/4.png", png(4))
+        add("set/cat/5.png", kind=tarfile.SYMTYPE, target="gone.png")
+        add("set/cat/6.png", kind=tarfile.SYMTYPE, target="../dog/2.png")
+    with pytest.warns(SourceNote, match="left out: 1 links to images that are not in the tar"):
+        source = open_source(tmp_path / "x.tar")
+    found = {source.member(i): (source.read(i).unique().item(), source.label(i)) for i in range(len(source))}
+    assert found == {
+        "set/cat/1.png": (1, 0),
+        "set/dog/2.png": (1, 1),
+        "set/dog/3.png": (4, 1),
+        "set/cat/4.png": (4, 0),
+        "set/cat/6.png": (1, 0),
+    }
+
+
+def test_hard_links_of_labels(tmp_path: Path) -> None:
+    names = {"a.png": png(1), "a.cls": b"7", "b.png": png(2)}
+    pack(tmp_path / "x.tar", names)
+    with tarfile.open(tmp_path / "x.tar", "a") as tar:
+        member = tarfile.TarInfo("b.cls")
+        member.type, member.linkname = tarfile.LNKTYPE, "a.cls"
+        tar.addfile(member)
+    assert open_source(tmp_path / "x.tar").labels.tolist() == [7, 7]
+
+
+def test_tars_behind_each_other_are_read_whole(tmp_path: Path) -> None:
+    parts = [shard(tmp_path / f"{i}.tar", 10 * i, 3).read_bytes() for i in range(3)]
+    (tmp_path / "all.tar").write_bytes(b"".join(parts))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        source = open_source(tmp_path / "all.tar")
+    assert [source.read(i).unique().item() for i in range(9)] == [0, 1, 2, 10, 11, 12, 20, 21, 22]
+    assert source.labels.tolist() == [i % 3 for i in (0, 1, 2, 10, 11, 12, 20, 21, 22)]
+    (tmp_path / "cut.tar").write_bytes(parts[0] + parts[1][:4000])
+    with pytest.warns(UserWarning, match=r"cut\.tar is cut off or damaged after [45] images"):
+        assert len(open_source(tmp_path / "cut.tar")) >= 4
+
+
+def test_annotations_of_samples_are_left_out(tmp_path: Path) -> None:
+    members = {"1.jpg": png(1), "1.mask.png": png(2), "1.depth.png": png(3), "1.cls": b"4", "2.jpg": png(5)}
+    with pytest.warns(SourceNote, match=r"left out: 1 \.depth\.png \(annotations\), 1 \.mask\.png"):
+        source = open_source(pack(tmp_path / "x.tar", members))
+    assert [source.member(i) for i in range(len(source))] == ["1.jpg", "2.jpg"] and source.labels.tolist() == [4, -1]
