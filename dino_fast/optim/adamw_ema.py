@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from dino_fast.dtensor import to_local
+from dino_fast.ops.autograd import increment_versions, is_plain
+from dino_fast.ops.multi_tensor import run_ema_update
 from dino_fast.ops.multi_tensor.param_batch import Last, Rows, multipliers_of
 
 CLIP_MODES = ("parameter", "global")
@@ -56,8 +58,14 @@ def ema_update(
         return
     if torch.compiler.is_compiling() and not isinstance(momentum, Tensor):
         momentum = torch.zeros((), dtype=torch.float64, device="cpu") + momentum  # not a constant of the program
-    update = torch.ops.dino_fast.ema_update_by if isinstance(momentum, Tensor) else torch.ops.dino_fast.ema_update
-    update(old, new, momentum, [], found_inf=as_found_inf(hold))
+    found_inf = as_found_inf(hold)
+    if isinstance(momentum, Tensor):
+        torch.ops.dino_fast.ema_update_by(old, new, momentum, [], found_inf=found_inf)
+    elif is_plain(*old, *new):
+        run_ema_update(old, new, momentum, [], found_inf=found_inf)
+        increment_versions(old)
+    else:
+        torch.ops.dino_fast.ema_update(old, new, momentum, [], found_inf=found_inf)
 
 
 def as_found_inf(hold: Tensor | None, found_inf: Tensor | None = None) -> Tensor | None:
