@@ -85,7 +85,8 @@ def multi_tensor_torch(student: nn.ParameterList, teacher: nn.ParameterList) -> 
 
 
 def ema_fused(student: nn.ParameterList, teacher: nn.ParameterList) -> Step:
-    return lambda: ema_update(teacher, student, MOMENTUM)
+    params, teachers = list(student), list(teacher)
+    return lambda: ema_update(teachers, params, MOMENTUM)
 
 
 def ema_loop(student: nn.ParameterList, teacher: nn.ParameterList) -> Step:

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from dino_fast.dtensor import to_local
+from dino_fast.ops.autograd import increment_versions, is_plain
+from dino_fast.ops.multi_tensor import run_ema_update
 from dino_fast.ops.multi_tensor.param_batch import BatchCache, ParamBatch, grad_multipliers
 
 CLIP_MODES = ("parameter", "global")
@@ -56,12 +58,14 @@ def ema_update(
         return
     if torch.compiler.is_compiling() and not isinstance(momentum, Tensor):
         momentum = torch.zeros((), dtype=torch.float64, device="cpu") + momentum  # not a constant of the program
-    update = (
-        torch.ops.dino_fast.ema_update_tensor_momentum
-        if isinstance(momentum, Tensor)
-        else torch.ops.dino_fast.ema_update
-    )
-    update(old, new, momentum, [], found_inf=as_found_inf(skip))
+    found_inf = as_found_inf(skip)
+    if isinstance(momentum, Tensor):
+        torch.ops.dino_fast.ema_update_tensor_momentum(old, new, momentum, [], found_inf=found_inf)
+    elif is_plain(*old, *new):
+        run_ema_update(old, new, momentum, [], found_inf=found_inf)
+        increment_versions(old)
+    else:
+        torch.ops.dino_fast.ema_update(old, new, momentum, [], found_inf=found_inf)
 
 
 def as_found_inf(skip: Tensor | None, found_inf: Tensor | None = None) -> Tensor | None:

@@ -50,7 +50,8 @@ def test_a_part_that_came_with_them_is_held_out(tmp_path: Path) -> None:
     [
         ({"photos": 9}, r"of one class \(photos\)"),
         ({f"image{i}": 1 for i in range(5)}, "each label is of one image only"),
-        ({"train__a": 3, "train__b": 3, "val__images": 4}, "no held-out image is of a class"),
+        ({"train__a": 3, "train__b": 3, "val__images": 4}, "the held-out images have no labels"),
+        ({"train__a": 3, "train__b": 3, "val__c": 4, "val__d": 4}, "no held-out image is of a class"),
     ],
 )
 def test_labels_that_are_no_classes_give_no_accuracy(tmp_path: Path, folders: dict[str, int], reason: str) -> None:
