@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from dino_fast.eval.common.backbone import open_backbone
     from dino_fast.models.weights.export import export
 
-    frozen = open_backbone(args.checkpoint, args.which, "cpu")
+    frozen = open_backbone(args.checkpoint, args.which, "cpu", tokens=False)
     path, how = export(frozen.backbone, args.out, args.format, mean=list(frozen.mean), std=list(frozen.std))
     count = sum(p.numel() for p in frozen.backbone.parameters())
     print(f"wrote the {args.which}'s backbone ({count / 1e6:.2f} M parameters) to {path}\nload it with: {how}")
