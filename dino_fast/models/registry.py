@@ -111,7 +111,7 @@ def _timm_model(name: str, options: dict[str, Any]) -> nn.Module:
             continue
         model.embed_dim = getattr(model, "head_hidden_size", None) or model.num_features
         model.model_args = {key: value for key, value in accepted.items() if key != "drop_path_rate"}
-        return model
+        return cast(nn.Module, model)
     raise UserError(f"timm/{name} cannot be built without its classifier; take another model")
 
 
