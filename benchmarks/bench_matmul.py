@@ -39,20 +39,20 @@ def comparison(name: str, rows: int, inputs: int, outputs: int) -> Comparison:
         torch.randn(shape, generator=generator)
         for shape in ((rows, inputs), (outputs, inputs), (outputs,), (rows, outputs))
     )
-    y, by_x, by_weight = torch.empty_like(upstream), torch.empty_like(x), torch.empty_like(weight)
+    y, grad_x, grad_weight = torch.empty_like(upstream), torch.empty_like(x), torch.empty_like(weight)
 
     def ours() -> tuple[Tensor, ...]:
         return (
             matmul(x, weight.t(), bias, out=y),
-            matmul(upstream, weight, out=by_x),
-            matmul(upstream.t(), x, out=by_weight),
+            matmul(upstream, weight, out=grad_x),
+            matmul(upstream.t(), x, out=grad_weight),
         )
 
     def theirs() -> tuple[Tensor, ...]:
         return (
             torch.addmm(bias, x, weight.t(), out=y),
-            torch.mm(upstream, weight, out=by_x),
-            torch.mm(upstream.t(), x, out=by_weight),
+            torch.mm(upstream, weight, out=grad_x),
+            torch.mm(upstream.t(), x, out=grad_weight),
         )
 
     def exact() -> tuple[Tensor, ...]:

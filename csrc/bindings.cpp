@@ -317,13 +317,13 @@ dino_fast::DinoLossProblem as_problem(Validator& check, const LogitsTuple& stude
     if (data == 0 || data != written || !without_gaps) check.reads(name, data, extent, bytes);
     return dino_fast::Logits{address<void>(data), static_cast<dino_fast::LogitType>(type), crop_stride, image_stride};
   };
-  const dino_fast::Logits of_student = logits("student", student, V, gradient);
-  const dino_fast::Logits of_teacher = logits("teacher", teacher, 2, 0);
+  const dino_fast::Logits student_logits = logits("student", student, V, gradient);
+  const dino_fast::Logits teacher_logits = logits("teacher", teacher, 2, 0);
   if (gradient != 0) {
     const int64_t bytes = check.dtype("student", std::get<1>(student));
     check.writes("the gradient", gradient, check.product("the gradient", {V, B, K}), bytes);
   }
-  return {of_student, of_teacher, address<float>(center), pair_weights.data(), V, B, K, std::get<0>(temps),
+  return {student_logits, teacher_logits, address<float>(center), pair_weights.data(), V, B, K, std::get<0>(temps),
           std::get<1>(temps), threads};
 }
 
@@ -380,10 +380,10 @@ dino_fast::LogitTile as_tile(Validator& check, const TileTuple& t, int threads) 
 }
 
 // read 0: the rows read elsewhere, and nothing has to be scaled.
-void linear_dino_loss_attend(const TileTuple& of_tile, int64_t maxima, int64_t sums, int64_t pairs, int64_t read,
+void linear_dino_loss_attend(const TileTuple& tile_args, int64_t maxima, int64_t sums, int64_t pairs, int64_t read,
                              int64_t readers, int64_t width, int threads) {
   Validator check("linear_dino_loss_attend");
-  const dino_fast::LogitTile tile = as_tile(check, of_tile, threads);
+  const dino_fast::LogitTile tile = as_tile(check, tile_args, threads);
   const int64_t rows = check.product("rows", {tile.T + tile.V, tile.images});
   if (readers != 0 && readers != rows) {
     check.refuse("readers are all " + std::to_string(rows) + " rows or 0; got " + std::to_string(readers));
@@ -400,10 +400,10 @@ void linear_dino_loss_attend(const TileTuple& of_tile, int64_t maxima, int64_t s
   DINO_FAST_DISPATCH(linear_dino_loss_attend)(tile, state, threads);
 }
 
-void linear_dino_loss_weigh(const TileTuple& of_tile, int64_t maxima, int64_t factors, int64_t pair_factors,
+void linear_dino_loss_weigh(const TileTuple& tile_args, int64_t maxima, int64_t factors, int64_t pair_factors,
                             int threads) {
   Validator check("linear_dino_loss_weigh");
-  const dino_fast::LogitTile tile = as_tile(check, of_tile, threads);
+  const dino_fast::LogitTile tile = as_tile(check, tile_args, threads);
   if (maxima != 0) check.reads("maxima", maxima, check.product("rows", {tile.T + tile.V, tile.images}));
   check.reads("factors", factors, check.product("factors", {tile.V, tile.images}));
   check.reads("pair_factors", pair_factors, check.product("pair_factors", {tile.T, tile.V, tile.images}));
@@ -457,11 +457,11 @@ dino_fast::Matrix as_matrix(Validator& check, const char* name, const MatrixTupl
   return {address<const float>(data), rows, columns, row_stride, column_stride};
 }
 
-void matmul(const MatrixTuple& of_a, const MatrixTuple& of_b, int64_t bias, bool add, int64_t out, int64_t out_row,
+void matmul(const MatrixTuple& a_args, const MatrixTuple& b_args, int64_t bias, bool add, int64_t out, int64_t out_row,
             int threads) {
   Validator check("matmul");
   check.threads(threads);
-  const dino_fast::Matrix a = as_matrix(check, "a", of_a), b = as_matrix(check, "b", of_b);
+  const dino_fast::Matrix a = as_matrix(check, "a", a_args), b = as_matrix(check, "b", b_args);
   if (a.columns != b.rows) {
     check.refuse("a has " + std::to_string(a.columns) + " columns but b " + std::to_string(b.rows) + " rows");
   }
@@ -470,7 +470,7 @@ void matmul(const MatrixTuple& of_a, const MatrixTuple& of_b, int64_t bias, bool
   if (bias != 0) check.reads("bias", bias, b.columns);
   if (bias != 0 && add) check.refuse("there is a bias or what is in out to add to, not both");
   check.no_overlaps();
-  if (const char* reason = dino_fast::matmul_missing()) throw std::runtime_error(std::string("matmul: ") + reason);
+  if (const char* reason = dino_fast::matmul_unavailable_reason()) throw std::runtime_error(std::string("matmul: ") + reason);
   py::gil_scoped_release unlocked;
   dino_fast::matmul(a, b, address<const float>(bias), add, address<float>(out), out_row, threads);
 }
@@ -528,15 +528,15 @@ void packed_attention_forward(const SequencesTuple& given, int64_t out, int64_t 
   DINO_FAST_DISPATCH(packed_attention_forward)(all.sequences, address<void>(out), address<float>(logsumexp), threads);
 }
 
-void packed_attention_backward(const SequencesTuple& given, int64_t of_output, int64_t gradient, int threads) {
+void packed_attention_backward(const SequencesTuple& given, int64_t grad_out, int64_t gradient, int threads) {
   Validator check("packed_attention_backward");
   const CheckedSequences all(check, given, threads);
-  check.reads("the output's gradient", of_output, all.elements, all.bytes);
+  check.reads("the output's gradient", grad_out, all.elements, all.bytes);
   check.writes("the gradient", gradient, 3 * all.elements, all.bytes);
   check.no_overlaps();
   py::gil_scoped_release unlocked;
   DINO_FAST_DISPATCH(packed_attention_backward)
-  (all.sequences, address<void>(of_output), address<void>(gradient), threads);
+  (all.sequences, address<void>(grad_out), address<void>(gradient), threads);
 }
 
 void multi_crop(int64_t n, const py::buffer& table, const py::buffer& numbers, int channels, bool bfloat16,
@@ -563,7 +563,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("dino_loss_gradient", &dino_loss_gradient);
   m.def("multi_crop", &multi_crop);
   m.def("matmul", &matmul);
-  m.def("matmul_missing", &dino_fast::matmul_missing);
+  m.def("matmul_unavailable_reason", &dino_fast::matmul_unavailable_reason);
   m.def("packed_attention_forward", &packed_attention_forward);
   m.def("packed_attention_backward", &packed_attention_backward);
   m.def("multi_crop_planes", [](int64_t from, int64_t to, int64_t pixels) {

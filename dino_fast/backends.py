@@ -125,7 +125,7 @@ def _requested(operation: str, backend: str) -> tuple[str | None, bool]:
 
 
 @cache
-def native_missing() -> str | None:
+def native_unavailable_reason() -> str | None:
     """Why the compiled module cannot be used, or None."""
     try:
         import dino_fast._C  # noqa: F401
@@ -135,9 +135,9 @@ def native_missing() -> str | None:
 
 
 @cache
-def cuda_missing() -> str | None:
+def cuda_unavailable_reason() -> str | None:
     """Why the compiled CUDA kernels cannot be used, or None."""
-    if reason := native_missing():
+    if reason := native_unavailable_reason():
         return reason
     compiled_for = importlib.import_module("dino_fast._C").cuda_version
     if compiled_for is None:
@@ -148,7 +148,7 @@ def cuda_missing() -> str | None:
 
 
 @cache
-def triton_missing() -> str | None:
+def triton_unavailable_reason() -> str | None:
     """Why Triton kernels cannot be used, or None. With TRITON_INTERPRET=1 they run, slowly, on CPU tensors.
 
     A GPU whose kernels cannot be launched for want of a C compiler or of a newer driver is warned about, once.
@@ -161,13 +161,13 @@ def triton_missing() -> str | None:
         return None
     if not torch.cuda.is_available():
         return "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU)"
-    reason = _launcher_missing(triton) or gpu.driver_too_old(_ptxas_version())
+    reason = _launcher_unavailable_reason(triton) or gpu.driver_too_old(_ptxas_version())
     if reason is not None:
         warnings.warn(f"dino_fast runs without its Triton kernels: {reason}", RuntimeWarning, stacklevel=2)
     return reason
 
 
-def _launcher_missing(triton: Any) -> str | None:
+def _launcher_unavailable_reason(triton: Any) -> str | None:
     """Why Triton cannot build the C module with which it launches a kernel for the first time, or None."""
     if getattr(triton.knobs.build, "impl", None) is not None:
         return None

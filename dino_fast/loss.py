@@ -243,11 +243,11 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def update_center(
-        self, teacher_mean: Tensor, prototypes: slice | None = None, *, hold: Tensor | None = None
+        self, teacher_mean: Tensor, prototypes: slice | None = None, *, skip: Tensor | None = None
     ) -> None:
         """Moves the center towards the mean over ranks of `teacher_mean` [K], this process's mean of raw logits.
 
-        With `prototypes` the mean is of these alone, and of all ranks already: nothing is communicated. Where `hold`, a
+        With `prototypes` the mean is of these alone, and of all ranks already: nothing is communicated. Where `skip`, a
         boolean scalar on the device, is true the center stays as it is. Raises ValueError for another shape: the
         original's method takes the logits [2B, K] themselves.
         """
@@ -264,7 +264,7 @@ class DINOLoss(nn.Module):
             mean = mean / dist.get_world_size()
         own = self.center[:, prototypes or slice(None)]
         new = own * self.center_momentum + mean[None] * (1 - self.center_momentum)
-        own.copy_(new if hold is None else torch.where(hold, own, new))
+        own.copy_(new if skip is None else torch.where(skip, own, new))
 
     def _by_crop(self, name: str, logits: Tensor, crops: int) -> Tensor:
         """[crops * B, K] -> [crops, B, K], a view."""

@@ -62,6 +62,16 @@ def test_help_and_version_do_not_wait_for_torch() -> None:
         (["eval"], ["needs one of: knn"]),
         (["data"], ["check, preview"]),
         (["train", "--batchsize", "4"], ["no option '--batchsize'", "did you mean '--batch-size'"]),
+        (
+            ["train", "--bs", "4", "--epoch", "3", "--foo"],
+            ["'--bs'; did you mean '--batch-size'?", "'--epochs'", "'--foo'"],
+        ),
+        (["train", "--std_dev", "4"], ["no option '--std_dev'. 'dino-fast train --help-all' lists all"]),
+        (["train", "--batch_size_per_gpu", "4"], ["--batch-size counts the images of all processes"]),
+        (["train", "--lr", "0,0005"], ["--lr is '0,0005'; expected a number", "it is 0.0005."]),
+        (["train", "--epochs", "2.5"], ["--epochs is '2.5'; expected a whole number."]),
+        (["train", "--norm_last_layer", "maybe"], ["'maybe'"]),
+        (["eval", "knn", "--checkpoint"], ["expected one argument", "'dino-fast eval knn --help'"]),
         (["train", "--global-size", "48", "32"], ["'32'", "no option before it"]),
         (["train", "--bat=4"], ["no option '--bat'"]),  # no silent abbreviations
         (["train", "--patch-size", "3"], ["--global-size is 28"]),
@@ -83,7 +93,7 @@ def test_mistakes_get_a_sentence(
     assert cli.main(words) == 2
     error = capsys.readouterr().err
     assert error.startswith("dino-fast: ")
-    assert "Traceback" not in error
+    assert "Traceback" not in error and "usage:" not in error and len(error.splitlines()) < 8
     for part in parts:
         assert part in error
     assert not list(tmp_path.iterdir())  # nothing was begun
@@ -96,6 +106,46 @@ def test_a_tilde_behind_an_equals_sign_is_the_home_folder(tmp_path: Path, monkey
     monkeypatch.setattr("dino_fast.cli.train.run", lambda args: given.append(args))
     cli.main(["train", "--out=~/x", "--data=a~b"])
     assert (given[0].out, given[0].data) == (str(tmp_path / "x"), "a~b")
+
+
+def test_a_command_line_of_main_dino_is_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dino_fast.engine.config import from_arguments
+
+    given = []
+    monkeypatch.setattr("dino_fast.cli.train.run", lambda args: given.append(from_arguments(args)))
+    words = (
+        "--arch vit_small --patch_size 8 --out_dim 1000 --norm_last_layer false --momentum_teacher 0.99 "
+        "--use_bn_in_head False --warmup_teacher_temp 0.03 --teacher_temp 0.07 --warmup_teacher_temp_epochs 5 "
+        "--use_fp16 true --weight_decay 0.05 --weight_decay_end 0.3 --clip_grad 0.5 --epochs 20 --freeze_last_layer 2 "
+        "--lr 0.001 --warmup_epochs 3 --min_lr 2e-6 --optimizer lars --drop_path_rate 0.2 "
+        "--global_crops_scale 0.3 1. --local_crops_number 6 --local_crops_scale 0.1 0.3 --data_path /photos "
+        "--output_dir /run --saveckp_freq 7 --seed 3 --num_workers 2"
+    )
+    cli.main(["train", *words.split()])
+    config = given[0]
+    assert (config.patch_size, config.norm_last_layer, config.head_bn, config.precision) == (8, False, False, "fp16")
+    assert (config.data, config.out, config.save_every, config.local_crops) == ("/photos", "/run", 7, 6)
+    assert (config.global_scale, config.momentum_teacher, config.workers) == ((0.3, 1.0), 0.99, 2)
+    cli.main(["train", "--data", "x", "--use_fp16=false", "--norm_last_layer", "true"])
+    assert (given[1].precision, given[1].norm_last_layer) == ("fp32", True)
+
+
+def test_underscores_are_hyphens_in_every_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+    monkeypatch.setattr("dino_fast.cli.eval_knn.run", given.append)
+    cli.main(["eval", "knn", "--checkpoint", "a_b", "--data", "c_d", "--image_size", "32", "--batch_size=8"])
+    assert (given[0].checkpoint, given[0].data, given[0].image_size, given[0].batch_size) == ("a_b", "c_d", 32, 8)
+
+
+@pytest.mark.parametrize("option", ["--help", "--help-all"])
+def test_help_of_train_fits_80_columns(option: str, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        cli.main(["train", option])
+    output = capsys.readouterr().out
+    assert max(map(len, output.splitlines())) <= 80
+    assert output.index("most used:") < output.index("--epochs N")
+    assert ("loss and teacher:" in output) == (option == "--help-all")
 
 
 def test_our_warnings_are_notes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,11 +37,11 @@ def test_info_asks_about_inputs_that_the_operations_take(capability: tuple[int, 
 def test_info_under_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    backends.triton_missing.cache_clear()
+    backends.triton_unavailable_reason.cache_clear()
     try:
         found = info.collect()["operations"]
     finally:
-        backends.triton_missing.cache_clear()
+        backends.triton_unavailable_reason.cache_clear()
     assert all(found[name]["cpu"]["chosen"] == "triton" for name in TRITON)
 
 
@@ -96,7 +96,7 @@ def test_an_old_driver_is_refused_with_the_reason(driver, refused, monkeypatch: 
     monkeypatch.setattr(backends, "_ptxas_version", lambda: "12.9")
     with fake_gpu(driver=driver), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        reason = backends.triton_missing()
+        reason = backends.triton_unavailable_reason()
     assert (reason is not None) == refused
     if refused:
         assert "compiled for CUDA 12.9, the driver runs CUDA 11.8 at most" in str(reason)

@@ -180,8 +180,8 @@ def wrong_tiles(arguments: tuple) -> list[tuple]:
 
 
 def linear_dino_loss_attend(rng: np.random.Generator, memory: Memory) -> Call:
-    of_tile = tile(rng, memory)
-    _, _, T, V, images, *_ = of_tile
+    tile_args = tile(rng, memory)
+    _, _, T, V, images, *_ = tile_args
     rows, width = (T + V) * images, int(rng.integers(1, 20))
     first = rng.random() < 0.5
     maxima = memory.new(rows, values=np.full(rows, -np.inf) if first else rng.standard_normal(rows))
@@ -189,11 +189,11 @@ def linear_dino_loss_attend(rng: np.random.Generator, memory: Memory) -> Call:
     pairs = memory.new(T * V * images, dtype=torch.float64)
     readers = int(rng.choice([0, rows]))
     read = memory.new(rows * width) if readers and rng.random() < 0.7 else 0
-    arguments = (of_tile, maxima, sums, pairs, read, readers, width, int(rng.integers(1, 4)))
+    arguments = (tile_args, maxima, sums, pairs, read, readers, width, int(rng.integers(1, 4)))
     wrong = wrong_tiles(arguments) + wrongs(
         arguments,
-        ([1, 2, 3], (*ADDRESSES, of_tile[0], of_tile[1])),
-        ([4], (-64, of_tile[0])) if read else ([], ()),
+        ([1, 2, 3], (*ADDRESSES, tile_args[0], tile_args[1])),
+        ([4], (-64, tile_args[0])) if read else ([], ()),
         ([5], (*SIZES, rows - 1 or 2, rows + 1)),
         ([6], SIZES if read else (-1,)),
     )
@@ -201,11 +201,11 @@ def linear_dino_loss_attend(rng: np.random.Generator, memory: Memory) -> Call:
 
 
 def linear_dino_loss_weigh(rng: np.random.Generator, memory: Memory) -> Call:
-    of_tile = tile(rng, memory)
-    _, _, T, V, images, *_ = of_tile
+    tile_args = tile(rng, memory)
+    _, _, T, V, images, *_ = tile_args
     maxima = memory.new((T + V) * images) if rng.random() < 0.5 else 0
-    arguments = (of_tile, maxima, memory.new(V * images), memory.new(T * V * images), int(rng.integers(1, 4)))
-    wrong = wrongs(arguments, ([2, 3], (*ADDRESSES, of_tile[0])), ([1], (-64, of_tile[0])))
+    arguments = (tile_args, maxima, memory.new(V * images), memory.new(T * V * images), int(rng.integers(1, 4)))
+    wrong = wrongs(arguments, ([2, 3], (*ADDRESSES, tile_args[0])), ([1], (-64, tile_args[0])))
     return Call(arguments, wrong_tiles(arguments) + wrong)
 
 
@@ -220,15 +220,15 @@ def linear_dino_loss_normalize(rng: np.random.Generator, memory: Memory) -> Call
 
 def linear_dino_loss_project(rng: np.random.Generator, memory: Memory) -> Call:
     n, width = (int(x) for x in rng.integers(1, 40, 2))
-    gradient, weight, gain, of_gain = (memory.new(count) for count in (n * width, n * width, n, n))
-    arguments = (gradient, weight, gain, of_gain, n, width, int(rng.integers(1, 4)))
+    gradient, weight, gain, grad_gain = (memory.new(count) for count in (n * width, n * width, n, n))
+    arguments = (gradient, weight, gain, grad_gain, n, width, int(rng.integers(1, 4)))
     wrong = wrongs(
         arguments,
         ([0, 1, 2, 3], ADDRESSES),
         ([4, 5], SIZES),
         ([6], THREADS),
         ([1, 2, 3], (gradient,)),
-        ([0, 2], (of_gain,)),
+        ([0, 2], (grad_gain,)),
     )
     return Call(arguments, wrong)
 
@@ -267,7 +267,7 @@ def matmul(rng: np.random.Generator, memory: Memory) -> Call:
 
 
 def _matmul_or_without_the_unit(*arguments: Any) -> None:
-    if native.matmul_missing() is None:
+    if native.matmul_unavailable_reason() is None:
         native.matmul(*arguments)
         return
     with pytest.raises(RuntimeError, match="matmul: "):
@@ -320,9 +320,9 @@ def packed_attention_forward(rng: np.random.Generator, memory: Memory) -> Call:
 def packed_attention_backward(rng: np.random.Generator, memory: Memory) -> Call:
     sequences, dtype = attention(rng, memory)
     n = int(np.prod(sequences[6:9]))
-    of_output, gradient = memory.new(n, dtype=dtype), memory.new(3 * n, dtype=dtype)
-    arguments = (sequences, of_output, gradient, int(rng.integers(1, 4)))
-    wrong = wrongs(arguments, ([2], (sequences[0], sequences[4], of_output)))
+    grad_out, gradient = memory.new(n, dtype=dtype), memory.new(3 * n, dtype=dtype)
+    arguments = (sequences, grad_out, gradient, int(rng.integers(1, 4)))
+    wrong = wrongs(arguments, ([2], (sequences[0], sequences[4], grad_out)))
     return Call(arguments, wrong + wrong_attentions(memory, arguments))
 
 
@@ -507,7 +507,7 @@ CASES: dict[str, Callable[[np.random.Generator, Memory], Call]] = {
     "supported_isas": plain,
     "set_isa": set_isa,
     "keep_freed_memory": plain,
-    "matmul_missing": plain,
+    "matmul_unavailable_reason": plain,
     "dino_loss_forward": dino_loss_forward,
     "dino_loss_gradient": dino_loss_gradient,
     "linear_dino_loss_attend": linear_dino_loss_attend,

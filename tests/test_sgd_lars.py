@@ -60,13 +60,13 @@ def test_an_overflow_moves_the_teacher_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["sgd", "lars"])
-def test_a_held_step_changes_nothing(name: str) -> None:
+def test_a_skipped_step_changes_nothing(name: str) -> None:
     optimizer, params, teacher = _pair(name)
-    for hold in (False, True):
+    for skip in (False, True):
         for p in params:
-            p.grad = torch.full_like(p, float("nan") if hold else 1.0)
+            p.grad = torch.full_like(p, float("nan") if skip else 1.0)
         before = copy.deepcopy([params, teacher, [state["momentum_buffer"] for state in optimizer.state.values()]])
-        optimizer.step(momentum=0.5, hold=torch.tensor(hold))
+        optimizer.step(momentum=0.5, skip=torch.tensor(skip))
     after = [params, teacher, [state["momentum_buffer"] for state in optimizer.state.values()]]
     for old, new in zip(before, after, strict=True):
         assert len(old) == 2 and all(map(torch.equal, old, new))

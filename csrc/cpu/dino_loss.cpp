@@ -57,7 +57,7 @@ struct RowSum {  // of one row, or of a part of it
 // What differences of logits are multiplied with, so that exp2 gives e^(difference / temperature).
 float base_2(double temperature) { return static_cast<float>(1.0 / (temperature * kLn2)); }
 
-template <typename F> void by_type(LogitType type, F f) {
+template <typename F> void dispatch_type(LogitType type, F f) {
   switch (type) {
     case LogitType::float32: return f(float{});
     case LogitType::bfloat16: return f(bf16{});
@@ -129,7 +129,7 @@ void teacher_statistics(const DinoLossProblem& p, const DinoLossResult& r) {
   parallel_for(chunks, p.threads, [&](int64_t chunk) {
     const FlushSubnormals flush;
     const int64_t first = chunk * width, n = std::min(width, p.K - first);
-    by_type(p.teacher.type, [&](auto type) {
+    dispatch_type(p.teacher.type, [&](auto type) {
       teacher_chunk<decltype(type)>(p, first, n, sums.data() + chunk, chunks, r.teacher_mean);
     });
   });
@@ -288,7 +288,7 @@ template <typename S> struct StudentRows {
         const bool streams = !in_place && reinterpret_cast<uintptr_t>(writing.gradient) % (Vec::width * sizeof(S)) == 0;
         const Write mode = !writes ? Write::nothing : gradient == nullptr ? Write::product
                            : streams ? Write::streamed_gradient : Write::gradient;
-        if (reads) by_mode<true>(mode, n, reading, writing); else by_mode<false>(mode, n, reading, writing);
+        if (reads) dispatch_mode<true>(mode, n, reading, writing); else dispatch_mode<false>(mode, n, reading, writing);
         if (reads) {
           const int64_t left = p.K - first - n;
           read.sums[i].sum += reading.sum;
@@ -309,7 +309,7 @@ template <typename S> struct StudentRows {
     return weighted;
   }
 
-  template <bool kRead> static void by_mode(Write mode, int64_t n, ReadTile<S>& read, WriteTile<S>& write) {
+  template <bool kRead> static void dispatch_mode(Write mode, int64_t n, ReadTile<S>& read, WriteTile<S>& write) {
     switch (mode) {
       case Write::nothing: return tile_pass<kRead, Write::nothing>(n, read, write);
       case Write::product: return tile_pass<kRead, Write::product>(n, read, write);
@@ -321,7 +321,7 @@ template <typename S> struct StudentRows {
   void teacher_tiles(int64_t b, int64_t first, int64_t n, float (*probabilities)[kTile]) const {
     for (int64_t u = 0; u < 2; ++u) {
       const Softmax soft{statistics[u * p.B + b], base_2(p.teacher_temp), 1.0f / statistics[(2 + p.V + u) * p.B + b]};
-      by_type(p.teacher.type, [&](auto type) {
+      dispatch_type(p.teacher.type, [&](auto type) {
         teacher_tile(row_of<decltype(type)>(p.teacher, u, b) + first, p.center + first, n, soft, probabilities[u]);
       });
     }
@@ -380,7 +380,7 @@ void dino_loss_forward(const DinoLossProblem& p, const DinoLossResult& r) {
   teacher_statistics(p, r);
   const double pairs = static_cast<double>(p.B) * sum_of_pairs(p);
   std::vector<double> products(p.V * p.B, 0.0);  // [B, V]
-  by_type(p.student.type, [&](auto type) {
+  dispatch_type(p.student.type, [&](auto type) {
     student<decltype(type)>(p, r.row_statistics, 1.0 / pairs, r.gradient, products.data(), false);
   });
   const float* sums = r.row_statistics + (2 + p.V + 2) * p.B;
@@ -397,7 +397,7 @@ void dino_loss_forward(const DinoLossProblem& p, const DinoLossResult& r) {
 void dino_loss_gradient(const DinoLossProblem& p, const float* row_statistics, double upstream, void* gradient) {
   std::vector<double> products(p.V * p.B, 0.0);
   const double scale = upstream / (static_cast<double>(p.B) * sum_of_pairs(p));
-  by_type(p.student.type, [&](auto type) {
+  dispatch_type(p.student.type, [&](auto type) {
     student<decltype(type)>(p, const_cast<float*>(row_statistics), scale, gradient, products.data(), true);
   });
 }

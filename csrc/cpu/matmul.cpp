@@ -56,7 +56,7 @@ constexpr int64_t kSumsOfSlices = 1 << 22; // floats
 constexpr int64_t kLongSide = 768;         // of a chunk of C whose sums stay in L2 over a slice
 constexpr int64_t kShortSide = 256;
 
-const char* find_missing() {
+const char* find_unavailable_reason() {
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & (1u << 22)) || !(d & (1u << 24))) {
     return "this processor has no AMX";
@@ -364,10 +364,10 @@ void multiply_stretch(const Operand& small, const Operand& large, bool large_is_
     if (whole_block) pack(large, first_panel * kPanel, end * kPanel, inner, depth, mine, row);
     const Shapes shapes;
     _tile_loadconfig(&shapes);
-    const auto multiply = [&](int64_t panel, int64_t k, const uint16_t* of_panel, Ahead& ahead) {
+    const auto multiply = [&](int64_t panel, int64_t k, const uint16_t* packed_panel, Ahead& ahead) {
       float* to = sums + (panel - first_panel) * others * 4 * kSums;
       for (int64_t other = 0; other < others; ++other) {
-        const uint16_t *here = of_panel + k * kParts * kTile, *there = packed + other * 2 * row + k * kParts * kTile;
+        const uint16_t *here = packed_panel + k * kParts * kTile, *there = packed + other * 2 * row + k * kParts * kTile;
         multiply_block(to + other * 4 * kSums, k == 0, large_is_a ? here : there, row, large_is_a ? there : here, row,
                        std::min(part, tiles - k), ahead);
       }
@@ -387,9 +387,9 @@ void multiply_stretch(const Operand& small, const Operand& large, bool large_is_
       }
     }
     _tile_release();
-    const int64_t begin = first_panel * kPanel, count = end - first_panel, of_panel = others * 4 * kSums;
-    if (large_is_a) write_sums(out, begin, count * kPanel, 0, others, of_panel, 4 * kSums, add, sums);
-    else write_sums(out, 0, others * kPanel, begin, count, 4 * kSums, of_panel, add, sums);
+    const int64_t begin = first_panel * kPanel, count = end - first_panel, panel_size = others * 4 * kSums;
+    if (large_is_a) write_sums(out, begin, count * kPanel, 0, others, panel_size, 4 * kSums, add, sums);
+    else write_sums(out, 0, others * kPanel, begin, count, 4 * kSums, panel_size, add, sums);
   });
 }
 
@@ -411,8 +411,8 @@ void multiply_slices(const Operand& a, const Operand& b, int64_t K, bool add, co
     const int64_t panels = up(std::min(height, out.M - top), kPanel) / kPanel;
     const int64_t others = up(std::min(width, out.N - left), kPanel) / kPanel;
     float* sums = partial + task * size;
-    uint16_t* of_a = room<uint16_t, 1>((height + width) * depth * kParts);
-    uint16_t* of_b = of_a + height * depth * kParts;
+    uint16_t* packed_a = room<uint16_t, 1>((height + width) * depth * kParts);
+    uint16_t* packed_b = packed_a + height * depth * kParts;
     const Shapes shapes;
     _tile_loadconfig(&shapes);
     Ahead nothing;
@@ -420,16 +420,16 @@ void multiply_slices(const Operand& a, const Operand& b, int64_t K, bool add, co
     for (int64_t inner = slice * length; inner < end; inner += depth) {
       const int64_t here = std::min(depth, end - inner), tiles = up(here, kDepth) / kDepth;
       const int64_t row = tiles * kParts * kTile;
-      pack(a, top, top + panels * kPanel, inner, here, of_a, row);
-      pack(b, left, left + others * kPanel, inner, here, of_b, row);
+      pack(a, top, top + panels * kPanel, inner, here, packed_a, row);
+      pack(b, left, left + others * kPanel, inner, here, packed_b, row);
       const int64_t parts = (tiles + kTilesInL1 - 1) / kTilesInL1, part = (tiles + parts - 1) / parts;
       for (int64_t k = 0; k < tiles; k += part) {
         const bool begin = inner == slice * length && k == 0;
-        const uint16_t *here_a = of_a + k * kParts * kTile, *here_b = of_b + k * kParts * kTile;
+        const uint16_t *here_a = packed_a + k * kParts * kTile, *here_b = packed_b + k * kParts * kTile;
         for (int64_t i = 0; i < panels; ++i) {
           for (int64_t j = 0; j < others; ++j) {
-            float* of_block = sums + (i * others + j) * 4 * kSums;
-            multiply_block(of_block, begin, here_a + i * 2 * row, row, here_b + j * 2 * row, row,
+            float* block_sums = sums + (i * others + j) * 4 * kSums;
+            multiply_block(block_sums, begin, here_a + i * 2 * row, row, here_b + j * 2 * row, row,
                            std::min(part, tiles - k), nothing);
           }
         }
@@ -456,25 +456,25 @@ void multiply_slices(const Operand& a, const Operand& b, int64_t K, bool add, co
 
 }  // namespace
 
-const char* matmul_missing() {
-  static const char* const missing = find_missing();
-  return missing;
+const char* matmul_unavailable_reason() {
+  static const char* const reason = find_unavailable_reason();
+  return reason;
 }
 
 void matmul(const Matrix& a, const Matrix& b, const float* bias, bool add, float* c, int64_t c_row, int threads) {
   const int64_t M = a.rows, N = b.columns, K = a.columns;
-  const Operand of_a{a.data, M, a.row_stride, a.column_stride, true};
-  const Operand of_b{b.data, N, b.column_stride, b.row_stride, false};
+  const Operand a_operand{a.data, M, a.row_stride, a.column_stride, true};
+  const Operand b_operand{b.data, N, b.column_stride, b.row_stride, false};
   if (K >= 4 * std::max(M, N) && K >= kSlice) {
-    return multiply_slices(of_a, of_b, K, add, {c, c_row, M, N, bias}, threads);
+    return multiply_slices(a_operand, b_operand, K, add, {c, c_row, M, N, bias}, threads);
   }
   const bool large_is_a = M >= N;
   const int64_t slices = (std::min(M, N) + kMostRows - 1) / kMostRows;  // of the small one
   for (int64_t slice = 0; slice < slices; ++slice) {
     const int64_t length = up((std::min(M, N) + slices - 1) / slices, kPanel), from = slice * length;
     const int64_t rows = std::min(length, std::min(M, N) - from);
-    const Operand& large = large_is_a ? of_a : of_b;
-    Operand small = large_is_a ? of_b : of_a;
+    const Operand& large = large_is_a ? a_operand : b_operand;
+    Operand small = large_is_a ? b_operand : a_operand;
     small.data += from * small.outer_stride;
     small.outer = rows;
     const Sums out = large_is_a ? Sums{c + from, c_row, M, rows, bias ? bias + from : nullptr}
@@ -498,7 +498,7 @@ void matmul(const Matrix& a, const Matrix& b, const float* bias, bool add, float
 
 #else
 
-const char* matmul_missing() {
+const char* matmul_unavailable_reason() {
   return "this build has no AMX: it needs Linux on x86-64 and a compiler that knows -mamx-bf16";
 }
 

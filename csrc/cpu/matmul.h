@@ -13,7 +13,7 @@ struct Matrix {
 };
 
 // Null where products can be made so on this machine, else the reason why not.
-const char* matmul_missing();
+const char* matmul_unavailable_reason();
 
 // c [M, N], rows c_row apart, = a [M, K] b [K, N], plus what was there where `add`, plus bias [N] where it is not null
 // (not both). Each result is the same however many threads there are.

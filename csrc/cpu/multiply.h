@@ -41,11 +41,11 @@ template <int Rows, int Vectors> DINO_FAST_INLINE void multiply_block(const Oper
     for (int v = 0; v < Vectors; ++v) sums[r][v] = x.add ? load(c + r * x.c_row + v * Vec::width) : Vec(0.0f);
   }
   for (int64_t k = 0; k < x.K; ++k) {
-    Vec of_b[Vectors];
-    for (int v = 0; v < Vectors; ++v) of_b[v] = load(b + k * x.b_row + v * Vec::width);
+    Vec b_vectors[Vectors];
+    for (int v = 0; v < Vectors; ++v) b_vectors[v] = load(b + k * x.b_row + v * Vec::width);
     for (int r = 0; r < Rows; ++r) {
-      const Vec of_a(a[r * x.a_row + k * x.a_column]);
-      for (int v = 0; v < Vectors; ++v) sums[r][v] = fma(of_a, of_b[v], sums[r][v]);
+      const Vec a_element(a[r * x.a_row + k * x.a_column]);
+      for (int v = 0; v < Vectors; ++v) sums[r][v] = fma(a_element, b_vectors[v], sums[r][v]);
     }
   }
   for (int r = 0; r < Rows; ++r) {

@@ -78,9 +78,9 @@ Vec beyond(int64_t L) {
 struct Exponentials {
   float maximum, sum;
 };
-Exponentials exponentiate(float* scores, int64_t padded, Vec of_last, float scale) {
+Exponentials exponentiate(float* scores, int64_t padded, Vec last_mask, float scale) {
   const int64_t last = padded - Vec::width;
-  Vec maxima = load(scores + last) + of_last;
+  Vec maxima = load(scores + last) + last_mask;
   store(scores + last, maxima);
   for (int64_t j = 0; j < last; j += Vec::width) maxima = max(load(scores + j), maxima);
   const float maximum = reduce_max(maxima);
@@ -110,7 +110,7 @@ template <typename T> void forward_unit(const Unit<T>& unit, T* out, float* logs
   const Sequences& all = unit.all;
   const int64_t L = unit.L, columns = whole(L), d = all.width, padded = whole(d);
   const float scale = 1.0f / std::sqrt(static_cast<float>(d));
-  const Vec of_last = beyond(L);
+  const Vec last_mask = beyond(L);
   Scratch scratch(padded * (2 * columns + 2 * L + kRows) + kRows * columns);
   float *k = scratch.take(columns * padded), *k_transposed = scratch.take(columns * padded);
   float *q = scratch.take(L * padded), *v = scratch.take(L * padded);
@@ -125,7 +125,7 @@ template <typename T> void forward_unit(const Unit<T>& unit, T* out, float* logs
     multiply(rows, columns, {q + i * padded, padded, 1, k_transposed, columns, scores, columns, d, false});
     float inverse[kRows];
     for (int64_t r = 0; r < rows; ++r) {
-      const Exponentials e = exponentiate(scores + r * columns, columns, of_last, scale);
+      const Exponentials e = exponentiate(scores + r * columns, columns, last_mask, scale);
       inverse[r] = 1.0f / e.sum;
       logsumexp[i + r] = e.maximum * scale + std::log(e.sum);
     }
@@ -151,21 +151,21 @@ void differentiate(float* weights, float* gradient, int64_t padded, float sum, f
   }
 }
 
-template <typename T> void backward_unit(const Unit<T>& unit, const T* of_output, T* gradient) {
+template <typename T> void backward_unit(const Unit<T>& unit, const T* grad_out, T* gradient) {
   const Sequences& all = unit.all;
   const int64_t L = unit.L, columns = whole(L), d = all.width, padded = whole(d);
   const float scale = 1.0f / std::sqrt(static_cast<float>(d));
-  const Vec of_last = beyond(L);
+  const Vec last_mask = beyond(L);
   Scratch scratch(padded * (4 * columns + 4 * L + kRows) + 2 * kRows * columns);
   float *k = scratch.take(columns * padded), *v = scratch.take(columns * padded);
   float *k_transposed = scratch.take(columns * padded), *v_transposed = scratch.take(columns * padded);
-  float *q = scratch.take(L * padded), *of_out = scratch.take(L * padded);
-  float *of_k = scratch.take(L * padded), *of_v = scratch.take(L * padded), *of_q = scratch.take(kRows * padded);
-  float *weights = scratch.take(kRows * columns), *of_scores = scratch.take(kRows * columns);
+  float *q = scratch.take(L * padded), *grad_rows = scratch.take(L * padded);
+  float *grad_k = scratch.take(L * padded), *grad_v = scratch.take(L * padded), *grad_q = scratch.take(kRows * padded);
+  float *weights = scratch.take(kRows * columns), *grad_scores = scratch.take(kRows * columns);
   read_rows(unit.part(0), all.token_stride, L, d, q);
   read_rows(unit.part(1), all.token_stride, L, d, k);
   read_rows(unit.part(2), all.token_stride, L, d, v);
-  read_rows(of_output + unit.out_at(), unit.out_stride(), L, d, of_out);
+  read_rows(grad_out + unit.out_at(), unit.out_stride(), L, d, grad_rows);
   std::fill(k + L * padded, k + columns * padded, 0.0f);
   std::fill(v + L * padded, v + columns * padded, 0.0f);
   transpose(k, columns, padded, k_transposed);
@@ -175,20 +175,20 @@ template <typename T> void backward_unit(const Unit<T>& unit, const T* of_output
   T* to = gradient + unit.first * stride + unit.head * d;
   for (int64_t i = 0; i < L; i += kRows) {
     const int64_t rows = std::min(kRows, L - i);
-    const float *own_q = q + i * padded, *own_out = of_out + i * padded;
+    const float *own_q = q + i * padded, *own_grad_out = grad_rows + i * padded;
     multiply(rows, columns, {own_q, padded, 1, k_transposed, columns, weights, columns, d, false});
-    multiply(rows, columns, {own_out, padded, 1, v_transposed, columns, of_scores, columns, d, false});
+    multiply(rows, columns, {own_grad_out, padded, 1, v_transposed, columns, grad_scores, columns, d, false});
     for (int64_t r = 0; r < rows; ++r) {
-      const Exponentials e = exponentiate(weights + r * columns, columns, of_last, scale);
-      differentiate(weights + r * columns, of_scores + r * columns, columns, e.sum, scale);
+      const Exponentials e = exponentiate(weights + r * columns, columns, last_mask, scale);
+      differentiate(weights + r * columns, grad_scores + r * columns, columns, e.sum, scale);
     }
-    multiply(rows, padded, {of_scores, columns, 1, k, padded, of_q, padded, L, false});
-    multiply(L, padded, {of_scores, 1, columns, own_q, padded, of_k, padded, rows, i > 0});
-    multiply(L, padded, {weights, 1, columns, own_out, padded, of_v, padded, rows, i > 0});
-    write_rows(of_q, rows, d, to + i * stride, stride);
+    multiply(rows, padded, {grad_scores, columns, 1, k, padded, grad_q, padded, L, false});
+    multiply(L, padded, {grad_scores, 1, columns, own_q, padded, grad_k, padded, rows, i > 0});
+    multiply(L, padded, {weights, 1, columns, own_grad_out, padded, grad_v, padded, rows, i > 0});
+    write_rows(grad_q, rows, d, to + i * stride, stride);
   }
-  write_rows(of_k, L, d, to + unit.out_stride(), stride);
-  write_rows(of_v, L, d, to + 2 * unit.out_stride(), stride);
+  write_rows(grad_k, L, d, to + unit.out_stride(), stride);
+  write_rows(grad_v, L, d, to + 2 * unit.out_stride(), stride);
 }
 
 // Calls body(unit) for every head of every sequence; short ones many to a task.
@@ -213,7 +213,7 @@ template <typename T, typename Body> void for_each_unit(const Sequences& all, in
   });
 }
 
-template <typename Body> void with_type(Float dtype, const Body& body) {
+template <typename Body> void dispatch_type(Float dtype, const Body& body) {
   if (dtype == Float::float32) body(static_cast<float*>(nullptr));
   else if (dtype == Float::bfloat16) body(static_cast<bf16*>(nullptr));
   else body(static_cast<f16*>(nullptr));
@@ -222,7 +222,7 @@ template <typename Body> void with_type(Float dtype, const Body& body) {
 }  // namespace
 
 void packed_attention_forward(const Sequences& all, void* out, float* logsumexp, int threads) {
-  with_type(all.dtype, [&](auto* type) {
+  dispatch_type(all.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for_each_unit<T>(all, threads, [&](const Unit<T>& unit) {
       forward_unit<T>(unit, static_cast<T*>(out), logsumexp + unit.head * all.tokens + unit.first);
@@ -230,11 +230,11 @@ void packed_attention_forward(const Sequences& all, void* out, float* logsumexp,
   });
 }
 
-void packed_attention_backward(const Sequences& all, const void* of_output, void* gradient, int threads) {
-  with_type(all.dtype, [&](auto* type) {
+void packed_attention_backward(const Sequences& all, const void* grad_out, void* gradient, int threads) {
+  dispatch_type(all.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for_each_unit<T>(all, threads, [&](const Unit<T>& unit) {
-      backward_unit<T>(unit, static_cast<const T*>(of_output), static_cast<T*>(gradient));
+      backward_unit<T>(unit, static_cast<const T*>(grad_out), static_cast<T*>(gradient));
     });
   });
 }

@@ -25,6 +25,6 @@ DINO_FAST_DECLARE(
   // out [tokens, heads, width], logsumexp [heads, tokens].
   void packed_attention_forward(const ::dino_fast::Sequences& sequences, void* out, float* logsumexp, int threads);
   // gradient [tokens, 3, heads, width] from that of the output, [tokens, heads, width].
-  void packed_attention_backward(const ::dino_fast::Sequences& sequences, const void* of_output, void* gradient,
+  void packed_attention_backward(const ::dino_fast::Sequences& sequences, const void* grad_out, void* gradient,
                                  int threads);
 )

@@ -34,14 +34,14 @@ def collect() -> dict[str, Any]:
     """Everything that `dino-fast info` shows, as plain values."""
     import torch
 
-    from dino_fast.backends import OPERATIONS, native_missing
+    from dino_fast.backends import OPERATIONS, native_unavailable_reason
 
     import dino_fast.ops  # isort: skip
 
     for module in pkgutil.iter_modules(dino_fast.ops.__path__):
         importlib.import_module(f"dino_fast.ops.{module.name}")
 
-    native: dict[str, Any] = {"missing": native_missing()}
+    native: dict[str, Any] = {"missing": native_unavailable_reason()}
     if native["missing"] is None:
         from dino_fast import _C
 

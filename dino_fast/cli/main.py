@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import getpass
 import importlib
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from dino_fast import __version__
 from dino_fast.cpus import shorten_spinning
@@ -98,23 +101,74 @@ def _run(words: list[str]) -> int:
     command, rest = _command(words)
     module_name, summary = COMMANDS[command]
     module = importlib.import_module(module_name)
-    parser = argparse.ArgumentParser(prog=" ".join(("dino-fast", *command)), description=summary, allow_abbrev=False)
+    parser = Parser(prog=" ".join(("dino-fast", *command)), description=summary, allow_abbrev=False)
     module.add_arguments(parser)
-    args, unknown = parser.parse_known_args([_with_home(word) for word in rest])
-    if unknown and not unknown[0].startswith("-"):
-        raise UserError(
-            f"{parser.prog} does not know what to do with {unknown[0]!r}: no option before it takes (another) value. "
-            f"'{parser.prog} --help' shows how many each takes"
-        )
+    args, unknown = parser.parse_known_args(_plain_words(parser, [_with_home(word) for word in rest]))
     if unknown:
-        options = [name for action in parser._actions for name in action.option_strings if "_" not in name]
-        word = unknown[0].partition("=")[0]
-        raise UserError(
-            f"{parser.prog} has no option {word!r}{nearest(word, options) or '.'} '{parser.prog} --help' lists all"
-        )
+        raise _unknown(parser, unknown, getattr(module, "NOT_HERE", {}))
     if command != ("bench",):  # which times others' code too, as it runs by itself
         shorten_spinning()
     return int(module.run(args) or 0)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence of UserError, without the usage text before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UserError with argparse's message and where the options are listed."""
+        given = re.fullmatch(r"argument (?:\S+/)?(\S+): invalid (\w+) value: '(.*)'", message)
+        kinds = {"int": "a whole number", "float": "a number"}
+        if given and given[2] in kinds:
+            point = re.fullmatch(r"([+-]?\d*),(\d+(?:[eE][+-]?\d+)?)", given[3])
+            hint = f"; with a decimal point it is {point[1] or '0'}.{point[2]}" if point else ""
+            message = f"{given[1]} is {given[3]!r}; expected {kinds[given[2]]}{hint}"
+        raise UserError(f"{self.prog}: {message}. '{self.prog} --help' lists the options")
+
+
+def _unknown(parser: argparse.ArgumentParser, words: list[str], elsewhere: dict[str, str]) -> UserError:
+    """The message about words that no option takes; `elsewhere` says what to do instead of some."""
+    names = list(dict.fromkeys(word.partition("=")[0] for word in words if word.startswith("-")))
+    if not names or not words[0].startswith("-"):
+        return UserError(
+            f"{parser.prog} does not know what to do with {words[0]!r}: no option before it takes (another) value. "
+            f"'{parser.prog} --help' shows how many each takes"
+        )
+    known = {name.lstrip("-"): name for action in parser._actions for name in action.option_strings if "_" not in name}
+    told = []
+    for name in names:
+        plain = name.lstrip("-").replace("_", "-")
+        near = difflib.get_close_matches(plain, known, n=1, cutoff=0.7)
+        hint = elsewhere.get(plain) or (f"did you mean {known[near[0]]!r}?" if near else "")
+        told.append(f"{name!r}" + (f"; {hint}" if hint else ""))
+    every = "--help-all" if "help-all" in known else "--help"
+    if len(told) == 1:
+        end = "" if told[0].endswith("?") else "."
+        return UserError(f"{parser.prog} has no option {told[0]}{end} '{parser.prog} {every}' lists all")
+    return UserError(
+        "\n  ".join([f"{parser.prog} has none of these options:", *told]) + f"\n'{parser.prog} {every}' lists all"
+    )
+
+
+def _plain_words(parser: argparse.ArgumentParser, words: list[str]) -> list[str]:
+    """The words as the parser wants them: `--image_size` is `--image-size`, and `--name true|false`, as main_dino.py
+    writes switches, is `--name` or `--no-name`."""
+    known = {name: action for action in parser._actions for name in action.option_strings}
+    plain: list[str] = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        hyphens = name.replace("_", "-")
+        if name.startswith("--") and name not in known and hyphens in known:
+            name, word = hyphens, hyphens + equals + value
+        if equals and isinstance(known.get(name), argparse.BooleanOptionalAction):
+            plain.append(name)
+            word = value
+        before = plain[-1] if plain else ""
+        switch = isinstance(known.get(before), argparse.BooleanOptionalAction) and not before.startswith("--no-")
+        if switch and word.lower() in ("false", "0"):
+            plain[-1] = f"--no-{before[2:]}"
+        elif not (switch and word.lower() in ("true", "1")):
+            plain.append(word)
+    return plain
 
 
 def _with_home(word: str) -> str:

@@ -26,7 +26,7 @@ from dino_fast.atomic import atomic_write
 
 KEEP_AFTER = 1.0  # seconds of building from which an index is kept; quicker ones are not worth a file
 _SETTLED = 2_000_000_000  # ns; a change within a file system's clock tick after the index was built would go unseen
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dino_fast.augment import MultiCrop, pair
 from dino_fast.data.decode import ImageError
-from dino_fast.data.source import ArraySource, Source
+from dino_fast.data.source import Source
 from dino_fast.errors import UserError
 from dino_fast.ops.multi_crop import to_pillow
 from dino_fast.progress import watched
@@ -138,7 +138,10 @@ def speed(report: Report, workers: int, rate: float, crops: MultiCrop, cores: in
 def _look(source: Source, index: int) -> Seen:
     try:
         pixels = source.read(index)
-        kind = "in memory" if isinstance(source, ArraySource) else _kind(source.data(index))
+        try:
+            kind = _kind(source.data(index))
+        except TypeError:
+            kind = "in memory"
     except ImageError as error:
         return Seen(0, 0, "", None, str(error))
     return Seen(pixels.shape[1], pixels.shape[2], kind, source.label(index), "")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from dino_fast.data.formats import demo, folder, hugging_face, parquet, tar
-from dino_fast.data.source import EXTENSIONS, TEST_DIRS, TRAIN_DIRS, ArraySource, Source, Subset, share_classes
+from dino_fast.data.formats import demo, folder, hugging_face, parquet, python, tar
+from dino_fast.data.labels import share_classes
+from dino_fast.data.source import EXTENSIONS, TEST_DIRS, TRAIN_DIRS, Source, Subset
 from dino_fast.errors import UserError
 
 
@@ -22,8 +22,10 @@ def open_source(given: Any) -> Source:
 
     A path or string: `demo`; a folder of images, of .parquet or of .tar files, or one that `datasets` saved; a
     .parquet, .tar or .npy file; a text file with one image path a line; a pattern with * ? [] or {000..099}.
-    A Python object: a source; a `datasets.Dataset` or `DatasetDict`; a uint8 array or tensor, or a pair of it and its
-    labels.
+    A Python object: a source; a `datasets.Dataset` or `DatasetDict`; an array or tensor [N, H, W], [N, H, W, C] or
+    [N, C, H, W] of uint8, floats from 0 to 1 or other numbers; a list of arrays, images of PIL and paths; a pair of any
+    of these and its labels; {"images": ..., "labels": ..., "range": (black, white)}; a `torch.utils.data.Dataset` of
+    images or (image, label), a mapping of such for "train" and "val".
 
     A folder with train/ beside val/ or test/ opens its train/ and keeps the other as `.test`. In a folder where every
     image lies in a sub-folder, the first level of sub-folders are the classes. Raises UserError saying what was found
@@ -31,6 +33,15 @@ def open_source(given: Any) -> Source:
     """
     if isinstance(given, Source):
         return given
+    source = _open(given)
+    for part in (source, source.test):
+        for note in () if part is None else (*part.notes, part.unused_labels):
+            if note:
+                warnings.warn(note, stacklevel=2)
+    return source
+
+
+def _open(given: Any) -> Source:
     if not isinstance(given, str | os.PathLike):
         return _open_object(given)
     if str(given) == "demo":
@@ -87,30 +98,22 @@ def expand(pattern: str) -> list[Path]:
 def _open_object(given: Any) -> Source:
     if isinstance(given, Mapping) and any(name in given for name in (*TRAIN_DIRS, *TEST_DIRS)):
         parts = [next((given[name] for name in names if name in given), None) for names in (TRAIN_DIRS, TEST_DIRS)]
-        opened = [open_source(part) for part in parts if part is not None]
+        opened = [part if isinstance(part, Source) else _open(part) for part in parts if part is not None]
         return _pair(*opened) if len(opened) == 2 else opened[0]
     if hasattr(given, "with_format") and hasattr(given, "column_names"):
+        if not hasattr(given, "__len__"):
+            raise UserError(
+                "a streamed datasets.IterableDataset does not say how many images it has, and training reads them in "
+                "another order in every epoch; load it without streaming=True"
+            )
         return hugging_face.DatasetSource(given)
-    images, labels = given if isinstance(given, tuple) and len(given) == 2 else (given, None)
-    if not isinstance(images, Tensor | np.ndarray):
-        raise UserError(
-            f"cannot open a {type(given).__name__}; give a path, a uint8 array or tensor of images (or a pair of it "
-            "and its labels), or a datasets.Dataset"
-        )
-    return ArraySource(channels_first(images), None if labels is None else np.asarray(labels))
-
-
-def channels_first(images: np.ndarray | Tensor) -> Tensor:
-    """[N, H, W], [N, H, W, C] or [N, C, H, W] -> [N, C, H, W], without a copy; C is 1 or 3."""
-    tensor = torch.from_numpy(images) if isinstance(images, np.ndarray) else images
-    if tensor.dim() == 3:
-        return tensor[:, None]
-    if tensor.dim() != 4:
-        return tensor  # refused by ArraySource
-    first, last = tensor.shape[1] in (1, 3), tensor.shape[3] in (1, 3)
-    if first and last:
-        raise UserError(f"images of shape {list(tensor.shape)}: which is the channel? Give a torch tensor [N, C, H, W]")
-    return tensor.permute(0, 3, 1, 2) if last else tensor
+    if isinstance(given, Mapping) and "images" in given:
+        if unknown := sorted(map(str, given.keys() - {"images", "labels", "range"})):
+            raise UserError(f"images in memory have 'images', 'labels' and 'range', not {', '.join(unknown)}")
+        return python.open_images(given["images"], given.get("labels"), value_range=given.get("range"))
+    if isinstance(given, tuple) and len(given) == 2 and not python.are_images(*given):
+        return python.open_images(*given)
+    return python.open_images(given)
 
 
 def _open_folder(root: Path) -> Source:
@@ -143,7 +146,7 @@ def _open_folder(root: Path) -> Source:
 
 def _open_file(path: Path) -> Source:
     if path.suffix.lower() == ".npy":
-        return _open_object(_mapped(path))
+        return python.open_images(_mapped(path), name=str(path))
     if path.suffix.lower() in (".parquet", ".tar"):
         return _open_files([path], str(path))
     if path.name.lower().endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")):

@@ -6,7 +6,11 @@ read.
 
 from __future__ import annotations
 
+import errno
+import os
+import stat
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -32,7 +36,10 @@ EXTENSIONS = {
     ".pgm",
     ".jp2",
     ".avif",
+    ".jfif",
 }
+_LFS = b"version https://git-lfs.github.com/spec/"
+_LFS_MESSAGE = "a Git LFS pointer, not the file itself; run 'git lfs pull' in its repository"
 TRAIN_DIRS, TEST_DIRS = ("train", "training"), ("val", "test", "valid", "validation", "testing")
 
 
@@ -46,6 +53,8 @@ class Source:
     channels: int = 3
     classes: list[str] | None = None
     labels: np.ndarray | None = None
+    unused_labels: str = ""  # why labels that are there are not used
+    notes: Sequence[str] = ()  # what was taken for the images and what was left out, a sentence each
     test: Source | None = None  # the held-out part that came with it
 
     def __len__(self) -> int:
@@ -68,7 +77,8 @@ class Source:
         try:
             return how(data, self.channels)
         except ImageError as error:
-            raise ImageError(f"{self.name(index)}: {error}") from error
+            reason = _LFS_MESSAGE if data.startswith(_LFS) else error
+            raise ImageError(f"{self.name(index)}: {reason}") from error
 
     def data(self, index: int) -> bytes:
         """The encoded file. Raises ImageError naming the image."""
@@ -132,6 +142,7 @@ class Subset(Source):
 
     def __init__(self, source: Source, indices: np.ndarray) -> None:
         self.source, self.indices, self.classes = source, indices, source.classes
+        self.unused_labels, self.notes = source.unused_labels, source.notes
         self.labels = None if source.labels is None else source.labels[indices]
 
     @property
@@ -161,6 +172,30 @@ class Subset(Source):
         return self.source.data(int(self.indices[index]))
 
 
+def read_file(path: str | Path) -> bytes:
+    """The file's bytes. Raises OSError, also for a FIFO, a socket or a device, which might never give any."""
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    with open(file, "rb", buffering=0) as opened:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise OSError(errno.EINVAL, f"is no file but {kind_of_file(os.fstat(file).st_mode)}")
+        return opened.readall()
+
+
+def kind_of_file(mode: int) -> str:
+    """What `os.stat(...).st_mode` says it is, for messages."""
+    kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder", stat.S_IFREG: "a file"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def lfs_pointer(path: Path) -> str:
+    """A message if the file is Git LFS's stand-in for one that was not downloaded, else an empty text."""
+    try:
+        with open(path, "rb") as file:
+            return f"{path}: {_LFS_MESSAGE}" if file.read(len(_LFS)) == _LFS else ""
+    except OSError:
+        return ""
+
+
 def printable(name: str) -> str:
     """A file's name as text that any terminal and file takes: bytes that are no UTF-8, line ends and other characters
     that cannot be printed become escapes such as \\xe9 and \\n."""
@@ -172,12 +207,3 @@ def _escape(character: str) -> str:
     if 0xDC80 <= number <= 0xDCFF:  # how Python keeps a byte that is no UTF-8
         return f"\\x{number - 0xDC00:02x}"
     return character.encode("unicode_escape").decode()
-
-
-def share_classes(train: Source, test: Source) -> None:
-    """Numbers the classes of both parts alike; classes that only the test part has come last."""
-    if train.classes is None or test.classes is None or test.labels is None or train.classes == test.classes:
-        return
-    names = train.classes + [name for name in test.classes if name not in set(train.classes)]
-    test.labels = np.asarray([names.index(name) for name in test.classes], dtype=np.int64)[test.labels]
-    train.classes = test.classes = names

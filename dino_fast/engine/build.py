@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dino_fast.backends import BackendError, choose, cuda_missing
+from dino_fast.backends import BackendError, choose, cuda_unavailable_reason
 from dino_fast.cpus import usable_cpus
 from dino_fast.data import Source, Subset, TrainLoader, open_source, split, train_loader
 from dino_fast.data.gpu_crops import nvjpeg_unavailable_reason
@@ -54,7 +54,8 @@ def open_data(config: Config) -> Data:
     if config.knn_every == 0:
         return Data(source, note="k-NN evaluation is off (knn_every 0)")
     if not is_labeled(source):
-        return Data(source, note="no k-NN evaluation: the images have no labels (class sub-folders give them labels)")
+        reason = source.unused_labels or "the images have no labels (class sub-folders give them labels)"
+        return Data(source, note=f"no k-NN evaluation: {reason}")
     note, train, test = "", source, source.test
     if test is None and config.hold_out:
         train, test = split(source, config.hold_out)
@@ -131,7 +132,7 @@ def make_loader(
 
 def resolve_crop_device(augment_on: str, decode_on: str, device: torch.device) -> torch.device | None:
     """The GPU that makes the crops; None: the CPU does."""
-    missing = cuda_missing() if device.type == "cuda" else f"the run trains on {device}"
+    missing = cuda_unavailable_reason() if device.type == "cuda" else f"the run trains on {device}"
     if augment_on == "gpu" and missing:
         raise UserError(f"--augment-on gpu: {missing}; use --augment-on cpu or auto ('dino-fast info' tells more)")
     if decode_on == "gpu" and (missing or augment_on == "cpu"):

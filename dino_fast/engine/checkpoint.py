@@ -4,7 +4,7 @@ A checkpoint is a folder, written under a temporary name, flushed to the disk an
 
     checkpoints/step-00001234/tensors.safetensors    every tensor, named by its path: `student/backbone.cls_token`
                               state.json             everything else, and the size and CRC-32 of the tensors
-    checkpoints/best/                                hard links to the files of the best one
+    checkpoints/best                           symbolic link to the best one, which stays while it is that
 
 Both files are plain data: loading one reads numbers and text and can execute nothing.
 
@@ -14,7 +14,7 @@ damage of up to 32 neighbouring bits and all but 2^-32 of the rest. It guards ag
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import errno
 import json
 import math
@@ -35,9 +35,9 @@ import torch
 from dino_fast.errors import UserError
 
 FORMAT = 1
-TENSORS, STATE = "tensors.safetensors", "state.json"
+TENSORS, STATE, BEST = "tensors.safetensors", "state.json", "best"
 _CHUNK = 1 << 23  # bytes written at a time; large enough that the call costs nothing
-# `.old-` is what a replaced checkpoint is called for an instant where the file system cannot swap two names at once.
+# `.old-` is what a checkpoint that is replaced by another of the same step is called for an instant.
 _STEP = re.compile(r"(?:\.old-)?step-(\d{8,})")
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -73,7 +73,7 @@ def save(directory: Path, step: int, state: dict[Any, Any], keep: int = 3) -> Pa
         _sync(temporary)
         _put(temporary, final)
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(_disk_full(directory, step, need)) from error
         raise
@@ -134,24 +134,24 @@ def read(folder: Path) -> tuple[int, dict[Any, Any]]:
 
 
 def mark_best(directory: Path, step: int) -> Path:
-    """Make `directory/best` the checkpoint of `step`: hard links (copies where links do not work), swapped in."""
+    """Make `directory/best` a symbolic link to the checkpoint of `step`, or a copy where the file system has no links.
+
+    Raises FileNotFoundError where that checkpoint is not there, UserError where the disk is full.
+    """
     directory = Path(directory)
     source, temporary = directory / f"step-{step:08d}", directory / f".tmp-best-{uuid.uuid4().hex[:8]}"
     if not source.is_dir():
         raise FileNotFoundError(f"{source} is not there; save step {step} before it is marked as the best")
     _tidy(directory)
     try:
-        temporary.mkdir()
-        for name in (TENSORS, STATE):
-            _link(source / name, temporary / name)
-        _sync(temporary)
-        _put(temporary, directory / "best")
+        _link(source, temporary)
+        _put(temporary, directory / BEST)
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(_disk_full(directory, step, (source / TENSORS).stat().st_size)) from error
         raise
-    return directory / "best"
+    return directory / BEST
 
 
 class AsyncCheckpointer:
@@ -350,43 +350,40 @@ def _file_crc(path: Path) -> int:
     return crc
 
 
-def _sync(folder: Path) -> None:
-    """Flush a folder's entries, so that names survive a power cut as well as contents do."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Flush a file, or a folder's entries, so that names survive a power cut as well as contents do."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _link(source: Path, target: Path) -> None:
+def _link(folder: Path, link: Path) -> None:
+    """Make `link` a symbolic link to `folder` beside it, or a copy of it (FAT, some network and container disks)."""
     try:
-        os.link(source, target)
-    except OSError:  # FAT, some network and container file systems
-        shutil.copyfile(source, target)
-        with open(target, "rb") as file:
-            os.fsync(file.fileno())
+        os.symlink(folder.name, link)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        shutil.copytree(folder, link)
+        for path in (*link.iterdir(), link):
+            _sync(path)
 
 
 def _put(temporary: Path, final: Path) -> None:
-    """Give a finished folder its name, replacing one that has it. Either the old or the new is there at any time."""
-    if not final.exists():
-        os.rename(temporary, final)
-    elif _exchange(temporary, final):
-        shutil.rmtree(temporary, ignore_errors=True)
-    else:
+    """Give a finished folder or link its name, in place of what has it.
+
+    In one step where the name is free or a link's. A folder is moved aside first, to where `load` finds it, too.
+    """
+    if os.path.lexists(final) and not (final.is_symlink() and temporary.is_symlink()):
         old = final.with_name(f".old-{final.name}")
         os.rename(final, old)
         os.rename(temporary, final)
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
+    else:
+        os.replace(temporary, final)
     _sync(final.parent)
-
-
-def _exchange(a: Path, b: Path) -> bool:
-    """Swap two names in one step of the file system; False where the kernel or the disk cannot."""
-    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    at_cwd, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return call is not None and call(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), ctypes.c_uint(exchange)) == 0
 
 
 def _checkpoints(directory: Path) -> list[tuple[int, Path]]:
@@ -400,23 +397,32 @@ def _checkpoints(directory: Path) -> list[tuple[int, Path]]:
 def _tidy(directory: Path) -> None:
     """Remove what a killed writer left. Called by writers alone: a reader could meet a folder that is being written."""
     for path in directory.glob(".tmp-*"):
-        shutil.rmtree(path, ignore_errors=True)
+        _remove(path)
     for path in directory.glob(".old-*"):
         named = path.with_name(path.name.removeprefix(".old-"))
-        if named.exists():
-            shutil.rmtree(path, ignore_errors=True)
+        if os.path.lexists(named):
+            _remove(path)
         else:
             os.rename(path, named)
 
 
 def _prune(directory: Path, step: int, keep: int) -> None:
-    """Keep `step`, just written, and the `keep - 1` newest whole ones before it.
+    """Keep `step`, just written, the `keep - 1` newest whole ones before it, and the best one.
 
     Later steps stay: they are what a fallback passed over, and the run replaces or passes them as it goes on.
     """
     earlier = [path for number, path in _checkpoints(directory) if number < step]
     whole = [path for path in earlier if _looks_whole(path)]
-    for path in set(earlier) - set(whole[: keep - 1]):
+    for path in set(earlier) - {*whole[: keep - 1], (directory / BEST).resolve()}:
+        _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder or a link, if it is there and the system lets it."""
+    if path.is_symlink():
+        with contextlib.suppress(OSError):
+            path.unlink()
+    else:
         shutil.rmtree(path, ignore_errors=True)
 
 

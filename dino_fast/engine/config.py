@@ -171,9 +171,10 @@ ALIASES = {
     "grey_p": "gray_p",
     "data_path": "data", "output_dir": "out", "num_workers": "workers", "use_bn_in_head": "head_bn",
     "local_crops_number": "local_crops", "global_crops_scale": "global_scale", "local_crops_scale": "local_scale",
-    "saveckp_freq": "save_every",
+    "saveckp_freq": "save_every", "use_fp16": "precision",
 }  # fmt: skip
 VALUE_ALIASES = {
+    "precision": {"true": "fp16", "false": "fp32"},  # --use_fp16
     "arch": {"resnet50": "torchvision/resnet50", "deit_tiny": "vit_tiny", "deit_small": "vit_small"},
     "loss_impl": {"parts": "chunked"},
 }
@@ -407,9 +408,11 @@ def _typed(name: str, value: Any, where: str) -> Any:
         raise UserError(
             f"{where}: there is no such setting{nearest(name, _HINTS) or '.'} 'dino-fast train --help' lists all"
         )
+    if name in VALUE_ALIASES and isinstance(value, bool):
+        value = str(value).lower()  # use_fp16: true
     try:
         value = _convert(_HINTS[name], value)
-        return VALUE_ALIASES[name].get(value, value) if name in VALUE_ALIASES else value
+        return VALUE_ALIASES[name].get(str(value).lower(), value) if name in VALUE_ALIASES else value
     except (TypeError, ValueError):
         raise UserError(f"{where} is {value!r}; expected {_describe(_HINTS[name])}") from None
 

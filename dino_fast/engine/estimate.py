@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dino_fast.backends import native_missing
+from dino_fast.backends import native_unavailable_reason
 from dino_fast.engine.build import (
     build_configured_backbone,
     build_model,
@@ -213,7 +213,7 @@ def dry_run_report(config: Config, environment: dict[str, str]) -> str:
     device = resolve_device(config.device)
     precision = resolve_precision(config.precision, device)
     world = read_environment(environment)[1]
-    if config.keep_freed_memory and native_missing() is None:  # as in the run: it is timed below
+    if config.keep_freed_memory and native_unavailable_reason() is None:  # as in the run: it is timed below
         from dino_fast import _C
 
         _C.keep_freed_memory()

@@ -105,11 +105,11 @@ def compute_step(
     state.skip_step.copy_(nonfinite | state.skip_step if config.on_nonfinite == "stop" else nonfinite)
     mean_logits = teacher_head.last_layer.mean_logits(reduced_mean())  # before the teacher's weights change
     if config.teacher_update == "previous-step":
-        ema_update(state.teacher.parameters(), state.student.parameters(), 0.0, hold=state.skip_step)
-    state.scaler.step(state.optimizer, momentum=hyperparams.momentum, hold=state.skip_step)
+        ema_update(state.teacher.parameters(), state.student.parameters(), 0.0, skip=state.skip_step)
+    state.scaler.step(state.optimizer, momentum=hyperparams.momentum, skip=state.skip_step)
     state.scaler.update()
     if config.centering:
-        state.loss.update_center(mean_logits, state.prototypes, hold=state.skip_step)
+        state.loss.update_center(mean_logits, state.prototypes, skip=state.skip_step)
     norm = getattr(state.optimizer, "grad_norm", None)
     return numbers if norm is None else numbers | {"grad_norm": norm}
 

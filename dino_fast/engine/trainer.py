@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from dino_fast.backends import native_missing
+from dino_fast.backends import native_unavailable_reason
 from dino_fast.data import Batch, TrainLoader
 from dino_fast.defaults import torch_defaults
 from dino_fast.engine import checkpoint
@@ -63,7 +63,7 @@ def train(config: Config) -> Path:
                 f"the run in {config.out} trains on {config.data!r}, which is not in this folder (its config.yaml has "
                 "no whole path); say where the images are with --data"
             )
-    if config.keep_freed_memory and native_missing() is None:
+    if config.keep_freed_memory and native_unavailable_reason() is None:
         from dino_fast import _C
 
         _C.keep_freed_memory()

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dino_fast.data import Source, open_source
 from dino_fast.data.formats.folder import FileSource
+from dino_fast.data.labels import names_to_match
 from dino_fast.defaults import torch_defaults
 from dino_fast.errors import UserError, nearest
 from dino_fast.eval.common.backbone import Frozen, open_backbone
@@ -180,15 +181,18 @@ def _labeled_questions(data: str | Path, test: str | Path | None) -> tuple[dict[
     asked = source if asked is None else asked
     for part, where in ((source, data), (asked, test or data)):
         if part.labels is None or not (part.labels >= 0).any():
+            if part.unused_labels:
+                raise UserError(f"{where}: what a query should find is not known: {part.unused_labels}")
             raise UserError(
                 f"{where} has no labels to say which images a query should find: give one sub-folder per class, or "
                 "--ground-truth"
             )
     assert source.labels is not None and asked.labels is not None
-    members: dict[Any, list[int]] = {}
+    names, asked_names = names_to_match(source, asked)
+    members: dict[str | int, list[int]] = {}
     for i, label in enumerate(source.labels.tolist()):
         if label >= 0:
-            members.setdefault(_class(source, label), []).append(i)
+            members.setdefault(names[label] if names else label, []).append(i)
     if len(members) < 2:
         raise UserError(f"all labeled images of {data} are of one class, so any ranking is right; give at least two")
     files = {path: i for i in range(len(source)) if (path := _path(source, i)) is not None}
@@ -196,7 +200,7 @@ def _labeled_questions(data: str | Path, test: str | Path | None) -> tuple[dict[
     for i, label in enumerate(asked.labels.tolist()):
         path = _path(asked, i)
         own = i if same else None if path is None else files.get(path)
-        right = members.get(_class(asked, label), []) if label >= 0 else []
+        right = members.get(asked_names[label] if asked_names else label, []) if label >= 0 else []
         questions.append(Question([j for j in right if j != own], [], [] if own is None else [own]))
     read = {"database": _reader(source), "queries": _reader(asked)}
     return {"database": len(source), "same": same}, read, questions
@@ -255,10 +259,6 @@ def _named(folder: str | Path) -> dict[str, Path]:
             raise UserError(f"{images[name]} and {path} have one name; rename one of them")
         images[name] = path
     return images
-
-
-def _class(source: Source, label: int) -> str | int:
-    return source.classes[label] if source.classes else label
 
 
 def _path(source: Source, index: int) -> Path | None:

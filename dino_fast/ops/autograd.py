@@ -114,8 +114,8 @@ def refuse_transforms(operation: str, alternative: str, *arguments: Any) -> None
                 f"{operation} has no forward-mode derivative (dual tensors, torch.func.jvp, jacfwd); "
                 f"take loss.backward() or torch.autograd.grad, or differentiate {alternative}"
             )
-    by_transform = torch._C._are_functorch_transforms_active() and torch.is_grad_enabled()
-    if by_transform and any(x.requires_grad for x in _tensors_in(arguments)):
+    in_transform = torch._C._are_functorch_transforms_active() and torch.is_grad_enabled()
+    if in_transform and any(x.requires_grad for x in _tensors_in(arguments)):
         raise NotImplementedError(
             f"{operation} cannot be differentiated by torch.func (grad, vjp, jacrev); "
             f"take loss.backward() or torch.autograd.grad, or differentiate {alternative}"
@@ -136,14 +136,14 @@ def once_differentiable(operation: str, alternative: str) -> Callable[[Callable]
                 return backward(ctx, *upstream)
             with torch.no_grad():
                 gradients = backward(ctx, *upstream)
-            return _NoDoubleBackward.guard(operation, alternative, gradients, (*upstream, *_inputs_of(ctx)))
+            return _NoDoubleBackward.guard(operation, alternative, gradients, (*upstream, *_backward_inputs(ctx)))
 
         return decorated
 
     return decorate
 
 
-def _inputs_of(ctx: Any) -> tuple[Tensor | None, ...]:
+def _backward_inputs(ctx: Any) -> tuple[Tensor | None, ...]:
     return *ctx.saved_tensors, *getattr(ctx, "anchors", ())
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dino_fast.dtensor import to_local
-from dino_fast.ops.multi_tensor.param_batch import Last, Rows, multipliers_of
+from dino_fast.ops.multi_tensor.param_batch import BatchCache, ParamBatch, grad_multipliers
 
 CLIP_MODES = ("parameter", "global")
 
@@ -35,7 +35,7 @@ _REFUSED = {"amsgrad": False, "maximize": False, "differentiable": False, "decou
 
 @torch.no_grad()
 def ema_update(
-    teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: float | Tensor, *, hold: Tensor | None = None
+    teacher: Iterable[Tensor], student: Iterable[Tensor], momentum: float | Tensor, *, skip: Tensor | None = None
 ) -> None:
     """teacher <- momentum * teacher + (1 - momentum) * student, tensor by tensor, in place and in one call.
 
@@ -45,7 +45,7 @@ def ema_update(
         momentum: share of the old teacher that is kept, in [0, 1]: a number, or a tensor of one on the CPU. At 0.996 a
             bfloat16 teacher rounds to no change: keep it in float32. Either may change from call to call within
             `torch.compile`: it is an input of the compiled program.
-        hold: a boolean scalar on the device: where it is true nothing changes. Nothing waits for it.
+        skip: a boolean scalar on the device: where it is true nothing changes. Nothing waits for it.
 
     Raises:
         ValueError: lists, shapes or devices that disagree, or a momentum outside [0, 1] or on another device.
@@ -56,16 +56,20 @@ def ema_update(
         return
     if torch.compiler.is_compiling() and not isinstance(momentum, Tensor):
         momentum = torch.zeros((), dtype=torch.float64, device="cpu") + momentum  # not a constant of the program
-    update = torch.ops.dino_fast.ema_update_by if isinstance(momentum, Tensor) else torch.ops.dino_fast.ema_update
-    update(old, new, momentum, [], found_inf=as_found_inf(hold))
+    update = (
+        torch.ops.dino_fast.ema_update_tensor_momentum
+        if isinstance(momentum, Tensor)
+        else torch.ops.dino_fast.ema_update
+    )
+    update(old, new, momentum, [], found_inf=as_found_inf(skip))
 
 
-def as_found_inf(hold: Tensor | None, found_inf: Tensor | None = None) -> Tensor | None:
+def as_found_inf(skip: Tensor | None, found_inf: Tensor | None = None) -> Tensor | None:
     """What the operations take: 0, positive after an overflow (the teacher moves on), infinite where all must stay."""
-    if hold is None:
+    if skip is None:
         return found_inf
-    none = torch.zeros((), dtype=torch.float32, device=hold.device) if found_inf is None else found_inf.reshape(())
-    return none.masked_fill(hold.to(none.device), torch.inf)
+    none = torch.zeros((), dtype=torch.float32, device=skip.device) if found_inf is None else found_inf.reshape(())
+    return none.masked_fill(skip.to(none.device), torch.inf)
 
 
 def only_makes_state(optimizer: torch.optim.Optimizer) -> bool:
@@ -153,7 +157,7 @@ class AdamWEMA(torch.optim.Optimizer):
         if not clip_grad >= 0.0:
             raise ValueError(f"clip_grad must be 0 (no clipping) or the largest norm allowed; got {clip_grad}")
         self.clip_grad, self.clip_mode = clip_grad, clip_mode
-        self._last: Last | None = None
+        self._batch_cache: BatchCache | None = None
         self._norms: list[Tensor] = []
         self._warned = False
         self.teacher_params: list[list[Tensor]] = []
@@ -203,7 +207,7 @@ class AdamWEMA(torch.optim.Optimizer):
             "clip_mode": self.clip_mode,
             **{name: getattr(self, name) for name in _COMPANIONS},
             "_warned": self._warned,
-            "_last": None,
+            "_batch_cache": None,
             "_norms": [],
         }
 
@@ -232,7 +236,7 @@ class AdamWEMA(torch.optim.Optimizer):
         closure: Callable[[], Any] | None = None,
         *,
         momentum: float | None = None,
-        hold: Tensor | None = None,
+        skip: Tensor | None = None,
     ) -> Any:
         """Clip, update the parameters, then the teacher.
 
@@ -240,7 +244,7 @@ class AdamWEMA(torch.optim.Optimizer):
             closure: re-evaluates the model and returns the loss, as in every optimizer.
             momentum: share of the old teacher that is kept, in [0, 1], in all groups; None takes each group's
                 `momentum`. Without either the teacher stays as it is, with a warning the first time.
-            hold: a boolean scalar on the device: where it is true, as for a loss that is not finite, the step changes
+            skip: a boolean scalar on the device: where it is true, as for a loss that is not finite, the step changes
                 nothing, the teacher neither. Nothing waits for it.
 
         Without `momentum`, a first step at learning rates of 0 is what torch.distributed.checkpoint makes the state
@@ -255,16 +259,16 @@ class AdamWEMA(torch.optim.Optimizer):
                 loss = closure()
         makes_state = momentum is None and only_makes_state(self)
         momenta = self._momenta(momentum, makes_state)
-        moving, resting = self._batches(momenta)
-        found_inf, grad_scale = as_found_inf(hold, getattr(self, "found_inf", None)), getattr(self, "grad_scale", None)
-        gradients = [rows.grads for rows in moving]
-        multipliers, self._norms = multipliers_of(gradients, grad_scale, self.clip_grad, self.clip_mode)
+        with_grad, without_grad = self._batches(momenta)
+        found_inf, grad_scale = as_found_inf(skip, getattr(self, "found_inf", None)), getattr(self, "grad_scale", None)
+        gradients = [batch.grads for batch in with_grad]
+        multipliers, self._norms = grad_multipliers(gradients, grad_scale, self.clip_grad, self.clip_mode)
         keep = [1.0 if m is None else m for m in momenta]
-        for rows, multiplier in zip(moving, multipliers, strict=True):
-            rows.step(multiplier, _on(rows.device, found_inf), keep[rows.momentum_of])
-            rows.grads = []  # the caller's to free, before the next forward
-        for rows in resting:
-            rows.follow(keep[rows.momentum_of], _on(rows.device, found_inf))
+        for batch, multiplier in zip(with_grad, multipliers, strict=True):
+            batch.step(multiplier, _on(batch.device, found_inf), keep[batch.momentum_group])
+            batch.grads = []  # the caller's to free, before the next forward
+        for batch in without_grad:
+            batch.update_teachers(keep[batch.momentum_group], _on(batch.device, found_inf))
         if makes_state:  # all of it: what is loaded next is read by these names
             for group, teachers in zip(self.param_groups, self.teacher_params, strict=True):
                 for p, teacher in zip(group["params"], teachers, strict=False):
@@ -285,10 +289,10 @@ class AdamWEMA(torch.optim.Optimizer):
             raise ValueError("step(momentum=...) moves a teacher, but there is none; give AdamWEMA teacher_params")
         momenta: list[float | None] = []
         for group, teachers in zip(self.param_groups, self.teacher_params, strict=True):
-            found = group.get("momentum") if momentum is None else momentum
-            _check_momentum(found)
-            momenta.append(None if found is None or not teachers or makes_state else float(found))
-            if found is None and teachers and not makes_state and not self._warned:
+            value = group.get("momentum") if momentum is None else momentum
+            _check_momentum(value)
+            momenta.append(None if value is None or not teachers or makes_state else float(value))
+            if value is None and teachers and not makes_state and not self._warned:
                 self._warned = True
                 warn_that_teacher_stays(
                     "Give AdamWEMA(..., momentum=0.996), set group['momentum'] in param_groups, or call "
@@ -326,7 +330,7 @@ class AdamWEMA(torch.optim.Optimizer):
 
     def rebuild_masters(self) -> None:
         """Forget the float32 masters of bfloat16 tensors; the next step makes them from the modules' weights."""
-        self._last = None
+        self._batch_cache = None
         for state in self.state.values():
             state.pop("master", None)
             state.pop("teacher_master", None)
@@ -354,7 +358,7 @@ class AdamWEMA(torch.optim.Optimizer):
             if momentum is not None and group.get("momentum") is None:
                 group["momentum"] = momentum
         self._keep_float32(state_dict)
-        self._last = None
+        self._batch_cache = None
 
     def _keep_float32(self, state_dict: dict[str, Any]) -> None:
         """Undo the base class's casts to the parameter's dtype; bring step counts to the parameter's device."""
@@ -370,7 +374,7 @@ class AdamWEMA(torch.optim.Optimizer):
                 if p.dtype == torch.bfloat16 and name in source:
                     state[name] = source[name].to(p.device, torch.float32, copy=True)
 
-    def _batches(self, momenta: list[float | None]) -> tuple[list[Rows], list[Rows]]:
+    def _batches(self, momenta: list[float | None]) -> tuple[list[ParamBatch], list[ParamBatch]]:
         """What to step, in one batch for each device and setting of AdamW, and teachers of parameters at rest.
 
         Made anew only where tensors, settings or which of the parameters have gradients changed; otherwise this sets
@@ -389,44 +393,48 @@ class AdamWEMA(torch.optim.Optimizer):
         adamw = [(float(g["betas"][0]), float(g["betas"][1]), float(g["eps"])) for g in groups]
         settings = [*shares, *adamw, *(len(g["params"]) for g in groups), *(g is None for g in grads)]
         tensors = [*params, *(t for name in _COMPANIONS for tensors in getattr(self, name) for t in tensors)]
-        last = self._last
-        if not (last and last.settings == settings and _identical(last.tensors, tensors) and last.state_is_current()):
-            last = self._last = Last(settings, tensors, *self._assemble(adamw, shares, grads))
+        cache = self._batch_cache
+        if not (
+            cache and cache.settings == settings and _identical(cache.tensors, tensors) and cache.state_is_current()
+        ):
+            cache = self._batch_cache = BatchCache(settings, tensors, *self._assemble(adamw, shares, grads))
         rates = [(float(group["lr"]), float(group["weight_decay"])) for group in groups]
-        for rows in last.moving:
-            rows.grads = [grads[i] for i in rows.index]
-            rows.lrs = [rates[g][0] for g in rows.group]
-            rows.weight_decays = [rates[g][1] for g in rows.group]
-        return last.moving, last.resting
+        for batch in cache.with_grad:
+            batch.grads = [grads[i] for i in batch.index]
+            batch.lrs = [rates[g][0] for g in batch.group]
+            batch.weight_decays = [rates[g][1] for g in batch.group]
+        return cache.with_grad, cache.without_grad
 
     def _assemble(
         self, adamw: list[tuple[float, float, float]], shares: list[int | None], grads: list[Tensor | None]
-    ) -> tuple[list[Rows], list[Rows]]:
-        moving: dict[Any, Rows] = {}
-        resting: dict[Any, Rows] = {}
+    ) -> tuple[list[ParamBatch], list[ParamBatch]]:
+        with_grad: dict[Any, ParamBatch] = {}
+        without_grad: dict[Any, ParamBatch] = {}
         index = -1
         companions = zip(self.teacher_params, self.bf16_params, self.bf16_teacher, strict=True)
         for group_index, (teachers, shadows, teacher_shadows) in enumerate(companions):
             group, share = self.param_groups[group_index], shares[group_index]
             for i, p in enumerate(group["params"]):
                 index += 1
-                moves = grads[index] is not None
+                has_grad = grads[index] is not None
                 teacher = None if share is None else teachers[i]
-                if not moves and teacher is None:
+                if not has_grad and teacher is None:
                     continue
                 key = (p.device, adamw[group_index], share)
-                rows = (moving if moves else resting).setdefault(key, Rows(p.device, *adamw[group_index], group_index))
-                if moves:
-                    rows.add_state(index, group_index, self._started(p))
+                batch = (with_grad if has_grad else without_grad).setdefault(
+                    key, ParamBatch(p.device, *adamw[group_index], group_index)
+                )
+                if has_grad:
+                    batch.add_state(index, group_index, self._init_state(p))
                 shadow = shadows[i] if shadows else None
-                rows.add(self._master(p, p, "master"), p if p.dtype == torch.bfloat16 else shadow)
+                batch.add(self._master(p, p, "master"), p if p.dtype == torch.bfloat16 else shadow)
                 if teacher is not None:
                     shadow = teacher_shadows[i] if teacher_shadows else None
                     master = self._master(p, teacher, "teacher_master")
-                    rows.add_teacher(master, teacher if teacher.dtype == torch.bfloat16 else shadow)
-        return list(moving.values()), list(resting.values())
+                    batch.add_teacher(master, teacher if teacher.dtype == torch.bfloat16 else shadow)
+        return list(with_grad.values()), list(without_grad.values())
 
-    def _started(self, p: Tensor) -> dict[str, Any]:
+    def _init_state(self, p: Tensor) -> dict[str, Any]:
         """The parameter's state, made at its first use. Moments of a bfloat16 parameter are float32."""
         state = self.state[p]
         if "step" not in state:
@@ -440,7 +448,7 @@ class AdamWEMA(torch.optim.Optimizer):
         """The tensor that is updated: the module's own, or the float32 master of a bfloat16 one."""
         if module_tensor.dtype != torch.bfloat16:
             return module_tensor
-        state = self._started(p)
+        state = self._init_state(p)
         if name not in state:
             state[name] = module_tensor.detach().float()
         return state[name]

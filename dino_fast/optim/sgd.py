@@ -45,7 +45,7 @@ class SGDEMA(torch.optim.Optimizer):
         closure: Callable[[], Any] | None = None,
         *,
         momentum: float | None = None,
-        hold: Tensor | None = None,
+        skip: Tensor | None = None,
     ) -> Any:
         loss = None
         if closure is not None:
@@ -54,7 +54,7 @@ class SGDEMA(torch.optim.Optimizer):
         if momentum is None and self.teacher and not self._warned and not only_makes_state(self):
             self._warned = True
             warn_that_teacher_stays(f"Call {type(self).__name__}.step(momentum=0.996).")
-        found_inf = as_found_inf(hold, getattr(self, "found_inf", None))
+        found_inf = as_found_inf(skip, getattr(self, "found_inf", None))
         self._prepare()
         for group in self.param_groups:
             for p in group["params"]:
@@ -62,7 +62,7 @@ class SGDEMA(torch.optim.Optimizer):
                     self._move(p, group, None if found_inf is None else found_inf.reshape(()) > 0)
         if momentum is not None:
             students = [p for group in self.param_groups for p in group["params"]]
-            ema_update(self.teacher, students, momentum, hold=hold)
+            ema_update(self.teacher, students, momentum, skip=skip)
         return loss
 
     def _prepare(self) -> None:

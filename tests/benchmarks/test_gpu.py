@@ -103,7 +103,7 @@ def test_every_test_that_needs_a_gpu_is_marked():
         for file in root.rglob("test_*.py")
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "pytest.mark.skipif"
-        if any(word in ast.unparse(node) for word in ("cuda_missing", "is_available", "missing is not None"))
+        if any(word in ast.unparse(node) for word in ("cuda_unavailable_reason", "is_available", "missing is not None"))
     }
     assert {"tests/ops/test_multi_crop_cuda.py", "tests/data/test_gpu_crops.py"} <= need
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--collect-only", "-m", "gpu"]

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from dino_fast.augment import MultiCrop
-from dino_fast.backends import cuda_missing
+from dino_fast.backends import cuda_unavailable_reason
 from dino_fast.data import ArraySource, ImageError, Source, gpu_crops, open_source, train_loader
 from dino_fast.data import decode as decode_module
 from dino_fast.data.decode import Jpeg
@@ -25,7 +25,7 @@ from .example_files import picture, save
 from .test_train_loader import CROPS, Broken, images, same
 
 CPU = torch.device("cpu")
-needs_gpu = pytest.mark.skipif(cuda_missing() is not None, reason=str(cuda_missing()))
+needs_gpu = pytest.mark.skipif(cuda_unavailable_reason() is not None, reason=str(cuda_unavailable_reason()))
 
 
 def load(source: Source, **options) -> list:
@@ -146,11 +146,11 @@ def test_a_run_without_a_gpu_stops_before_anything_is_written(mixed: Source, tmp
 
 def test_a_gpu_whose_kernels_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
-    monkeypatch.setattr("dino_fast.engine.build.cuda_missing", lambda: "this build has no CUDA kernels")
+    monkeypatch.setattr("dino_fast.engine.build.cuda_unavailable_reason", lambda: "this build has no CUDA kernels")
     assert resolve_crop_device("auto", "cpu", gpu) is None
     with pytest.raises(UserError, match="--augment-on gpu: this build has no CUDA kernels"):
         resolve_crop_device("gpu", "cpu", gpu)
-    monkeypatch.setattr("dino_fast.engine.build.cuda_missing", lambda: None)
+    monkeypatch.setattr("dino_fast.engine.build.cuda_unavailable_reason", lambda: None)
     assert resolve_crop_device("auto", "cpu", gpu) == resolve_crop_device("gpu", "cpu", gpu) == gpu
     assert resolve_crop_device("cpu", "cpu", gpu) is None
     with pytest.raises(UserError, match="--decode-on gpu: the crops are made on the CPU"):

@@ -96,16 +96,16 @@ def test_arrays_of_numpy_on_disk(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"y\.npy: not a readable array"):
         open_source(tmp_path / "y.npy")
     np.save(tmp_path / "z.npy", images.astype(np.float32))
-    with pytest.raises(UserError, match="uint8"):
+    with pytest.raises(UserError, match=r"z\.npy holds float32 from 0 to 255, whose range is not known"):
         open_source(tmp_path / "z.npy")
 
 
 def test_what_cannot_be_opened_is_said() -> None:
-    with pytest.raises(UserError, match="cannot open a list; give a path"):
+    with pytest.raises(UserError, match="entry 0 of the list is a int, not an image"):
         open_source([1, 2])
     with pytest.raises(UserError, match="which is the channel"):
         open_source(np.zeros((2, 3, 3, 3), np.uint8))
-    with pytest.raises(UserError, match="uint8"):
+    with pytest.raises(UserError, match="shape"):
         open_source(np.zeros((2, 3), np.uint8))
 
 

@@ -108,11 +108,11 @@ def loss(context: DistContext) -> Any:
         leaves = [mine[name].requires_grad_() for name in ("student", "student_weight", "student_gain")]
         result = linear_dino_loss_ranks(**mine, student_temp=0.1, teacher_temp=0.04, backend=backend)
         (3 * result.loss).backward()
-        by_rows, by_weight, by_gain = (x.grad for x in leaves)
-        rows = context.all_gather_rows(by_rows.transpose(0, 1)).transpose(0, 1)
+        grad_rows, grad_weight, grad_gain = (x.grad for x in leaves)
+        rows = context.all_gather_rows(grad_rows.transpose(0, 1)).transpose(0, 1)
         found[K, backend] = (
             result.loss.detach(), result.teacher_entropy, rows,
-            *map(context.all_gather_rows, (by_weight, by_gain)),
+            *map(context.all_gather_rows, (grad_weight, grad_gain)),
         )  # fmt: skip
     return found
 

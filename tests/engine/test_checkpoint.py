@@ -179,36 +179,66 @@ def test_another_format_is_refused_with_a_reason(tmp_path: Path) -> None:
 
 
 def test_keeps_the_last_and_the_best(tmp_path: Path) -> None:
-    for step in range(1, 4):
+    for step in range(1, 5):
         checkpoint.save(tmp_path, step, _state(step), keep=2)
         if step == 1:
             checkpoint.mark_best(tmp_path, 1)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "step-00000002", "step-00000003"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "step-00000001", "step-00000003", "step-00000004"]
     assert checkpoint.read(tmp_path / "best")[0] == 1
-    assert checkpoint.load(tmp_path)[0] == 3  # type: ignore[index]
-    checkpoint.mark_best(tmp_path, 3)
-    assert _same(checkpoint.read(tmp_path / "best")[1], _state(3))
-    assert (tmp_path / "best" / "tensors.safetensors").stat().st_nlink == 2
-    assert not list(tmp_path.glob(".*"))
+    assert checkpoint.load(tmp_path)[0] == 4  # type: ignore[index]
+    checkpoint.mark_best(tmp_path, 4)
+    assert _same(checkpoint.read(tmp_path / "best")[1], _state(4))
+    assert os.readlink(tmp_path / "best") == "step-00000004"  # relative: the run may be moved
+    checkpoint.save(tmp_path, 5, _state(5), keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "step-00000004", "step-00000005"]
     with pytest.raises(FileNotFoundError, match="step 9"):
         checkpoint.mark_best(tmp_path, 9)
 
 
-@pytest.mark.parametrize("swap", [True, False])
-def test_best_without_links_or_swaps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, swap: bool) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(errno.EPERM, "no links here")
-
-    monkeypatch.setattr(os, "link", refuse)
-    if not swap:
-        monkeypatch.setattr(checkpoint, "_exchange", lambda a, b: False)
+def test_the_link_to_the_best_is_replaced_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in (1, 2):
         checkpoint.save(tmp_path, step, _state(step))
+    checkpoint.mark_best(tmp_path, 1)
+    monkeypatch.setattr(os, "rename", None)  # nothing is moved aside: a reader always finds a best one
+    checkpoint.mark_best(tmp_path, 2)
+    assert checkpoint.read(tmp_path / "best")[0] == 2
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_the_best_is_a_copy_where_there_are_no_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(code, "no links here")
+
+    monkeypatch.setattr(os, "symlink", refuse)
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, _state(step), keep=1)
         checkpoint.mark_best(tmp_path, step)
         checkpoint.save(tmp_path, step, _state(step + 0.5))
     assert _same(checkpoint.read(tmp_path / "best")[1], _state(2))
     assert _same(checkpoint.load(tmp_path)[1], _state(2.5))  # type: ignore[index]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "step-00000002"]
+    monkeypatch.undo()  # the run goes on where links work, and back
+    checkpoint.mark_best(tmp_path, 2)
+    assert (tmp_path / "best").is_symlink()
+    monkeypatch.setattr(os, "symlink", refuse)
+    checkpoint.mark_best(tmp_path, 2)
+    assert not (tmp_path / "best").is_symlink() and checkpoint.read(tmp_path / "best")[0] == 2
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_full_disk_leaves_the_best_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, _state(step))
+    checkpoint.mark_best(tmp_path, 1)
+    monkeypatch.setattr(os, "symlink", full)
+    with pytest.raises(UserError, match="no space"):
+        checkpoint.mark_best(tmp_path, 2)
+    assert checkpoint.read(tmp_path / "best")[0] == 1 and not list(tmp_path.glob(".*"))
 
 
 def test_a_damaged_later_one_never_costs_the_newest_whole_one(tmp_path: Path) -> None:
@@ -226,6 +256,7 @@ def test_a_damaged_later_one_never_costs_the_newest_whole_one(tmp_path: Path) ->
 def test_interrupted_replacement_is_found_and_tidied(tmp_path: Path) -> None:
     os.rename(checkpoint.save(tmp_path, 4, _state(4)), tmp_path / ".old-step-00000004")
     (tmp_path / ".tmp-step-00000004-abc").mkdir()
+    (tmp_path / ".tmp-best-abc").symlink_to("step-00000003")
     assert checkpoint.load(tmp_path)[0] == 4  # type: ignore[index]
     checkpoint.save(tmp_path, 5, _state(5))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000004", "step-00000005"]

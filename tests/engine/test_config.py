@@ -258,10 +258,10 @@ def test_other_names_of_settings_are_accepted(alias: str, tmp_path: Path) -> Non
         "momentum": 0.9, "heads": 2, "accumulate": 2, "shard": "full", "last_layer": "parts", "keep": 5, "max_bad": 0.2,
         "teacher": "copy", "grey_p": 0.3, "data_path": "photos", "output_dir": "x", "num_workers": 3,
         "use_bn_in_head": True, "local_crops_number": 4, "global_crops_scale": [0.3, 1.0], "saveckp_freq": 20,
-        "local_crops_scale": [0.05, 0.3],
+        "local_crops_scale": [0.05, 0.3], "use_fp16": True,
     }  # fmt: skip
     value = values[alias]
-    present = {"last_layer": "chunked", "saveckp_freq": 20.0}.get(
+    present = {"last_layer": "chunked", "saveckp_freq": 20.0, "use_fp16": "fp16"}.get(
         alias, tuple(value) if isinstance(value, list) else value
     )
     base: dict[str, object] = {"data": "x", "hold_out": 0.0} if name != "data" else {}
@@ -270,7 +270,11 @@ def test_other_names_of_settings_are_accepted(alias: str, tmp_path: Path) -> Non
     assert build_config({**base, alias: value}) == expected
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({**base, alias: value}))
     assert load_config(tmp_path / "config.yaml") == build_config({**base, alias: value}, preset=None) or name == "data"
-    words = [] if value is True else [str(x) for x in (value if isinstance(value, list) else [value])]
+    words = (
+        []
+        if value is True and alias != "use_fp16"
+        else [str(x) for x in (value if isinstance(value, list) else [value])]
+    )
     data = ["--data", "x"] if name != "data" else []
     for flag in (f"--{alias}", "--" + alias.replace("_", "-")):
         assert _parse(*data, flag, *words) == expected

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from dino_fast.backends import cuda_missing
+from dino_fast.backends import cuda_unavailable_reason
 from dino_fast.engine.build import build_train_state
 from dino_fast.engine.cuda_graph import WARM_UP
 from dino_fast.engine.schedules import Schedules
@@ -17,7 +17,10 @@ from dino_fast.engine.train_state import TrainState
 from dino_fast.engine.train_step import train_step
 from tests.engine.test_train_step import Crops, _batch, _config, _leaves
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(cuda_missing() is not None, reason=str(cuda_missing()))]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(cuda_unavailable_reason() is not None, reason=str(cuda_unavailable_reason())),
+]
 
 EPOCH = 8
 # Widths that all kernels take; the interpolation of positions is needed, since local crops have another grid.

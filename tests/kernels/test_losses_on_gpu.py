@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dino_fast.backends import BackendError, triton_missing
+from dino_fast.backends import BackendError, triton_unavailable_reason
 from dino_fast.ops.dino_loss import dino_loss, dino_loss_reference
 from dino_fast.ops.linear_dino_loss import linear_dino_loss, linear_dino_loss_reference
 
-missing = triton_missing() or (None if torch.cuda.is_available() else "no CUDA device")
+missing = triton_unavailable_reason() or (None if torch.cuda.is_available() else "no CUDA device")
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(missing is not None, reason=str(missing))]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -187,12 +187,12 @@ def test_strides_and_offsets(dtype, isa):
     student, teacher, center = logits(4, 3, 130, dtype)
     wide = torch.full((3, 4, 137), 1e4, dtype=dtype)
     wide[:, :, 5:135] = student.transpose(0, 1)
-    by_image = wide[:, :, 5:135].transpose(0, 1)  # image-major, offset, with gaps
+    image_major = wide[:, :, 5:135].transpose(0, 1)  # image-major, offset, with gaps
     columns = teacher.transpose(0, 2).contiguous().transpose(0, 2)  # the last size is not contiguous
     expected = dino_loss(student.requires_grad_(), teacher, center, **TEMPS)
-    found = dino_loss(by_image.requires_grad_(), columns, center.repeat(2)[:130], **TEMPS)
+    found = dino_loss(image_major.requires_grad_(), columns, center.repeat(2)[:130], **TEMPS)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
-    assert torch.equal(gradient_of(expected.loss, student), gradient_of(found.loss, by_image))
+    assert torch.equal(gradient_of(expected.loss, student), gradient_of(found.loss, image_major))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

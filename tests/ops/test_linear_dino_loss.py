@@ -228,9 +228,9 @@ def test_strides_and_offsets():
     z, w, zt, wt, *rest = tensors
     wide = torch.full((130, 30), 1e4)
     wide[:, 3:27] = w
-    by_image = z.transpose(0, 1).contiguous().transpose(0, 1)
+    image_major = z.transpose(0, 1).contiguous().transpose(0, 1)
     found = results(
-        linear_dino_loss, (by_image, wide[:, 3:27], zt, wt.T.contiguous().T, *rest), gains, backend="native"
+        linear_dino_loss, (image_major, wide[:, 3:27], zt, wt.T.contiguous().T, *rest), gains, backend="native"
     )
     for a, b in zip(expected, found, strict=True):
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-9)

@@ -10,7 +10,9 @@ from dino_fast.backends import OPERATIONS, Backend, BackendError, choose
 from dino_fast.ops.linear import matmul as module
 from dino_fast.ops.linear.matmul import Norm, linear, matmul
 
-amx = pytest.mark.skipif(module._missing() is not None, reason=f"the backend amx: {module._missing()}")
+amx = pytest.mark.skipif(
+    module._unavailable_reason() is not None, reason=f"the backend amx: {module._unavailable_reason()}"
+)
 
 
 def _matrix(rows, columns, transposed, seed):
@@ -178,8 +180,8 @@ def test_choice():
     weight = torch.empty(192, 768)
     assert choose("matmul", small, weight) == "reference"
     assert choose("matmul", big.double(), weight.double()) == "reference"
-    assert choose("matmul", big, weight) == ("reference" if module._missing() else "amx")
-    with pytest.raises(BackendError, match="too little" if module._missing() is None else "AMX"):
+    assert choose("matmul", big, weight) == ("reference" if module._unavailable_reason() else "amx")
+    with pytest.raises(BackendError, match="too little" if module._unavailable_reason() is None else "AMX"):
         choose("matmul", small, weight, backend="amx")
 
 
@@ -236,11 +238,11 @@ def test_linear_under_autocast_compile_and_functional_transforms():
         assert linear(x, weight, bias).dtype == torch.bfloat16
     compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, weight, bias), F.linear(x, weight, bias))
-    by_sum = torch.func.grad(lambda w: linear(x, w, bias).sum())(weight)
-    torch.testing.assert_close(by_sum, x.sum(0).expand(768, -1), rtol=1e-4, atol=1e-3)
+    grad_sum = torch.func.grad(lambda w: linear(x, w, bias).sum())(weight)
+    torch.testing.assert_close(grad_sum, x.sum(0).expand(768, -1), rtol=1e-4, atol=1e-3)
 
 
-def of_norm(x, weight, bias, gain, shift):
+def linear_after_norm(x, weight, bias, gain, shift):
     return linear(x, weight, bias, Norm(gain, shift, 1e-3))
 
 
@@ -250,23 +252,23 @@ def test_linear_of_a_layer_norm(shape):
     shapes = ((rows, width), (out, width), (out,), (width,), (width,))
     mine = [torch.randn(s, requires_grad=True) for s in shapes]
     exact = [t.detach().double().requires_grad_() for t in mine]
-    result, want = of_norm(*mine), F.linear(F.layer_norm(exact[0], (width,), *exact[3:], 1e-3), *exact[1:3])
+    result, want = linear_after_norm(*mine), F.linear(F.layer_norm(exact[0], (width,), *exact[3:], 1e-3), *exact[1:3])
     with torch.no_grad():
-        assert torch.equal(of_norm(*mine), result)
+        assert torch.equal(linear_after_norm(*mine), result)
     upstream = torch.randn(rows, out)
     found = torch.autograd.grad(result, mine, upstream)
     for ours, theirs in zip(found, torch.autograd.grad(want, exact, upstream.double()), strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5 * theirs.abs().max().item())
     small = [t.detach()[:9].requires_grad_() if t.ndim == 2 and len(t) == rows else t for t in exact]
     if rows < 100:
-        assert torch.autograd.gradcheck(of_norm, small)
+        assert torch.autograd.gradcheck(linear_after_norm, small)
 
 
 @pytest.mark.parametrize("wanted", range(5))
 def test_one_gradient_alone_of_a_layer_norm(wanted):
     tensors = [torch.randn(s, dtype=torch.float64) for s in ((10, 12), (14, 12), (14,), (12,), (12,))]
     tensors[wanted].requires_grad_()
-    of_norm(*tensors).sum().backward()
+    linear_after_norm(*tensors).sum().backward()
     want = F.linear(F.layer_norm(tensors[0], (12,), *tensors[3:], 1e-3), *tensors[1:3])
     torch.testing.assert_close(tensors[wanted].grad, torch.autograd.grad(want.sum(), tensors[wanted])[0])
 
@@ -275,7 +277,7 @@ def test_the_rows_of_a_layer_norm_are_not_kept():
     kept = []
     tensors = [torch.randn(s, requires_grad=True) for s in ((10, 12), (14, 12), (14,), (12,), (12,))]
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        of_norm(*tensors)
+        linear_after_norm(*tensors)
     known = {t.data_ptr() for t in tensors}
     assert kept and all(t.data_ptr() in known for t in kept)
 
@@ -283,8 +285,8 @@ def test_the_rows_of_a_layer_norm_are_not_kept():
 def test_linear_of_a_layer_norm_elsewhere():
     x, weight, bias, gain, shift = (torch.randn(s) for s in ((2, 5, 12), (14, 12), (14,), (12,), (12,)))
     want = F.linear(F.layer_norm(x, (12,), gain, shift, 1e-3), weight, bias)
-    torch.testing.assert_close(of_norm(x.requires_grad_(), weight, bias, gain, shift), want)
-    compiled = torch.compile(of_norm, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(linear_after_norm(x.requires_grad_(), weight, bias, gain, shift), want)
+    compiled = torch.compile(linear_after_norm, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x[0], weight, bias, gain, shift), want[0])
     with torch.autocast("cpu", torch.bfloat16):
-        assert of_norm(x[0], weight, bias, gain, shift).dtype == torch.bfloat16
+        assert linear_after_norm(x[0], weight, bias, gain, shift).dtype == torch.bfloat16

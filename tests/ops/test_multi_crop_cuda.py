@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from dino_fast.augment import MultiCrop
-from dino_fast.backends import choose, cuda_missing
+from dino_fast.backends import choose, cuda_unavailable_reason
 from dino_fast.ops.multi_crop import tables
 
 from .test_multi_crop import CASES, OFF, SMALL, pictures
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(cuda_missing() is not None, reason=str(cuda_missing()))]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(cuda_unavailable_reason() is not None, reason=str(cuda_unavailable_reason())),
+]
 EXTENTS = ((61, 83), (120, 40), (28, 28), (375, 500), (1, 1), (20, 3000))
 
 

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dino_fast.backends import BackendError, native_missing
+from dino_fast.backends import BackendError, native_unavailable_reason
 from dino_fast.ops import multi_tensor as mt
 
-if reason := native_missing():
+if reason := native_unavailable_reason():
     pytest.skip(reason, allow_module_level=True)
 
 
@@ -353,7 +353,9 @@ def test_opcheck(backend):
     copies = draw(shapes, torch.bfloat16, 9)
     torch.library.opcheck(ops.ema_update.default, (draw(shapes), draw(shapes, seed=1), 0.9, copies, backend))
     momentum = torch.tensor(0.9, dtype=torch.float64)
-    torch.library.opcheck(ops.ema_update_by.default, (draw(shapes), draw(shapes, seed=1), momentum, copies, backend))
+    torch.library.opcheck(
+        ops.ema_update_tensor_momentum.default, (draw(shapes), draw(shapes, seed=1), momentum, copies, backend)
+    )
     torch.library.opcheck(ops.grad_norms.default, (draw(shapes), backend))
     params, grads, m1, m2, steps, teachers = make_state(shapes)
     args = (params, grads, m1, m2, steps, teachers, copies, draw(shapes, torch.bfloat16, 8), torch.ones(2), None)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dino_fast.backends import cuda_missing
+from dino_fast.backends import cuda_unavailable_reason
 from dino_fast.ops import multi_tensor
 from dino_fast.optim import AdamWEMA
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(cuda_missing() is not None, reason=str(cuda_missing()))]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(cuda_unavailable_reason() is not None, reason=str(cuda_unavailable_reason())),
+]
 
 SHAPES = ((1,), (3, 5), (0,), (384, 384), (1027,), (8193,), (2, 8192))
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

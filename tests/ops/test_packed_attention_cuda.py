@@ -119,7 +119,7 @@ def test_the_longest_sequence_decides_on_a_gpu(monkeypatch):
         monkeypatch.setattr(gpu, "chip", lambda device: gpu.INTERPRETED)
         chosen = {dtype: choose("packed_attention", qkv.to(dtype), 37) for dtype in (torch.float16, torch.float64)}
         assert chosen == {torch.float16: "varlen", torch.float64: "reference"}
-    backends.triton_missing.cache_clear()  # it was asked with a GPU
+    backends.triton_unavailable_reason.cache_clear()  # it was asked with a GPU
     assert operation._fastest(torch.empty(0), 37) is None  # on a CPU the order of registration
 
 

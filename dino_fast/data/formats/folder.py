@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import warnings
 from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 
 from dino_fast.data.decode import ImageError
 from dino_fast.data.index_cache import Index, cached, stamp, watch
-from dino_fast.data.source import EXTENSIONS, Source, printable
+from dino_fast.data.source import EXTENSIONS, Source, printable, read_file
 from dino_fast.errors import UserError
 
 _CHECKED = 1000  # entries of a file list that are looked for when it is opened; a missing later one is an ImageError
@@ -41,7 +40,7 @@ class FileSource(Source):
 
     def data(self, index: int) -> bytes:
         try:
-            return self.path(index).read_bytes()
+            return read_file(self.path(index))
         except OSError as error:
             raise ImageError(f"{self.name(index)}: {error.strerror or error}") from error
 
@@ -52,9 +51,8 @@ def open_images(root: Path) -> FileSource | None:
     Where every image lies in a sub-folder, the first level of sub-folders are the classes.
     """
     index = cached("folder", [root], lambda: scan(root, EXTENSIONS))
-    for note in index.facts["notes"]:
-        warnings.warn(note, stacklevel=2)
     source = _files(root, index)
+    source.notes = index.facts["notes"]
     return source if len(source) else None
 
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from dino_fast.data.decode import ImageError
-from dino_fast.data.formats.parquet import IMAGE_COLUMNS, LABEL_COLUMNS, numbers
-from dino_fast.data.source import Source
+from dino_fast.data.formats.parquet import IMAGE_COLUMNS, find_column
+from dino_fast.data.labels import LABEL_COLUMNS, class_numbers
+from dino_fast.data.source import Source, read_file
 from dino_fast.errors import UserError
 
 
@@ -16,16 +17,17 @@ class DatasetSource(Source):
 
     def __init__(self, dataset: Any) -> None:
         names = dataset.column_names
-        image = next((name for name in IMAGE_COLUMNS if name in names), None)
+        image = find_column(names, IMAGE_COLUMNS)
         if image is None:
             raise UserError(f"the dataset has the columns {', '.join(names)}; expected 'image'")
         if len(dataset) == 0:
             raise UserError("the dataset has no rows")
         self._rows, self._image = dataset.select_columns([image]).with_format("arrow"), image
-        label = next((name for name in LABEL_COLUMNS if name in names), None)
+        label = find_column(names, LABEL_COLUMNS)
         if label is not None:
             column = dataset.select_columns([label]).with_format("arrow")[:][label]
-            self.labels, self.classes = numbers(column, getattr(dataset.features[label], "names", None))
+            names = getattr(dataset.features[label], "names", None)
+            self.labels, self.classes, self.unused_labels = class_numbers(column, names, f"the labels '{label}'")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -40,7 +42,7 @@ class DatasetSource(Source):
             value = value.get("bytes")
             if value is None and file is not None:
                 try:
-                    return Path(file).read_bytes()
+                    return read_file(file)
                 except OSError as error:
                     raise ImageError(f"{self.name(index)}: {file}: {error.strerror or error}") from error
         if value is None:

@@ -20,10 +20,12 @@ import numpy as np
 
 from dino_fast.data.decode import ImageError
 from dino_fast.data.index_cache import Index, cache_file, holds, load, save, watch
-from dino_fast.data.source import Source, printable
+from dino_fast.data.labels import LABEL_COLUMNS, Labels, class_numbers
+from dino_fast.data.source import Source, lfs_pointer, printable, read_file
 from dino_fast.errors import UserError
 
-IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels", "fine_label")
+# Names of columns that hold images, in any case, those before others.
+IMAGE_COLUMNS = ("image", "img", "images", "image_bytes", "jpg", "jpeg", "png", "webp", "pixel_values")
 IN_MEMORY = 1 << 30  # encoded bytes held in memory; forked workers share them
 _SPARE = 1 << 30  # bytes left free on the disk of the cache
 _BYTES, _PATH, _NULL = range(3)  # what a row holds
@@ -38,7 +40,7 @@ class ParquetSource(Source):
         self._starts = np.cumsum([0, *(file.metadata.num_rows for file in files)])
         if len(self) == 0:
             raise UserError(f"{self.paths[0]}: the Parquet file has no rows")
-        self.labels, self.classes = _labels(files)
+        self.labels, self.classes, self.unused_labels = _labels(self.paths, files)
         self._rows = _rows(self.paths, files)
 
     def __len__(self) -> int:
@@ -59,7 +61,7 @@ class ParquetSource(Source):
             return data
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         try:
-            return (self.paths[part].parent / os.fsdecode(data)).read_bytes()
+            return read_file(self.paths[part].parent / os.fsdecode(data))
         except OSError as error:
             file = printable(os.fsdecode(data))
             raise ImageError(f"{self.name(index)}: {file}: {error.strerror or error}") from error
@@ -84,6 +86,12 @@ class EncodedRows:
         return int(self._kinds[row]), data
 
 
+def find_column(names: Sequence[str], known: Sequence[str]) -> str | None:
+    """The column whose name comes first in `known`, in any case."""
+    lower = {name.lower(): name for name in reversed(names)}
+    return next((lower[name] for name in known if name in lower), None)
+
+
 def _open(path: Path) -> Any:
     """The file with its footer read and its columns checked."""
     import pyarrow
@@ -92,18 +100,20 @@ def _open(path: Path) -> Any:
     try:
         file = parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable Parquet file ({error})") from error
+        raise UserError(lfs_pointer(path) or f"{path}: not a readable Parquet file ({error})") from error
     names = file.schema_arrow.names
-    image = next((name for name in IMAGE_COLUMNS if name in names), None)
+    image = find_column(names, IMAGE_COLUMNS)
     if image is None:
         raise UserError(
             f"{path} has the columns {', '.join(names) or '(none)'}; expected 'image' (bytes, or a struct of bytes "
-            "and path, as Hugging Face datasets stores images), and optionally 'label'"
+            f"and path, as Hugging Face datasets stores images), or one of {', '.join(IMAGE_COLUMNS[1:])}, and "
+            "optionally 'label'"
         )
     kind = file.schema_arrow.field(image).type
-    if not _is_bytes(kind) and not (pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0):
+    if not _holds_images(kind):
         raise UserError(
-            f"{path}: the column '{image}' is {kind}; expected binary, or a struct with a binary field 'bytes'"
+            f"{path}: the column '{image}' is {kind}; expected binary, or a struct with a binary field 'bytes' (or a "
+            "list or a dictionary of these)"
         )
     return file
 
@@ -183,10 +193,11 @@ def _batches(paths: Sequence[Path], files: Sequence[Any]) -> Iterator[tuple[byte
 
 def _pack(column: Any) -> tuple[bytes, np.ndarray, np.ndarray]:
     """An array of bytes, or of structs of bytes and path -> (joined, lengths, kinds)."""
+    column = _plain(column)
     values, paths = column, None
     if not _is_bytes(column.type):
-        values = _field(column, "bytes")
-        paths = _field(column, "path") if column.type.get_field_index("path") >= 0 else None
+        values = _plain(_field(column, "bytes"))
+        paths = _plain(_field(column, "path")) if column.type.get_field_index("path") >= 0 else None
     kinds, parts = np.full(len(column), _BYTES, np.int8), []
     for row in range(len(column)):
         buffer = values[row].as_buffer()
@@ -198,20 +209,55 @@ def _pack(column: Any) -> tuple[bytes, np.ndarray, np.ndarray]:
     return b"".join(parts), np.array([len(part) for part in parts], np.int64), kinds
 
 
+def _plain(column: Any) -> Any:
+    """Without a dictionary, and of a list its first value."""
+    import pyarrow
+
+    types = pyarrow.types
+    if types.is_dictionary(column.type):
+        return _plain(column.dictionary_decode())
+    if _is_list(column.type):
+        rows, values = np.asarray(pyarrow.compute.list_parent_indices(column)), column.flatten()
+        first = np.searchsorted(rows, np.arange(len(column)))  # where the row's values begin, if it has any
+        here = np.append(rows, -1)[first] == np.arange(len(column))
+        return _plain(values.take(pyarrow.array(np.where(here, first, 0), mask=~here)))
+    return column
+
+
 def _field(column: Any, name: str) -> Any:
     import pyarrow.compute
 
     return pyarrow.compute.struct_field(column, name)
 
 
+def _holds_images(kind: Any) -> bool:
+    """Whether `_pack` takes the type."""
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(kind) or _is_list(kind):
+        return _holds_images(kind.value_type)
+    if pyarrow.types.is_struct(kind):
+        place = kind.get_field_index("bytes")
+        return place >= 0 and _is_bytes(kind.field(place).type)
+    return _is_bytes(kind)
+
+
+def _is_list(kind: Any) -> bool:
+    import pyarrow
+
+    types = pyarrow.types
+    return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
+
+
 def _is_bytes(kind: Any) -> bool:
     import pyarrow
 
-    return bool(pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind))
+    types = pyarrow.types
+    return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind))
 
 
 def _image(file: Any) -> str:
-    return next(name for name in IMAGE_COLUMNS if name in file.schema_arrow.names)
+    return find_column(file.schema_arrow.names, IMAGE_COLUMNS) or ""
 
 
 def _size(file: Any) -> int:
@@ -221,29 +267,38 @@ def _size(file: Any) -> int:
     return sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] == _image(file))
 
 
-def _labels(files: Sequence[Any]) -> tuple[np.ndarray | None, list[str] | None]:
+def _labels(paths: Sequence[Path], files: Sequence[Any]) -> Labels:
+    """The labels of all files; those of a file without the column are none."""
     import pyarrow
 
-    schema = files[0].schema_arrow
-    label = next((name for name in LABEL_COLUMNS if name in schema.names), None)
+    schemas = [file.schema_arrow for file in files]
+    label = next((name for schema in schemas if (name := find_column(schema.names, LABEL_COLUMNS))), None)
     if label is None:
-        return None, None
-    tables = [file.read(columns=[label]) for file in files if label in file.schema_arrow.names]
-    if len(tables) < len(files):
-        raise UserError(f"some of the Parquet files have a column '{label}' and others have none; use one kind")
-    column = pyarrow.concat_tables(tables, promote_options="permissive")[label]
-    return numbers(column, _class_names(schema.metadata, label))
+        return Labels(None)
+    parts: list[Any] = []
+    for path, file, schema in zip(paths, files, schemas, strict=True):
+        if label not in schema.names:
+            parts.append(pyarrow.chunked_array([pyarrow.nulls(file.metadata.num_rows)]))
+            continue
+        try:
+            parts.append(file.read(columns=[label])[label])
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{path}: not a readable Parquet file ({error})") from error
+    where = f"the labels '{label}'"
+    try:
+        tables = [pyarrow.table({label: _without_dictionary(part)}) for part in parts]
+        column = pyarrow.concat_tables(tables, promote_options="permissive")[label]
+    except pyarrow.ArrowException:
+        kinds = ", ".join(sorted({str(part.type) for part in parts}))
+        return Labels(None, None, f"{where} are not used: the files hold several types ({kinds})")
+    names = (_class_names(schema.metadata, label) for schema in schemas)
+    return class_numbers(column, next(filter(None, names), None), where)
 
 
-def numbers(column: Any, names: list[str] | None) -> tuple[np.ndarray, list[str] | None]:
-    """A ChunkedArray of labels: whole numbers as they are, strings numbered in sorted order, null as -1."""
+def _without_dictionary(column: Any) -> Any:
     import pyarrow
 
-    if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type):
-        names = sorted(value for value in column.unique().to_pylist() if value is not None)
-        number = {name: i for i, name in enumerate(names)}
-        return np.array([number.get(value, -1) for value in column.to_pylist()], np.int64), names
-    return column.cast(pyarrow.int64()).fill_null(-1).to_numpy().astype(np.int64), names
+    return column.cast(column.type.value_type) if pyarrow.types.is_dictionary(column.type) else column
 
 
 def _class_names(metadata: dict[bytes, bytes] | None, label: str) -> list[str] | None:

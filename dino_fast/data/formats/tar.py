@@ -10,9 +10,8 @@ from __future__ import annotations
 import os
 import resource
 import tarfile
-import warnings
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +19,8 @@ import numpy as np
 
 from dino_fast.data.decode import ImageError
 from dino_fast.data.index_cache import Index, cached, watch
-from dino_fast.data.source import EXTENSIONS, TEST_DIRS, TRAIN_DIRS, Source, Subset, printable, share_classes
+from dino_fast.data.labels import class_numbers, share_classes
+from dino_fast.data.source import EXTENSIONS, TEST_DIRS, TRAIN_DIRS, Source, Subset, lfs_pointer, printable
 from dino_fast.errors import UserError
 
 _OPEN = 256  # tar files kept open, or a quarter of what the process may open; beyond, one is opened for each read
@@ -34,6 +34,7 @@ class TarSource(Source):
         index = cached("tars", self.paths, lambda: _index(self.paths))
         self._arrays, self.notes = index.arrays, list(index.facts["notes"])
         self.labels, self.classes = index.arrays.get("labels"), index.facts["classes"]
+        self.unused_labels = index.facts["unused"]
         self._files: dict[int, int] = {}
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._open = _OPEN if limit == resource.RLIM_INFINITY else min(_OPEN, limit // 4)
@@ -82,8 +83,6 @@ class TarSource(Source):
 def open_tars(paths: Sequence[Path]) -> Source:
     """Opens tar files as one source; folders train/ and val/ or test/ inside them are kept apart. Raises UserError."""
     source = TarSource(paths)
-    for note in source.notes:
-        warnings.warn(note, stacklevel=3)
     parts = source._arrays.get("parts")
     if parts is None:
         return source
@@ -127,15 +126,16 @@ def _index(paths: Sequence[Path]) -> Index:
         "sizes": np.frombuffer(found.sizes, np.int64),
     }
     labels: np.ndarray | None
+    unused = ""
     if any(text is not None for text in found.texts):
-        labels, classes = _numbered(found.texts)
+        labels, classes, unused = class_numbers(found.texts, where="the labels (.cls)")
     else:
         labels, classes, parts = _folders(arrays["names"].tobytes(), arrays["ends"])
         if parts is not None:
             arrays["parts"] = parts
     if labels is not None:
         arrays["labels"] = labels
-    return Index(arrays, {"classes": classes, "notes": found.notes}, **watched)
+    return Index(arrays, {"classes": classes, "unused": unused, "notes": found.notes}, **watched)
 
 
 def _read_headers(path: Path, shard: int, found: _Found) -> None:
@@ -163,7 +163,7 @@ def _read_headers(path: Path, shard: int, found: _Found) -> None:
             whole = _ends_whole(path, tar.offset)
     except tarfile.ReadError as error:
         if not keys:
-            raise UserError(f"{path}: not a readable tar file ({error})") from error
+            raise UserError(lfs_pointer(path) or f"{path}: not a readable tar file ({error})") from error
         whole = False
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
@@ -183,17 +183,6 @@ def _ends_whole(path: Path, offset: int) -> bool:
     with open(path, "rb") as file:
         file.seek(offset)
         return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
-
-
-def _numbered(texts: Iterable[str | None]) -> tuple[np.ndarray, list[str] | None]:
-    """Whole numbers as they are, other texts numbered in sorted order; -1 where there is none."""
-    given = {text for text in texts if text}
-    if all(text.lstrip("-").isdigit() for text in given):
-        numbers, classes = {text: int(text) for text in given}, None
-    else:
-        classes = sorted(given)
-        numbers = {text: number for number, text in enumerate(classes)}
-    return np.array([numbers.get(text, -1) if text else -1 for text in texts], np.int64), classes
 
 
 def _folders(names: bytes, ends: np.ndarray) -> tuple[np.ndarray | None, list[str] | None, np.ndarray | None]:

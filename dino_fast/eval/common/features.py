@@ -75,6 +75,15 @@ def _identity(source: Source, index: int) -> bytes:
         return source.images[index].numpy().tobytes()
     try:
         return hashlib.sha256(source.data(index)).digest()
+    except TypeError:  # no encoded images
+        return hashlib.sha256(_pixels(source, index)).digest()
+    except ImageError as error:
+        return str(error).encode()
+
+
+def _pixels(source: Source, index: int) -> bytes:
+    try:
+        return source.read(index).contiguous().numpy().tobytes()
     except ImageError as error:
         return str(error).encode()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from dino_fast.data import Source, open_source
+from dino_fast.data.labels import names_to_match
 from dino_fast.data.open import split
 from dino_fast.errors import UserError, nearest
 
@@ -25,6 +26,8 @@ def open_labeled(data: str | Path, test: str | Path | None = None) -> tuple[Sour
     path = data if test is None else test
     for part, where in ((bank, data), (queries, path)):
         if part.labels is None or not (part.labels >= 0).any():
+            if part.unused_labels:
+                raise UserError(f"{where}: this evaluation needs labels, and {part.unused_labels}")
             raise UserError(
                 f"{where} has no labels, and this evaluation needs them: give a folder with one sub-folder per class, "
                 "or a parquet file with a label column"
@@ -54,12 +57,15 @@ def left_out(source: Source, used: int) -> int:
 def _same_numbers(bank: Source, queries: Source) -> np.ndarray:
     """The queries' labels in the bank's numbering, matched by the classes' names where both have some."""
     assert queries.labels is not None
-    if bank.classes is None or queries.classes is None or bank.classes == queries.classes:
+    names, others = names_to_match(bank, queries)
+    if names is None or others is None or names == others:
         return queries.labels
-    for name in queries.classes:
-        if name not in bank.classes:
-            raise UserError(f"the test data has a class '{name}' that --data lacks{nearest(name, bank.classes)}")
-    numbers = np.asarray([*(bank.classes.index(name) for name in queries.classes), -1], dtype=np.int64)
+    number = {name: i for i, name in enumerate(names)}
+    used = set(np.unique(queries.labels[queries.labels >= 0]).tolist())
+    for i, name in enumerate(others):
+        if name not in number and i in used:
+            raise UserError(f"the test data has a class '{name}' that --data lacks{nearest(name, names)}")
+    numbers = np.asarray([*(number.get(name, -1) for name in others), -1], dtype=np.int64)
     return np.asarray(numbers[queries.labels])  # -1 takes the last entry, which is -1
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dino_fast import gpu
-from dino_fast.backends import Backend, choose, native_missing, register, triton_missing
+from dino_fast.backends import Backend, choose, native_unavailable_reason, register, triton_unavailable_reason
 from dino_fast.ops import autograd
 from dino_fast.ops.dino_loss import native, triton
 from dino_fast.ops.dino_loss.common import KERNEL_DTYPES, TEACHER_CROPS, pair_weights
@@ -377,9 +377,11 @@ def _example(device: torch.device) -> tuple[Tensor, ...]:
 # Programs of `triton_sweep` wait for each other, and none has run on a GPU yet: only who asks for it gets it.
 register(
     "dino_loss",
-    Backend("triton", unavailable_reason=triton_missing, unsupported_reason=triton.unsupported_reason),
-    Backend("triton_sweep", unavailable_reason=triton_missing, unsupported_reason=triton.sweep_unsupported_reason),
-    Backend("native", unavailable_reason=native_missing, unsupported_reason=native.unsupported_reason),
+    Backend("triton", unavailable_reason=triton_unavailable_reason, unsupported_reason=triton.unsupported_reason),
+    Backend(
+        "triton_sweep", unavailable_reason=triton_unavailable_reason, unsupported_reason=triton.sweep_unsupported_reason
+    ),
+    Backend("native", unavailable_reason=native_unavailable_reason, unsupported_reason=native.unsupported_reason),
     Backend("reference"),
     example=_example,
 )

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from dino_fast.backends import Backend, Preference, choose, native_missing, register
+from dino_fast.backends import Backend, Preference, choose, native_unavailable_reason, register
 from dino_fast.ops import autograd
 
 WORTH = 60  # M N / (M + N), the multiply-adds that a number takes part in: at 50 slower than torch, at 64 level
@@ -41,8 +41,8 @@ def matmul(a: Tensor, b: Tensor, bias: Tensor | None = None, *, out: Tensor | No
         RuntimeError: as torch does, for shapes and dtypes of a, b and bias that do not fit.
     """
     if add and (out is None or bias is not None):
-        missing = "out, what to add to" if out is None else "no bias, or add=False"
-        raise ValueError(f"matmul: add=True adds to what is in out; give {missing}")
+        wanted = "out, what to add to" if out is None else "no bias, or add=False"
+        raise ValueError(f"matmul: add=True adds to what is in out; give {wanted}")
     if out is None:
         out = a.new_empty(a.shape[0], b.shape[1])
     else:
@@ -173,8 +173,8 @@ class _NormLinear(torch.autograd.Function):
     @staticmethod
     @autograd.once_differentiable("dino_fast.ops.linear.matmul.linear", "torch.nn.functional.linear")
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, *of_norm = ctx.saved_tensors
-        norm = Norm(of_norm[0], of_norm[1], ctx.eps)
+        x, weight, *norm_params = ctx.saved_tensors
+        norm = Norm(norm_params[0], norm_params[1], ctx.eps)
         grad = grad.contiguous()
         rows, mean, rstd = norm.forward(x)
         gradients = (
@@ -190,15 +190,17 @@ class _NormLinear(torch.autograd.Function):
 
 
 @cache
-def _missing() -> str | None:
-    if reason := native_missing():
+def _unavailable_reason() -> str | None:
+    if reason := native_unavailable_reason():
         return reason
     from dino_fast import _C
 
-    return cast("str | None", _C.matmul_missing())
+    return cast("str | None", _C.matmul_unavailable_reason())
 
 
-def _rejects(a: Tensor, b: Tensor | None = None, out: Tensor | None = None, bias: Tensor | None = None) -> str | None:
+def _unsupported_reason(
+    a: Tensor, b: Tensor | None = None, out: Tensor | None = None, bias: Tensor | None = None
+) -> str | None:
     if _get_current_dispatch_mode() is not None:
         return "PyTorch's operations are being recorded, and this is none"
     for t in (a, b, out, bias):
@@ -230,12 +232,14 @@ def _rule() -> str:
 
 register(
     "matmul",
-    Backend("amx", _missing, _rejects),
+    Backend("amx", _unavailable_reason, _unsupported_reason),
     Backend("reference"),
     example=lambda device: tuple(torch.empty((512, 512), dtype=torch.float32, device=device) for _ in range(3)),
     preference=Preference(
         lambda *tensors: None,
-        lambda: f"reference: {_missing()}" if _missing() else f"amx for {_rule()}, else reference",
+        lambda: (
+            f"reference: {_unavailable_reason()}" if _unavailable_reason() else f"amx for {_rule()}, else reference"
+        ),
     ),
 )
 

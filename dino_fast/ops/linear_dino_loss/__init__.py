@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from dino_fast import gpu
-from dino_fast.backends import Backend, choose, native_missing, register, triton_missing
+from dino_fast.backends import Backend, choose, native_unavailable_reason, register, triton_unavailable_reason
 from dino_fast.ops import autograd
 from dino_fast.ops.linear_dino_loss import native, triton
 
@@ -383,8 +383,8 @@ def _example(device: torch.device) -> tuple[Tensor, ...]:
 
 register(
     "linear_dino_loss",
-    Backend("triton", unavailable_reason=triton_missing, unsupported_reason=triton.unsupported_reason),
-    Backend("native", unavailable_reason=native_missing, unsupported_reason=native.unsupported_reason),
+    Backend("triton", unavailable_reason=triton_unavailable_reason, unsupported_reason=triton.unsupported_reason),
+    Backend("native", unavailable_reason=native_unavailable_reason, unsupported_reason=native.unsupported_reason),
     Backend("reference"),
     example=_example,
 )

@@ -63,8 +63,8 @@ def forward(student, student_weight, student_gain, teacher, teacher_weight, teac
             elif differentiable:
                 # All sums are known before anything is read: the difference is taken before the product, not after.
                 factors, pair_factors = (x.to(torch.float32).contiguous() for x in chunk.shares(pair_weights))
-                of_pairs = _address(factors), _address(pair_factors)
-                tiles.native.linear_dino_loss_weigh(description, 0, *of_pairs, torch.get_num_threads())
+                pair_addresses = _address(factors), _address(pair_factors)
+                tiles.native.linear_dino_loss_weigh(description, 0, *pair_addresses, torch.get_num_threads())
                 difference = _product_in_pieces(tile[chunk.split :], layers[1].tile(first))
                 chunk.difference = difference.unflatten(0, (V, -1))
     del tiles, layers, tile  # the buffers, before the float64 of what follows
@@ -87,14 +87,14 @@ def weight_gradient(student, student_weight, student_gain, teacher, teacher_weig
     chunks = []
     for images in tiles.chunks:
         chunk = _Chunk(images, *_stacked(teacher[:, images], student[:, images]))
-        of_rows = [x[..., images].contiguous() for x in (row_statistics[0], factors, pair_factors)]
-        chunks.append((chunk, of_rows, chunk.rows[chunk.split :]))
+        row_terms = [x[..., images].contiguous() for x in (row_statistics[0], factors, pair_factors)]
+        chunks.append((chunk, row_terms, chunk.rows[chunk.split :]))
     for first in range(0, K, tiles.columns):
         columns = slice(first, first + tiles.columns)
         out = gradient[columns] if buffer is None else buffer[: len(gradient[columns])]
-        for i, (chunk, of_rows, values) in enumerate(chunks):
+        for i, (chunk, row_terms, values) in enumerate(chunks):
             tile, description = tiles.logits(first, chunk, *layers)
-            tiles.native.linear_dino_loss_weigh(description, *map(_address, of_rows), torch.get_num_threads())
+            tiles.native.linear_dino_loss_weigh(description, *map(_address, row_terms), torch.get_num_threads())
             weights = tile[chunk.split :].t()
             matmul(weights, values, out=out, add=i > 0)
         layers[1].project(first, out, grad_gain)
@@ -151,10 +151,10 @@ class _Chunk:
         if self.read is not None and pair_weights is None:
             self.difference = self.read.view(-1, n, self.read.shape[1]) / sums[..., None]
         elif self.read is not None and pair_weights is not None:
-            of_student, of_teacher = self.shares(pair_weights)
+            student_share, teacher_share = self.shares(pair_weights)
             teacher, student = self.read.view(-1, n, self.read.shape[1]).double().split([T, len(sums) - T])
-            self.difference = student.mul_(of_student[..., None])
-            for share, read in zip(of_teacher, teacher, strict=True):
+            self.difference = student.mul_(student_share[..., None])
+            for share, read in zip(teacher_share, teacher, strict=True):
                 self.difference.addcmul_(share[..., None], read, value=-1)
         statistics = torch.stack([self.maxima.view(-1, n), sums.to(torch.float32)])
         return statistics, self.pairs / sums[:T, None], self.difference
@@ -178,10 +178,10 @@ class _Tiles:
         self.columns = min(K, max(64, BUFFER // (images * crops) // 64 * 64))
         self.buffer = torch.empty(images * crops * self.columns, dtype=torch.float32, device="cpu")
 
-    def layers(self, *of_networks: tuple[Tensor, Tensor | None]) -> list[_Layer]:
+    def layers(self, *networks: tuple[Tensor, Tensor | None]) -> list[_Layer]:
         """The teacher's and the student's (weight, gain), with one buffer where no tile of either is used twice."""
         buffer, layers = None, []
-        for weight, gain in of_networks:
+        for weight, gain in networks:
             in_place = gain is None and weight.dtype == torch.float32 and weight.is_contiguous()
             if not in_place and (buffer is None or len(self.chunks) > 1):
                 buffer = _Buffer(torch.empty(self.columns, weight.shape[1], dtype=torch.float32, device="cpu"))

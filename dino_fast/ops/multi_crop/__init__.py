@@ -22,7 +22,7 @@ import torch
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from dino_fast.backends import Backend, choose, cuda_missing, native_missing, register
+from dino_fast.backends import Backend, choose, cuda_unavailable_reason, native_unavailable_reason, register
 from dino_fast.ops import autograd
 from dino_fast.ops.multi_crop import cuda, native
 
@@ -318,8 +318,8 @@ _RUN = {
 # Each device has its own; the CPU's first, so that forked workers need not ask for a GPU, which they cannot.
 register(
     "multi_crop",
-    Backend("native", native_missing, native.unsupported_reason),
-    Backend("cuda", cuda_missing, cuda.unsupported_reason),
+    Backend("native", native_unavailable_reason, native.unsupported_reason),
+    Backend("cuda", cuda_unavailable_reason, cuda.unsupported_reason),
     Backend("reference"),
     example=lambda device: (torch.empty((3, 256, 256), dtype=torch.uint8, device=device),),
 )

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dino_fast.backends import Backend, choose, cuda_missing, native_missing, register
+from dino_fast.backends import Backend, choose, cuda_unavailable_reason, native_unavailable_reason, register
 from dino_fast.ops.autograd import define_operator
 from dino_fast.ops.multi_tensor import cuda, native
 
@@ -118,7 +118,7 @@ def run_ema_update(
     _EMA_UPDATE[name](teacher, student, momentum, copies, found_inf)
 
 
-def run_ema_update_by(
+def run_ema_update_tensor_momentum(
     teacher: list[Tensor],
     student: list[Tensor],
     momentum: Tensor,
@@ -189,7 +189,7 @@ def _fake_ema_update(teacher, student, momentum, copies, backend="auto", found_i
     _check_ema(teacher, student, momentum, copies)
 
 
-def _fake_ema_update_by(teacher, student, momentum, copies, backend="auto", found_inf=None):
+def _fake_ema_update_tensor_momentum(teacher, student, momentum, copies, backend="auto", found_inf=None):
     _check_momentum_tensor(momentum)
     _check_ema(teacher, student, 1.0, copies)  # its value is checked where it is known
 
@@ -214,9 +214,9 @@ define_operator(
     mutates_args=("teacher", "copies"),
 )
 define_operator(
-    "ema_update_by",
-    run_ema_update_by,
-    _fake_ema_update_by,
+    "ema_update_tensor_momentum",
+    run_ema_update_tensor_momentum,
+    _fake_ema_update_tensor_momentum,
     alternative="dino_fast.ops.multi_tensor.ema_update_reference",
     mutates_args=("teacher", "copies"),
 )
@@ -358,8 +358,8 @@ _ADAMW_EMA: dict[str, Callable[..., Any]] = {
 
 register(
     "multi_tensor",
-    Backend("cuda", cuda_missing, cuda.unsupported_reason),
-    Backend("native", native_missing, native.unsupported_reason),
+    Backend("cuda", cuda_unavailable_reason, cuda.unsupported_reason),
+    Backend("native", native_unavailable_reason, native.unsupported_reason),
     Backend("reference"),
     example=lambda device: (torch.empty(384, dtype=torch.float32, device=device),),
 )

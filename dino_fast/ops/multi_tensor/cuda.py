@@ -149,10 +149,10 @@ def _plan(
     columns: Sequence[Sequence[Tensor]],
     kinds: Sequence[int],
     stream: int,
-    counts_of: Sequence[Tensor] = (),
+    sized_like: Sequence[Tensor] = (),
 ) -> Plan:
     """The plan of these tensors; columns are the addresses of csrc/cuda/multi_tensor_tables.h's Entry, in its order."""
-    counts = [t.numel() for t in counts_of or columns[0]]
+    counts = [t.numel() for t in sized_like or columns[0]]
     n, chunks, first = len(counts), 0, []
     size = _kernels().cuda_multi_tensor_chunk
     for count in counts:

@@ -15,14 +15,14 @@ from dino_fast.ops.multi_tensor import run_adamw_ema, run_grad_norms
 
 
 @dataclass
-class Rows:
+class ParamBatch:
     """Arguments of one call of adamw_ema or ema_update; entry i of each list belongs to the i-th parameter."""
 
     device: torch.device
     beta1: float
     beta2: float
     eps: float
-    momentum_of: int  # the group whose momentum is that of these teachers
+    momentum_group: int  # the group whose momentum is that of these teachers
     index: list[int] = field(default_factory=list)  # of the parameter, among all
     group: list[int] = field(default_factory=list)  # of its group
     states: list[dict[str, Any]] = field(default_factory=list)
@@ -65,7 +65,7 @@ class Rows:
         if function is run_adamw_ema:
             increment_versions([*params, *teachers, *copies, *teacher_copies])
 
-    def follow(self, momentum: float, found_inf: Tensor | None = None) -> None:
+    def update_teachers(self, momentum: float, found_inf: Tensor | None = None) -> None:
         """The EMA of parameters that do not move."""
         teachers, students = _locals(self.teachers), _locals(self.params)
         copies = self._copies(self.teacher_copies)
@@ -80,27 +80,27 @@ class Rows:
 
 
 @dataclass
-class Last:
+class BatchCache:
     """The last step's batches, and what they were made from."""
 
     settings: list[Any]
     tensors: list[Tensor]
-    moving: list[Rows]
-    resting: list[Rows]
+    with_grad: list[ParamBatch]
+    without_grad: list[ParamBatch]
 
     def state_is_current(self) -> bool:
         """Whether the state still holds the tensors of the batches: a caller may have put others there."""
         return all(
             s.get("exp_avg") is m1 and s.get("exp_avg_sq") is m2 and s.get("step") is k
-            for rows in self.moving
-            for s, m1, m2, k in zip(rows.states, rows.exp_avgs, rows.exp_avg_sqs, rows.steps, strict=True)
+            for batch in self.with_grad
+            for s, m1, m2, k in zip(batch.states, batch.exp_avgs, batch.exp_avg_sqs, batch.steps, strict=True)
         )
 
 
 # ---- clipping ----
 
 
-def multipliers_of(
+def grad_multipliers(
     batches: list[list[Tensor]], grad_scale: Tensor | None, clip_grad: float, clip_mode: str
 ) -> tuple[list[Tensor | None], list[Tensor]]:
     """For each batch what its gradients are multiplied by, [n]: clip coefficient over gradient scale; and where
@@ -113,7 +113,7 @@ def multipliers_of(
         ], []
     norms = [_norms(batch) for batch in batches]
     norms = [n if scale is None else n * scale for n, scale in zip(norms, inverse, strict=True)]
-    found = norms
+    unclipped = norms
     if clip_mode == "global" and norms:
         home = norms[0].device
         total = torch.linalg.vector_norm(torch.cat([n.to(home) for n in norms]))
@@ -128,7 +128,7 @@ def multipliers_of(
         else:
             coefficient = coefficient.clamp(max=1.0)
         multipliers.append(coefficient.float() if scale is None else (coefficient * scale).float())
-    return multipliers, found
+    return multipliers, unclipped
 
 
 def _norms(grads: list[Tensor]) -> Tensor:

@@ -28,7 +28,14 @@ import torch
 from torch import Tensor
 
 from dino_fast import gpu
-from dino_fast.backends import Backend, Preference, choose, native_missing, register, triton_missing
+from dino_fast.backends import (
+    Backend,
+    Preference,
+    choose,
+    native_unavailable_reason,
+    register,
+    triton_unavailable_reason,
+)
 from dino_fast.ops import autograd
 from dino_fast.ops.layout import contiguous_rows
 from dino_fast.ops.packed_attention import by_length as grouped
@@ -263,7 +270,7 @@ def _explain() -> str:
     return f"on a GPU, by the longest sequence: {', '.join(parts)} ({source})"
 
 
-def _triton_unsupported(qkv: Tensor, max_seqlen: int = 0) -> str | None:
+def _triton_unsupported_reason(qkv: Tensor, max_seqlen: int = 0) -> str | None:
     if qkv.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"it runs on CUDA (on the CPU under TRITON_INTERPRET=1), qkv is on {qkv.device}"
     if qkv.dtype not in KERNEL_DTYPES:
@@ -275,11 +282,11 @@ def _triton_unsupported(qkv: Tensor, max_seqlen: int = 0) -> str | None:
     return gpu.too_old(qkv.device)
 
 
-def _native_unsupported(qkv: Tensor, max_seqlen: int = 0) -> str | None:
+def _native_unsupported_reason(qkv: Tensor, max_seqlen: int = 0) -> str | None:
     return packed_attention_cpu.unsupported_reason(qkv)
 
 
-def _sdpa_unsupported(qkv: Tensor, max_seqlen: int = 0) -> str | None:
+def _sdpa_unsupported_reason(qkv: Tensor, max_seqlen: int = 0) -> str | None:
     if qkv.device.type == "cpu":
         return None
     from dino_fast.ops.packed_attention.cuda import sdpa_unsupported_reason
@@ -287,20 +294,20 @@ def _sdpa_unsupported(qkv: Tensor, max_seqlen: int = 0) -> str | None:
     return sdpa_unsupported_reason(qkv)
 
 
-def _varlen_unsupported(qkv: Tensor, max_seqlen: int = 0) -> str | None:
+def _varlen_unsupported_reason(qkv: Tensor, max_seqlen: int = 0) -> str | None:
     from dino_fast.ops.packed_attention.cuda import varlen_unsupported_reason
 
     return varlen_unsupported_reason(qkv)
 
 
-def _xformers_unsupported(qkv: Tensor, max_seqlen: int = 0) -> str | None:
+def _xformers_unsupported_reason(qkv: Tensor, max_seqlen: int = 0) -> str | None:
     from dino_fast.ops.packed_attention.cuda import xformers_unsupported_reason
 
     return xformers_unsupported_reason(qkv)
 
 
 @functools.cache
-def _xformers_unavailable() -> str | None:
+def _xformers_unavailable_reason() -> str | None:
     try:
         import xformers.ops  # noqa: F401
     except ImportError as error:
@@ -314,11 +321,13 @@ def _example(device: torch.device) -> tuple[Tensor, int]:
 
 register(
     "packed_attention",
-    Backend("triton", unavailable_reason=triton_missing, unsupported_reason=_triton_unsupported),
-    Backend("varlen", unsupported_reason=_varlen_unsupported),
-    Backend("xformers", unavailable_reason=_xformers_unavailable, unsupported_reason=_xformers_unsupported),
-    Backend("native", native_missing, _native_unsupported),
-    Backend("sdpa", unsupported_reason=_sdpa_unsupported),
+    Backend("triton", unavailable_reason=triton_unavailable_reason, unsupported_reason=_triton_unsupported_reason),
+    Backend("varlen", unsupported_reason=_varlen_unsupported_reason),
+    Backend(
+        "xformers", unavailable_reason=_xformers_unavailable_reason, unsupported_reason=_xformers_unsupported_reason
+    ),
+    Backend("native", native_unavailable_reason, _native_unsupported_reason),
+    Backend("sdpa", unsupported_reason=_sdpa_unsupported_reason),
     Backend("reference"),
     example=_example,
     preference=Preference(_fastest, _explain),
@@ -343,7 +352,7 @@ def _triton_backward(
     return gradient
 
 
-def _sdpa_of(qkv: Tensor) -> tuple[Callable, Callable]:
+def _sdpa_functions(qkv: Tensor) -> tuple[Callable, Callable]:
     if qkv.device.type == "cpu":
         return grouped.sdpa, grouped.sdpa_backward
     from dino_fast.ops.packed_attention.cuda import sdpa, sdpa_backward
@@ -352,13 +361,13 @@ def _sdpa_of(qkv: Tensor) -> tuple[Callable, Callable]:
 
 
 def _sdpa_forward(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int) -> tuple[Tensor, Tensor]:
-    return grouped.per_length(_sdpa_of(qkv)[0])(qkv, cu_seqlens, max_seqlen)
+    return grouped.per_length(_sdpa_functions(qkv)[0])(qkv, cu_seqlens, max_seqlen)
 
 
 def _sdpa_gradient(
     grad: Tensor, qkv: Tensor, cu_seqlens: Tensor, out: Tensor, statistics: Tensor, max_seqlen: int
 ) -> Tensor:
-    return grouped.per_length_backward(_sdpa_of(qkv)[1])(grad, qkv, cu_seqlens, out, statistics, max_seqlen)
+    return grouped.per_length_backward(_sdpa_functions(qkv)[1])(grad, qkv, cu_seqlens, out, statistics, max_seqlen)
 
 
 def _peer(name: str) -> Callable:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dino_fast.data import ImageError, open_source
+from dino_fast.data.formats import folder
 from dino_fast.errors import UserError
 
 from ..example_files import picture, png, save
@@ -53,7 +54,7 @@ def test_a_file_without_permission_is_named(tmp_path: Path, monkeypatch: pytest.
     def refuse(path: Path) -> bytes:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)  # root may read anything, so no mode would do
+    monkeypatch.setattr(folder, "read_file", refuse)  # root may read anything, so no mode would do
     with pytest.raises(ImageError, match=r"mine\.png: Permission denied"):
         source.read(0)
 

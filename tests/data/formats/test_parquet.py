@@ -99,11 +99,17 @@ def test_files_whose_copy_has_no_room_are_refused(
         open_source(f"{folder}/*.parquet")
 
 
-def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
+def test_files_without_the_label_column_of_others_have_no_labels(tmp_path: Path) -> None:
+    hugging_face(tmp_path / "a.parquet", [{"bytes": png(1), "path": None}])
+    hugging_face(tmp_path / "b.parquet", [{"bytes": png(1), "path": None}], [1])
+    assert open_source(tmp_path).labels.tolist() == [-1, 1]
+    hugging_face(tmp_path / "c.parquet", [{"bytes": png(1), "path": None}], ["cat"])
+    with pytest.warns(UserWarning, match=r"the labels 'label' are not used: .*several types \(int64, null, string\)"):
+        assert open_source(tmp_path).labels is None
+
+
+def test_a_file_cut_in_half_is_refused(tmp_path: Path) -> None:
     hugging_face(tmp_path / "a.parquet", [{"bytes": png(1), "path": None}], [1])
-    hugging_face(tmp_path / "b.parquet", [{"bytes": png(1), "path": None}])
-    with pytest.raises(UserError, match="some of the Parquet files have a column 'label' and others have none"):
-        open_source(tmp_path)
     whole = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "a.parquet").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"a\.parquet: not a readable Parquet file"):
@@ -146,3 +152,40 @@ def test_parquet_variants(tmp_path: Path) -> None:
     assert len(held_out(source)) == 3 and held_out(source).read(0)[0, 0, 0] == 3
     (batch,) = train_loader(source, MultiCrop(8, 4, 1), batch_size=6, seed=0, workers=1, epochs=1)
     assert sorted(batch.index.tolist()) == list(range(6))
+
+
+def test_image_columns_of_every_kind(tmp_path: Path) -> None:
+    """As other libraries write them, under the names that people give them."""
+    encoded = [png(i) for i in range(4)]
+    struct = arrow.struct({"bytes": arrow.binary(), "path": arrow.string()})
+    rows = [{"bytes": data, "path": None} for data in encoded]
+    lists = arrow.array([[rows[0]], [rows[1], rows[0]], [rows[2]], [rows[3]]], arrow.list_(struct))
+    views = arrow.StructArray.from_arrays([arrow.array(encoded, arrow.binary_view())], ["bytes"])
+    columns = {
+        "Image": arrow.array(encoded),
+        "img": arrow.array(encoded, arrow.large_binary()),
+        "jpg": arrow.array(encoded, arrow.binary_view()),
+        "image_bytes": arrow.array(encoded).dictionary_encode(),
+        "pixel_values": arrow.array(rows, struct),
+        "images": lists,
+        "IMG": arrow.array([[row] for row in rows], arrow.list_(struct, 1)),
+        "png": views,
+    }
+    for name, column in columns.items():
+        path = tmp_path / f"{name}.parquet"
+        arrow.parquet.write_table(arrow.table({"id": [1, 2, 3, 4], name: column}), path)
+        assert values(open_source(path)) == [0, 1, 2, 3], name
+    holes = arrow.array([[rows[0]], [], None, [rows[3]]], arrow.list_(struct))
+    arrow.parquet.write_table(arrow.table({"image": holes}), tmp_path / "holes.parquet")
+    expected = [0, *(f"holes.parquet, row {i}: the image is null" for i in (1, 2)), 3]
+    assert values(open_source(tmp_path / "holes.parquet")) == expected
+    arrow.parquet.write_table(arrow.table({"image": [[0.5, 0.1]]}), tmp_path / "floats.parquet")
+    with pytest.raises(UserError, match=r"column 'image' is list<.*double>; expected binary"):
+        open_source(tmp_path / "floats.parquet")
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.tar", "x.jpg"])
+def test_a_pointer_of_git_lfs_says_what_to_do(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(UserError, match=rf"{name}: a Git LFS pointer.*'git lfs pull'"):
+        open_source(tmp_path).read(0)
