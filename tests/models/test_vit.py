@@ -190,7 +190,7 @@ def share_kept(rate, n, draws, seed=0):
     packing = pack([(n, 2)], torch.device("cpu"))
     images, x, kept = [torch.empty(n, 3, 32, 32)], torch.zeros(2 * n, 4), torch.zeros(n)
     for _ in range(draws // 2):
-        for branch in model._kept(packing, images, None)[0]:
+        for branch in model._kept_samples(packing, images, None)[0]:
             rows = take(torch.ones_like(x), packing, branch)
             out = add_to_kept(x, rows, packing, branch).view(n, 8)
             assert torch.equal(out, out[:, :1].expand(-1, 8))
@@ -269,7 +269,7 @@ def test_uniform_numbers_are_those_of_splitmix64():
 
 @pytest.mark.parametrize("rate", [0.15, 0.6])
 @pytest.mark.parametrize("counts", [(1, 1), (2, 9), (12, 40)])
-def test_a_branch_of_the_without_dropped_equals_the_masked_one(rate, counts, monkeypatch):
+def test_a_branch_without_the_dropped_crops_equals_the_masked_one(rate, counts, monkeypatch):
     """What a CPU computes and what a GPU does: outputs and gradients."""
     model, _ = packed_and_apart()
     for block in model.blocks:
@@ -291,7 +291,7 @@ def test_a_branch_of_the_without_dropped_equals_the_masked_one(rate, counts, mon
         set_drop_path_seed(model, 0, step)
         monkeypatch.setattr("dino_fast.models.vit.without_dropped", without_dropped)
         _, packing = model._tokens(images)
-        branches = [branch for pair in model._kept(packing, images, None) for branch in pair]
+        branches = [branch for pair in model._kept_samples(packing, images, None) for branch in pair]
         dropped += sum(sum(counts) - sum(n for n, _ in branch.packing.groups) for branch in branches)
     assert dropped or counts == (1, 1)  # not computed
 

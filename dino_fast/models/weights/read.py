@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dino_fast.atomic import atomic_write
+from dino_fast.defaults import torch_defaults
 from dino_fast.errors import UserError, nearest, unwritable
 from dino_fast.models.dinov2 import DINOv2
 from dino_fast.models.registry import ARCHITECTURES, build_backbone, transformer_sizes
@@ -89,6 +90,7 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], source: str | Path
     module.load_state_dict(state, strict=True)
 
 
+@torch_defaults()
 def load_backbone(
     path: str | Path,
     arch: str | None = None,
