@@ -78,9 +78,6 @@ def comparison(
     def ours(s: Tensor, t: Tensor, c: Tensor) -> Tensor:
         return dino_loss(s, t, c, inplace=inplace, **TEMPS)
 
-    def sweep(s: Tensor, t: Tensor, c: Tensor) -> Tensor:
-        return dino_loss(s, t, c, inplace=inplace, backend="triton_sweep", **TEMPS)
-
     def contender(name: str, loss: Callable[[Tensor, Tensor, Tensor], Tensor], **options: bool) -> Contender:
         return Contender(name, forward_backward(loss), prepare=write_logits, **options)
 
@@ -108,7 +105,6 @@ def comparison(
         output_bytes=student.nbytes,  # the gradient, which every contender must write
         contenders=[
             contender("dino-fast", ours, ours=True),
-            *([contender("dino-fast, triton_sweep", sweep)] if device == "cuda" else []),
             contender("original, eager", original, baseline=True),
             contender("einsum, eager", einsum),
             contender("original, torch.compile", compiler(original)),

@@ -16,8 +16,20 @@ from torch import Tensor, nn
 from dino_fast.ops import dino_loss as operation
 from dino_fast.ops import linear_dino_loss as linear_operation
 from dino_fast.ops.dino_loss.common import TEACHER_CROPS
+from dino_fast.ops.gram_loss import gram_loss
+from dino_fast.ops.koleo_loss import koleo_loss
+from dino_fast.ops.sinkhorn_center import sinkhorn_center
 
-__all__ = ["DINOLoss", "dino_loss", "linear_dino_loss", "linear_ibot_loss"]
+__all__ = [
+    "DINOLoss",
+    "bank_loss",
+    "dino_loss",
+    "gram_loss",
+    "koleo_loss",
+    "linear_dino_loss",
+    "linear_ibot_loss",
+    "sinkhorn_center",
+]
 
 
 def dino_loss(
@@ -144,13 +156,19 @@ def linear_ibot_loss(
             `linear_dino_loss`.
 
     Returns:
-        The loss and the mean [K] of the raw teacher logits, as `linear_dino_loss`.
+        The loss and the mean [K] of the raw teacher logits, as `linear_dino_loss`. Without a row (a batch in which no
+        patch is masked) a loss of 0 with gradients of 0, and a mean of 0.
     """
-    if student.dim() != 2 or teacher.dim() != 2 or 0 in student.shape:
+    if student.dim() != 2 or student.shape != teacher.shape or student.shape[1] == 0:
         raise ValueError(
-            f"linear_ibot_loss: student and teacher are [rows, D] with at least a row; "
+            f"linear_ibot_loss: student and teacher are [rows, D] of the same sizes; "
             f"got {list(student.shape)} and {list(teacher.shape)}"
         )
+    if len(student) == 0:
+        wide = linear_operation.result_dtype(student)
+        leaves = (student, student_weight, student_gain)
+        zero = sum((x.sum(dtype=wide) * 0 for x in leaves if x is not None), center.new_zeros((), dtype=wide))
+        return zero, center.new_zeros(len(student_weight), dtype=wide)
     return linear_operation.linear_dino_loss(
         student[None],
         student_weight,
@@ -165,6 +183,54 @@ def linear_ibot_loss(
         teacher_gain=teacher_gain,
         backend=backend,
     )
+
+
+def bank_loss(
+    student: Tensor,
+    teacher: Tensor,
+    bank: Tensor,
+    *,
+    student_temp: float | Tensor = 0.2,
+    teacher_temp: float | Tensor = 0.01,
+    backend: str = "auto",
+) -> Tensor:
+    """Distillation by similarities to a bank of features (SEED, Fang et al. 2021, arXiv:2101.04731).
+
+    `linear_dino_loss` with the bank as both weights and no center: the mean over images of the cross-entropy between
+    softmax(bank . teacher / teacher_temp) and softmax(bank . student / student_temp). The [N, K] similarities are not
+    stored.
+
+    Args:
+        student: [N, D], a row an image: the student's features, projected to the teacher's width and of unit length.
+        teacher: [N, D], the teacher's features of the same images, of unit length. Not differentiated.
+        bank: [K, D], features of the teacher, of unit length, those of this batch among them (as published, the batch
+            is put into the bank first), so K >= N. Not differentiated.
+        student_temp, teacher_temp, backend: as in `linear_dino_loss`.
+
+    Returns:
+        A scalar, float32 (float64 for a float64 student), differentiable once w.r.t. `student`.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or temperatures that do not fit; a bank smaller than the batch.
+    """
+    if student.dim() != 2 or student.shape != teacher.shape or 0 in student.shape:
+        raise ValueError(
+            "bank_loss: student and teacher are [images, D] of the same sizes, none of them 0 (project the student's "
+            f"features to the teacher's width); got {list(student.shape)} and {list(teacher.shape)}"
+        )
+    if bank.dim() != 2 or bank.shape[1] != student.shape[1] or len(bank) < len(student):
+        raise ValueError(
+            f"bank_loss: the bank is [K, D] with D = {student.shape[1]} and at least as many rows as the batch has "
+            f"images ({len(student)}); got {list(bank.shape)}"
+        )
+    wide = linear_operation.result_dtype(student)
+    rows = torch.full((len(student),), 1 / len(student), dtype=wide, device=student.device)
+    center = torch.zeros(len(bank), dtype=wide, device=student.device)
+    bank = bank.detach()
+    return linear_ibot_loss(
+        student, bank, teacher, bank, center, rows,
+        student_temp=student_temp, teacher_temp=teacher_temp, backend=backend,
+    )[0]  # fmt: skip
 
 
 class DINOLoss(nn.Module):

@@ -33,7 +33,16 @@ from dino_fast.eval import boundary, finetune, knn, segment
 from dino_fast.eval import linear as linear_protocol
 from dino_fast.eval.common.crops import random_crop
 from dino_fast.knn import extract_features, knn_accuracy, knn_grid, largest, leave_one_out_accuracy, neighbors
-from dino_fast.loss import DINOLoss, dino_loss, linear_dino_loss, linear_ibot_loss
+from dino_fast.loss import (
+    DINOLoss,
+    bank_loss,
+    dino_loss,
+    gram_loss,
+    koleo_loss,
+    linear_dino_loss,
+    linear_ibot_loss,
+    sinkhorn_center,
+)
 from dino_fast.models import (
     DINOHead,
     DINOv2,
@@ -99,9 +108,9 @@ def linear_loss(dtype: torch.dtype, gain: bool) -> list[Any]:
     )
 
 
-def ibot_loss() -> list[Any]:
-    fixed = drawn(B, D, seed=1), drawn(K, D, seed=2), drawn(K, seed=3), drawn(B, seed=7).abs()
-    return with_gradients(lambda z, w: linear_ibot_loss(z, w, *fixed, **TEMPS), drawn(B, D), drawn(K, D, seed=4))
+def ibot_loss(rows: int = B) -> list[Any]:
+    fixed = drawn(rows, D, seed=1), drawn(K, D, seed=2), drawn(K, seed=3), drawn(rows, seed=7).abs()
+    return with_gradients(lambda z, w: linear_ibot_loss(z, w, *fixed, **TEMPS), drawn(rows, D), drawn(K, D, seed=4))
 
 
 def attention(dtype: torch.dtype, backend: str) -> list[Any]:
@@ -280,6 +289,11 @@ CALLS: dict[str, tuple[str, Callable[[], Any]]] = {
     "linear_dino_loss bfloat16": ("linear_dino_loss", lambda: linear_loss(HALF, True)),
     "linear_dino_loss float64": ("linear_dino_loss", lambda: linear_loss(torch.float64, True)),
     "linear_ibot_loss": ("linear_ibot_loss", ibot_loss),
+    "linear_ibot_loss without rows": ("linear_ibot_loss", lambda: ibot_loss(0)),
+    "koleo_loss": ("koleo_loss", lambda: with_gradients(koleo_loss, drawn(B, D))),
+    "gram_loss": ("gram_loss", lambda: with_gradients(lambda x: gram_loss(x, drawn(2, 9, 4, seed=1)), drawn(2, 9, 4))),
+    "bank_loss": ("bank_loss", lambda: with_gradients(lambda x: bank_loss(x, drawn(B, D), drawn(K, D)), drawn(B, D))),
+    "sinkhorn_center": ("sinkhorn_center", lambda: [sinkhorn_center(drawn(B, D), drawn(K, D), teacher_temp=0.04)]),
     "packed_attention": ("packed_attention", lambda: attention(torch.float32, "auto")),
     "packed_attention bfloat16": ("packed_attention", lambda: attention(HALF, "auto")),
     "packed_attention reference": ("packed_attention", lambda: attention(torch.float32, "reference")),

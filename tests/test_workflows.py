@@ -48,3 +48,20 @@ def test_the_gate_tests_the_lowest_torch() -> None:
     for name in ("torch", "torchvision"):
         assert f'"{name}=={re.search(rf"{name}>=([0-9.]+)", PROJECT)[1]}.*"' in gate
     assert os.access(ROOT / ".ci" / "worlds", os.X_OK)
+
+
+def test_issue_forms_ask_for_info() -> None:
+    forms = {file.stem: _read(file) for file in (ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml")}
+    assert forms.keys() == {"bug", "feature", "config"}
+    for name in ("bug", "feature"):
+        form = forms[name]
+        assert form["name"] and form["description"]
+        assert any(part.get("validations", {}).get("required") for part in form["body"])
+        assert len({part["id"] for part in form["body"]}) == len(form["body"])
+    assert any("dino-fast info" in part["attributes"]["label"] for part in forms["bug"]["body"])
+
+
+def test_the_citation_is_of_this_version() -> None:
+    citation = _read(ROOT / "CITATION.cff")
+    assert {"cff-version", "message", "title", "authors", "license"} <= citation.keys()
+    assert f'version = "{citation["version"]}"' in PROJECT and f'license = "{citation["license"]}"' in PROJECT

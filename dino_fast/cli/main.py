@@ -41,6 +41,7 @@ COMMANDS = {
     ("data", "preview"): ("dino_fast.cli.data_preview", "draw the crops that training would see"),
     ("bench",): ("dino_fast.benchmarks.command", "time the operations beside what else there is"),
     ("info",): ("dino_fast.cli.info", "versions, devices, and which implementation of each operation runs here"),
+    ("completion",): ("dino_fast.cli.completion", "print the script with which a shell completes dino-fast's words"),
 }
 
 

@@ -1,6 +1,6 @@
 """Worker processes of the training loader: how they start, how their failures reach the training process, how they end.
 
-Workers are forked with SIGINT and SIGTERM blocked, where the training loop handles both, so that a Ctrl-C sent to all
+Workers are forked with the signals blocked that the training loop handles, so that a Ctrl-C sent to all
 processes lets them finish. SIGTERM is unblocked in them: Python and PyTorch end workers with it, and would otherwise
 wait for ever. PyTorch's handler in the worker obeys its parent in silence.
 """

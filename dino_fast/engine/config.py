@@ -124,7 +124,9 @@ class Config:
     knn_temperature: float = option(0.07, "of the votes' weights")
     knn_images: int = option(10_000, "at most so many images on either side of the k-NN evaluation")
     # the run and its checkpoints
-    save_every: float = option(1.0, "epochs between checkpoints")
+    save_every: float = option(1.0, "epochs between checkpoints; 0: only at the end and at a new best")
+    save_every_steps: int | None = option(None, "steps between checkpoints, too")
+    save_every_minutes: float | None = option(None, "minutes between checkpoints, too")
     keep_checkpoints: int = option(3, "checkpoints that are kept, beside the best")
     save_in_background: bool | None = option(None, "write checkpoints beside the training; default: on a GPU")
 
@@ -192,7 +194,8 @@ FREE_ON_RESUME = (
         "knn_temperature",
         "knn_images",
     ),
-    *("save_every", "keep_checkpoints", "save_in_background", "on_nonfinite", "nonfinite_limit"),
+    *("save_every", "save_every_steps", "save_every_minutes", "keep_checkpoints", "save_in_background"),
+    *("on_nonfinite", "nonfinite_limit"),
     *("out", "resume", "device", "fsdp", "keep_freed_memory", "wandb", "profile"),
     *("tf32", "compile", "cuda_graph", "checkpoint_activations", "loss_impl"),
 )
@@ -568,19 +571,19 @@ _RULES: tuple[_Rule, ...] = (
         "1 or more",
         lambda x: x >= 1,
         "patch_size global_size local_size embed_dim depth num_heads out_dim head_layers head_hidden_dim "
-        "head_bottleneck_dim batch_size grad_accum_steps epochs max_steps knn_k knn_images keep_checkpoints "
-        "nonfinite_limit",
+        "head_bottleneck_dim batch_size grad_accum_steps epochs max_steps save_every_steps knn_k knn_images "
+        "keep_checkpoints nonfinite_limit",
     ),
     (
         "0 or more",
         lambda x: 0 <= x < float("inf"),
         "workers local_crops min_lr warmup_epochs weight_decay weight_decay_end clip_grad freeze_last_layer knn_every "
-        "warmup_teacher_temp_epochs jitter seed",
+        "save_every warmup_teacher_temp_epochs jitter seed",
     ),
     (
         "above 0",
         lambda x: 0 < x < float("inf"),
-        "lr student_temp teacher_temp warmup_teacher_temp knn_temperature save_every std",
+        "lr student_temp teacher_temp warmup_teacher_temp knn_temperature save_every_minutes std",
     ),
     (
         "between 0 and 1",

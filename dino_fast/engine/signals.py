@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the run is saved before it ends."""
+"""Signals that end a run (Ctrl-C, SIGTERM, a lost connection, a scheduler's warning): it is saved first."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ from types import FrameType
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (
+    *(signal.SIGINT, signal.SIGTERM),
+    signal.SIGHUP,  # the terminal or the connection to it is gone
+    *(signal.SIGUSR1, signal.SIGUSR2),  # Slurm's and submitit's warning that the time is nearly over
+    signal.SIGXCPU,  # the limit of processor time
+)
+AT_ONCE = (signal.SIGINT, signal.SIGTERM)  # when they come again
 
 
 class Interrupted(KeyboardInterrupt):
-    """Raised after Ctrl-C or SIGTERM, once the run is saved; `code` is the exit status that shells expect."""
+    """Raised after one of `SIGNALS`, once the run is saved; `code` is the exit status that shells expect."""
 
     def __init__(self, number: int, message: str) -> None:
         super().__init__(message)
@@ -26,9 +32,11 @@ class Halted(Exception):
 
 
 class SignalHandler:
-    """Catches Ctrl-C and SIGTERM, inside a `with`.
+    """Catches `SIGNALS`, inside a `with`.
 
-    The first one sets `number`, which the training loop reads between steps; a second one acts at once.
+    The first one sets `number`, which the training loop reads between steps. A Ctrl-C after it acts at once, and so
+    does a second SIGTERM; others change nothing, for they come in pairs (a closed terminal) or repeatedly (SIGXCPU).
+    A signal that was ignored before, as `nohup` has SIGHUP ignored, stays so; Ctrl-C and SIGTERM are always caught.
     """
 
     def __init__(self) -> None:
@@ -37,7 +45,9 @@ class SignalHandler:
 
     def __enter__(self) -> SignalHandler:
         if threading.current_thread() is threading.main_thread():  # only the main thread may set handlers
-            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            for number in SIGNALS:
+                if number in AT_ONCE or signal.getsignal(number) != signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -46,8 +56,10 @@ class SignalHandler:
         self._before = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
-        self.__exit__()
+        if self.number is None:
+            self.number = number
+        for one in {signal.SIGINT, number} & self._before.keys() & set(AT_ONCE):
+            signal.signal(one, self._before.pop(one))
 
     def watch(self, items: Iterable[T]) -> Iterator[T]:
         """Yields the items; raises Halted once a signal has arrived."""
@@ -59,7 +71,7 @@ class SignalHandler:
 
 @contextlib.contextmanager
 def block_signals() -> Iterator[None]:
-    """Blocks both signals inside the `with` and delivers them at its end.
+    """Blocks `SIGNALS` inside the `with` and delivers them at its end.
 
     Processes started inside inherit the mask, so they never get them.
     """

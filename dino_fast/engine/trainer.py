@@ -51,7 +51,7 @@ SAVE_SHARE = 0.1  # saving takes at most this share of the time, however short t
 
 @torch_defaults()
 def train(config: Config) -> Path:
-    """Trains as configured; returns the run directory. Raises UserError, and Interrupted after Ctrl-C or SIGTERM."""
+    """Trains as configured; returns the run directory. Raises UserError, and Interrupted after a signal."""
     validate(config)
     kind = resolve_device(config.device)
     precision = resolve_precision(config.precision, kind)
@@ -164,11 +164,8 @@ class Trainer:
         self.nonfinite_steps = 0  # in a row
         self.pending: PendingStep | None = None
         self.fingerprint = fingerprint(data.train) if self.context.first else []  # now: the data may be lost later
-        self._agreed = [
-            0,
-            1,
-            0,
-        ]  # maximum over the processes: signal, whether a save is affordable, whether data failed
+        # Maximum over the processes: signal; whether a save by epochs is affordable, one by minutes due; data failed.
+        self._agreed = [0, 1, 0, 0]
         device, channels = str(state.device), data.train.channels
         sizes = sizes_of(config, channels)
         self.tokens_per_image = sizes.tokens if sizes else 0
@@ -239,9 +236,10 @@ class Trainer:
         except UserError as error:
             failure = error
         if self.context.world > 1:
-            affordable = self.context.first and self._save_is_affordable()
-            self._agreed = self.context.all_reduce_max(self.signals.number or 0, affordable, failure is not None)
-        if failure is None and not self._agreed[2]:
+            clock = self._save_is_affordable(), self._minutes_are_over()
+            own = (self.signals.number or 0, *(self.context.first and due for due in clock), failure is not None)
+            self._agreed = self.context.all_reduce_max(*own)
+        if failure is None and not self._agreed[3]:
             return batch
         reason = failure or UserError("another process found no data; its message says why")
         if self.step <= max(self.saved_step, 0):
@@ -403,14 +401,22 @@ class Trainer:
             self.checkpointer.save(self.run_dir.checkpoints, self.step, saved, self.config.keep_checkpoints, is_best)
 
     def _save_is_due(self, measured: dict[str, float]) -> bool:
-        """At the end, at a new best, and every `save_every` epochs if that is affordable."""
+        """At the end, at a new best, every so many steps and minutes, and every `save_every` epochs if affordable."""
         if self.step == self.end or measured.get("knn", -1.0) > self.best_knn:
             return True
-        affordable = bool(self._agreed[1]) if self.context.world > 1 else self._save_is_affordable()
-        return self._is_every(self.config.save_every) and affordable
+        if self.config.save_every_steps and self.step % self.config.save_every_steps == 0:
+            return True
+        affordable, minutes_over = map(bool, self._agreed[1:3])
+        if self.context.world == 1:
+            affordable, minutes_over = self._save_is_affordable(), self._minutes_are_over()
+        return minutes_over or (self._is_every(self.config.save_every) and affordable)
 
     def _save_is_affordable(self) -> bool:
         return (time.monotonic() - self.saved_at) * SAVE_SHARE >= self.checkpointer.seconds
+
+    def _minutes_are_over(self) -> bool:
+        minutes = self.config.save_every_minutes
+        return minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
 
     # ---- messages and the end ----
 

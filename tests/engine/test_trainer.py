@@ -186,6 +186,32 @@ def test_a_signal_saves_first(images: Path, undisturbed: Path, tmp_path: Path, n
     _assert_same_run(out, undisturbed)
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU])
+def test_other_signals_save_first_too(images: Path, tmp_path: Path, number: int) -> None:
+    out = tmp_path / "run"
+    process = _start(images, out, "--epochs", "1000", workers=1)
+    _wait_for(out, 6, process)
+    for _ in range(2):  # a closed terminal sends two, the limit of processor time one a second
+        os.killpg(process.pid, number)
+    code, output = _finish(process)
+    assert code == 128 + number, output
+    assert "and saved" in output and "Traceback" not in output
+    assert (out / "checkpoints" / f"step-{len(read_metrics(out)):08d}").exists()
+
+
+def test_checkpoints_by_steps_and_by_minutes(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def saved(name: str, **given: Any) -> list[int]:
+        train(_config(images, tmp_path / name, max_steps=7, knn_every=0, save_every=0, keep_checkpoints=9, **given))
+        return sorted(int(path.name[5:]) for path in (tmp_path / name / "checkpoints").glob("step-*"))
+
+    assert saved("end") == [7]
+    assert saved("steps", save_every_steps=3) == [3, 6, 7]
+    times = iter(range(0, 10_000, 10))  # seconds; each step looks twice, each save once
+    clock = types.SimpleNamespace(monotonic=lambda: float(next(times)), perf_counter=time.perf_counter)
+    monkeypatch.setattr(loop, "time", clock)
+    assert saved("minutes", save_every_minutes=1) == [3, 6, 7]
+
+
 def test_stopping_early_and_lengthening_is_exact(images: Path, undisturbed: Path, tmp_path: Path) -> None:
     train(_config(images, tmp_path / "run", max_steps=13))
     assert len(read_metrics(tmp_path / "run")) == 13

@@ -4,7 +4,6 @@ of its own, because TRITON_INTERPRET must be set before Triton is imported."""
 from __future__ import annotations
 
 import os
-import sys
 
 import pytest
 import torch
@@ -12,12 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dino_fast.kernels import dino_loss as kernels
-from dino_fast.kernels import dino_loss_sweep
 from dino_fast.ops import dino_loss as operation
 from dino_fast.ops.dino_loss import dino_loss, dino_loss_reference
 
 TEMPS = {"student_temp": 0.1, "teacher_temp": 0.04}
-BACKEND = "triton"  # what the fixture sets
+BACKEND = "triton"
 
 
 def logits(V: int, B: int, K: int, scale: float = 1.0, seed: int = 0):
@@ -51,11 +49,6 @@ def assert_as_good_as_eager(inputs, upstream=1.0):
     for ours, eager, reference in zip(values, eager_values, exact, strict=True):
         assert ours <= 2 * eager + 1e-6 * (1 + reference.abs().max().item())
     assert gradient <= 2 * eager_gradient + 1e-6 * (1 + exact_gradient.abs().max().item())
-
-
-@pytest.fixture(autouse=True, params=["triton", "triton_sweep"])
-def backend(request, monkeypatch):
-    monkeypatch.setattr(sys.modules[__name__], "BACKEND", request.param)
 
 
 @pytest.fixture(autouse=True)
@@ -172,45 +165,6 @@ def test_row_statistics_are_the_native_kernels():
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
 
 
-def test_groups_of_images_do_not_change_the_result(monkeypatch):
-    draw = logits(6, 7, 1100)
-    expected = run(draw)
-    for resident in (4, 9, 20):  # one group, several, as many as there are images
-        monkeypatch.setattr(dino_loss_sweep, "resident", lambda device, n=resident: n)
-        values, gradient = run(draw)
-        assert torch.equal(values[0], expected[0][0]) and torch.equal(gradient, expected[1])
-        torch.testing.assert_close(values[1], expected[0][1], rtol=1e-6, atol=1e-7)  # its sum is in another order
-
-
-def test_what_does_not_come_makes_the_result_nan(monkeypatch):
-    """A wait that ends without what it waited for, as if a program had died: nothing finite is made of it."""
-    monkeypatch.setattr(dino_loss_sweep, "WAITS", 3)
-    zeros = torch.zeros
-    monkeypatch.setattr(torch, "zeros", lambda *size, **options: zeros(*size, **options).sub_(2))
-    student, teacher, center = logits(3, 2, 1100)
-    gradient, statistics = torch.empty_like(student), torch.empty(2, 5, 2)
-    loss, *_ = dino_loss_sweep.sweep(student, teacher, center, 0.1, 0.04, statistics, gradient)
-    assert not loss.isfinite() and gradient.isnan().all()
-
-
-def test_logits_of_16_bits_are_loaded_ahead():
-    """bfloat16, whose tiles are on their way while an earlier image's gradient is made."""
-    inputs = [x.bfloat16() for x in logits(10, 5, 1100)]
-    values, gradient = run(inputs)
-    exact_values, exact = run([x.double() for x in inputs], backend="reference")
-    assert abs(values[0] - exact_values[0]) <= 1e-6 * (1 + abs(exact_values[0]))
-    # The interpreter cuts a float32 off where the chip rounds it to bfloat16: up to one last place, not half of one.
-    assert (gradient.double() - exact).abs().max() <= 2**-7 * exact.abs().max()
-
-
-def test_an_upstream_gradient_is_multiplied_in_place():
-    values = torch.randn(4096 * 265)  # more blocks than programs
-    for upstream in (1.0, -0.3):
-        expected = values * upstream
-        dino_loss_sweep.scale(values, torch.tensor(upstream))
-        assert torch.equal(values, expected)
-
-
 def test_bytes_are_what_the_kernels_load_and_store(monkeypatch):
     """Counts the logits that loads and stores touch, in the interpreter's own memory calls."""
     from triton.runtime import interpreter
@@ -248,12 +202,3 @@ def test_bytes_are_what_the_kernels_load_and_store(monkeypatch):
     counted = 0
     kernels.mean(student, teacher, center, row_statistics)
     assert counted == expected["mean"]
-    counted = 0
-    dino_loss_sweep.sweep(student, teacher, center, 0.1, 0.04, row_statistics, grad)
-    _, groups = dino_loss_sweep.programs(K, B, 264)
-    assert counted == dino_loss_sweep.bytes_moved(V, B, K, 4, groups)["L2"]
-    student, teacher, grad = (x.half() for x in (student, teacher, grad))  # loaded ahead
-    spans = [(x.data_ptr(), x.data_ptr() + x.numel() * 2) for x in (student, teacher, grad)]
-    counted = 0
-    dino_loss_sweep.sweep(student, teacher, center, 0.1, 0.04, row_statistics, grad)
-    assert counted == 2 * dino_loss_sweep.bytes_moved(V, B, K, 2, groups)["L2"]  # counted as 4 bytes each

@@ -16,13 +16,9 @@ Works with Triton 3.6 to 3.9. Import it before the kernels; one chip a process.
 """
 
 import os
-import re
-import subprocess
-import tempfile
-from pathlib import Path
 
+import cubin
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -107,10 +103,4 @@ JITFunction._do_compile = _remembered
 
 def resources(kernel) -> dict[str, int]:
     """Registers and stack bytes of a thread, and shared bytes of a program, of a compiled kernel."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        text = subprocess.run([str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = re.search(r"REG:(\d+)", text), re.search(r"STACK:(\d+)", text)
-    return {"registers": int(registers[1]), "stack": int(stack[1]), "shared": kernel.metadata.shared}
+    return {**cubin.resources(kernel.asm["cubin"]), "shared": kernel.metadata.shared}

@@ -1,6 +1,6 @@
 """The Triton kernels of dino_loss where there is no GPU: run by Triton's interpreter, and compiled for real chips.
 
-`python tests/kernels/test_dino_loss.py` rewrites the table of registers for the installed Triton.
+`python -m tests.kernels.test_dino_loss` rewrites the table of registers for the installed Triton.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 
 triton = pytest.importorskip("triton")
 
+from tests.kernels.cubin import resources  # noqa: E402
+
 TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "triton_dino_loss.json"
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may use
 SHAPES = {"2+8 crops": 16, "2 crops": 2}  # rows of a tile: the next power of two
-CROPS = {"2+8 crops": 10, "2 crops": 2}
 
 
 def test_under_the_interpreter():
@@ -40,7 +40,7 @@ def test_no_spills_and_within_the_chips_limits(compiled):
     for name, use in compiled.items():
         arch = int(name.rsplit("sm_", 1)[1])
         assert use["stack"] == 0, f"{name} spills: {use}"
-        assert use["registers"] <= (128 if name.startswith("sweep") else 255), name
+        assert use["registers"] <= 255, name
         assert use["shared"] <= SHARED_MEMORY[arch], name
 
 
@@ -57,7 +57,6 @@ def test_registers_are_those_of_the_table(compiled):
 def compile_all() -> dict[str, dict[str, int]]:
     """Registers, stack and shared memory of every kernel, for bf16 and float32 logits and each chip."""
     from dino_fast.kernels import dino_loss as kernels
-    from dino_fast.kernels import dino_loss_sweep as sweep
 
     found = {}
     for arch in SHARED_MEMORY:
@@ -72,17 +71,6 @@ def compile_all() -> dict[str, dict[str, int]]:
                 ):
                     label = f"{name}, {shape}, {dtype}, sm_{arch}"
                     found[label] = compile_one(kernel, dtype, constants, {"num_warps": warps}, arch)
-                if arch == 80 and dtype == "fp32":
-                    continue  # not taken there
-                V = CROPS[shape]
-                options = {"num_warps": sweep.WARPS, "maxnreg": sweep.REGISTERS, "launch_cooperative_grid": True}
-                for K, slices in ((65536, 128), (65537, 129)):
-                    constants = sweep.launch_constants(V, K, slices, {"bf16": 2, "fp32": 4}[dtype]) | {
-                        "STATISTICS": True,
-                        "GRADIENT": True,
-                    }
-                    label = f"sweep{'' if K % 2 == 0 else ' with an odd K'}, {shape}, {dtype}, sm_{arch}"
-                    found[label] = compile_one(sweep._sweep, dtype, constants, options, arch)
     return found
 
 
@@ -90,11 +78,10 @@ def compile_one(kernel, dtype: str, constants: dict, options: dict, arch: int) -
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kinds = {"student": f"*{dtype}", "teacher": f"*{dtype}", "grad": f"*{dtype}", "counters": "*i32"}
+    kinds = {"student": f"*{dtype}", "teacher": f"*{dtype}", "grad": f"*{dtype}"}
     numbers = {"inverse_student_temp", "inverse_teacher_temp", "factor", "log2_student", "log2_teacher"}
-    numbers |= {"loss_scale", "entropy_scale", "mean_scale"}
     integers = {"student_v", "student_b", "teacher_t", "teacher_b", "grad_v", "grad_b", "B", "V", "K", "images"}
-    integers |= {"slices", "slice_k", "groups"}
+    integers |= {"slices", "slice_k"}
     signature = {}
     for name in kernel.arg_names:
         if name in constants:
@@ -107,20 +94,11 @@ def compile_one(kernel, dtype: str, constants: dict, options: dict, arch: int) -
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or name in integers - {"B", "V", "images", "slices", "groups"}
+        if signature[name].startswith("*") or name in integers - {"B", "V", "images", "slices"}
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     return {**resources(binary.asm["cubin"]), "shared": binary.metadata.shared}
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return {"registers": int(re.search(r"REG:(\d+)", text)[1]), "stack": int(re.search(r"STACK:(\d+)", text)[1])}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The Triton kernels of linear_dino_loss where there is no GPU: interpreted, and compiled for real chips.
 
 K is a run-time number to these kernels, so what is compiled here serves 65,536 and 262,144 alike. The table holds every
-compile; the tests repeat the costliest of them. `python tests/kernels/test_linear_dino_loss.py` rewrites the table for
+compile; the tests repeat the costliest of them. `python -m tests.kernels.test_linear_dino_loss` rewrites the table for
 the installed Triton.
 """
 
@@ -12,7 +12,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,8 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
+
+from tests.kernels.cubin import resources  # noqa: E402
 
 TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "triton_linear_dino_loss.json"
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may use
@@ -195,15 +196,6 @@ def compile_one(case: Case) -> dict[str, int]:
         use |= {"wgmma": ptx.count("wgmma.mma_async"), "mma": ptx.count("mma.sync")}
         assert use["wgmma"] > 0 and use["mma"] == 0, f"{case.name}: {use}"
     return use
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return {"registers": int(re.search(r"REG:(\d+)", text)[1]), "stack": int(re.search(r"STACK:(\d+)", text)[1])}
 
 
 if __name__ == "__main__":

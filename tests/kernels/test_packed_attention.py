@@ -2,7 +2,7 @@
 
 The number of heads and of sequences are run-time numbers to these kernels, so ViT-S, B and L (heads of 64) share a
 compile. The table holds every tile that may be taken; the tests repeat those taken for heads of 64 in bf16.
-`python tests/kernels/test_packed_attention.py` rewrites the table for the installed Triton.
+`python -m tests.kernels.test_packed_attention` rewrites the table for the installed Triton.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,8 @@ from typing import Any, NamedTuple
 import pytest
 
 triton = pytest.importorskip("triton")
+
+from tests.kernels.cubin import resources  # noqa: E402
 
 TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "triton_packed_attention.json"
 SHARED_MEMORY = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may use
@@ -152,15 +153,6 @@ def compile_one(case: Case) -> dict[str, int]:
     options = {"num_warps": case.tile.warps, "num_stages": case.tile.stages}
     binary = triton.compile(source, target=GPUTarget("cuda", case.arch, 32), options=options)
     return {**resources(binary.asm["cubin"]), "shared": binary.metadata.shared}
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return {"registers": int(re.search(r"REG:(\d+)", text)[1]), "stack": int(re.search(r"STACK:(\d+)", text)[1])}
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_triton_launches_are_on_the_tensors_device(launches: list[tuple[str, int]], dtype: torch.dtype) -> None:
-    from dino_fast.kernels import dino_loss, dino_loss_sweep, linear_dino_loss, packed_attention
+    from dino_fast.kernels import dino_loss, linear_dino_loss, packed_attention
 
     with fake_gpu():
         other = torch.device("cuda:1")
@@ -63,8 +63,6 @@ def test_triton_launches_are_on_the_tensors_device(launches: list[tuple[str, int
         dino_loss.statistics(student, teacher, center, 0.1, 0.04, statistics)
         dino_loss.gradient(student, teacher, center, statistics, empty(dtype=wide), empty(V, B, K), 0.1, 0.04)
         dino_loss.mean(student, teacher, center, statistics)
-        dino_loss_sweep.sweep(student, teacher, center, 0.1, 0.04, statistics, empty(V, B, K))
-        dino_loss_sweep.scale(student, empty(dtype=wide))
         rows, targets = empty(V, B, D), empty(2, B, D)
         layers = [
             linear_dino_loss.Layer(empty(K, D), empty(K, dtype=wide), row) for row in (None, empty(D, dtype=wide))
@@ -78,17 +76,19 @@ def test_triton_launches_are_on_the_tensors_device(launches: list[tuple[str, int
         packed_attention.forward(qkv, ends, 37, out, maxima, sums)
         packed_attention.backward(empty(100, 6, 64), qkv, ends, 37, out, maxima, sums, empty(100, 3, 6, 64))
     assert {name for name, _ in launches} >= {
-        "_statistics", "_merge", "_gradient", "_sweep", "_scale", "_columns", "_attend", "_weigh", "_forward",
+        "_statistics", "_merge", "_gradient", "_columns", "_attend", "_weigh", "_forward",
         "_backward",
     }  # fmt: skip
     assert [launch for launch in launches if launch[1] != 1] == []
 
 
 def test_inputs_on_two_devices_are_refused(launches: list[tuple[str, int]]) -> None:
-    from dino_fast.kernels import dino_loss_sweep
+    from dino_fast.kernels import dino_loss
 
     with fake_gpu(), pytest.raises(ValueError, match="on cuda:0 and cuda:1; move them to one device"):
-        dino_loss_sweep.scale(torch.empty(8, device="cuda:1"), torch.empty((), device="cuda:0"))
+        logits = torch.empty(2, 4, 8, device="cuda:1")
+        center, statistics = torch.empty(8, device="cuda:0"), torch.empty(2, 4, 4, device="cuda:1")
+        dino_loss.mean(logits, logits, center, statistics)
     assert launches == []
 
 

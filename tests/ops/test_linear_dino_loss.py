@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from dino_fast.backends import BackendError
-from dino_fast.loss import dino_loss, linear_ibot_loss
+from dino_fast.loss import bank_loss, dino_loss, linear_ibot_loss
 from dino_fast.loss import linear_dino_loss as public_loss
 from dino_fast.ops.dino_loss import dino_loss_reference
 from dino_fast.ops.linear_dino_loss import flops, linear_dino_loss, linear_dino_loss_reference
@@ -337,8 +337,35 @@ def test_public_functions_say_what_is_wrong():
         public_loss(z[0], w, zt, wt, center, **TEMPS)
     with pytest.raises(ValueError, match="no pair of different crops"):
         public_loss(z, w, zt, wt, center, **TEMPS)
-    with pytest.raises(ValueError, match="at least a row"):
-        linear_ibot_loss(z[0, :0], w, zt[0, :0], wt, center, torch.ones(0), **TEMPS)
+    with pytest.raises(ValueError, match=r"of the same sizes; got \[2, 16\] and \[3, 16\]"):
+        linear_ibot_loss(z[0, :2], w, zt[0], wt, center, torch.ones(2), **TEMPS)
+
+
+def test_a_batch_without_a_masked_patch_costs_nothing():
+    (z, w, zt, wt, center, *_), gains = problem(1, 1, 3, 20, 16, gain=True)
+    leaves = [x.requires_grad_() for x in (z, w, gains["student_gain"])]
+    loss, mean = linear_ibot_loss(z[0, :0], w, zt[0, :0], wt, center, torch.ones(0), **TEMPS, **gains)
+    assert loss.item() == 0 and mean.shape == (20,) and mean.abs().max() == 0
+    assert all(gradient.abs().max() == 0 for gradient in torch.autograd.grad(loss, leaves))
+
+
+def test_distillation_to_a_bank_is_the_cross_entropy_of_similarities():
+    generator = torch.Generator().manual_seed(0)
+    teacher, student, bank = (
+        torch.nn.functional.normalize(torch.randn(n, 16, generator=generator), dim=1) for n in (6, 6, 50)
+    )
+    bank[:6] = teacher
+    student.requires_grad_()
+    loss = bank_loss(student, teacher, bank)
+    targets = torch.softmax(teacher @ bank.T / 0.01, dim=1)
+    expected = -(targets * torch.log_softmax(student @ bank.T / 0.2, dim=1)).sum(1).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    found, right = (torch.autograd.grad(x, student)[0] for x in (loss, expected))
+    torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match=r"at least as many rows as the batch has images \(6\); got \[5, 16\]"):
+        bank_loss(student, teacher, bank[:5])
+    with pytest.raises(ValueError, match="project the student's features to the teacher's width"):
+        bank_loss(student[:, :8], teacher, bank)
 
 
 # --- the operator in PyTorch ----------------------------------------------------------------------------------------

@@ -63,8 +63,7 @@ def dino_loss(
             backend does so where the logits are contiguous float32 or bfloat16 and need a gradient, outside of
             torch.compile. Where an earlier operation kept the logits for its own backward, that backward raises. In
             bfloat16 an upstream gradient that is no power of two then rounds the gradient a second time.
-        backend: "auto", "triton", "triton_sweep" (a GPU's gradient in the forward, not measured yet), "native" or
-            "reference"; see `dino_fast.backends`.
+        backend: "auto", "triton", "native" or "reference"; see `dino_fast.backends`.
 
     NaN or infinite logits give a loss and gradients that are not finite, as the formula does; they raise nothing, which
     would cost a pass over the data. One derivative, in reverse mode; others are refused.
@@ -168,7 +167,7 @@ def _forward(
 def _run(student, teacher, center, student_temp, teacher_temp, differentiable, backend, inplace=False, direct=False):
     validate_inputs(student, teacher, center, student_temp, teacher_temp)
     chosen = choose("dino_loss", student, teacher, backend=backend)
-    written = differentiable and _written_in_forward(student, chosen, direct)
+    written = differentiable and _written_in_forward(student, direct)
     overwritten = inplace and written and student.is_contiguous()
     if overwritten:
         _refuse_shared_memory(student, teacher, center)
@@ -189,7 +188,7 @@ def _fake_forward(
 ):
     temps = (student_temp, teacher_temp) if changing_temps is None else ()
     validate_inputs(student, teacher, center, *temps)
-    written = differentiable and _written_in_forward(student, "", direct=False)
+    written = differentiable and _written_in_forward(student, direct=False)
     return _empty_outputs(student, differentiable, written, overwritten=False)
 
 
@@ -207,18 +206,16 @@ def _empty_outputs(student: Tensor, differentiable: bool, written: bool, overwri
     )
 
 
-def _written_in_forward(student: Tensor, chosen: str, direct: bool) -> bool:
+def _written_in_forward(student: Tensor, direct: bool) -> bool:
     """Whether the forward writes the gradient.
 
     Not in float16, where 1 / (tau_s B N) underflows. Not on an accelerator, whose upstream gradient the host cannot see
-    without waiting: one pass that scales as it writes costs less than multiplying afterwards (`triton_sweep` alone
-    writes it there). Not in bfloat16 in traced code, which cannot look at the upstream gradient either.
+    without waiting: one pass that scales as it writes costs less than multiplying afterwards. Not in bfloat16 in traced
+    code, which cannot look at the upstream gradient either.
     """
-    if student.dtype == torch.float16:
+    if student.dtype == torch.float16 or student.device.type != "cpu":
         return False
-    if student.device.type == "cpu":
-        return direct or student.dtype != torch.bfloat16
-    return direct and chosen == "triton_sweep"
+    return direct or student.dtype != torch.bfloat16
 
 
 def _rounds_twice(student: Tensor) -> bool:
@@ -293,7 +290,6 @@ def _keep_for_backward(ctx, inputs, output, keep_student: bool) -> None:
     ctx.set_materialize_grads(False)
     ctx.differentiable = differentiable
     ctx.written = gradient.numel() > 0
-    ctx.taken = None  # the upstream gradient that a GPU has multiplied the written one by
     ctx.numbers = student_temp, teacher_temp, backend
     ctx.anchors = ()
     kept = [gradient] if ctx.written else []
@@ -317,8 +313,6 @@ def _backward(ctx, upstream, *unused):
         return _make_anew(ctx, ctx.saved_tensors, upstream), *nothing
     gradient, *inputs = ctx.saved_tensors
     plain = type(upstream) is Tensor and type(gradient) is Tensor
-    if plain and gradient.device.type == "cuda":
-        return triton.scale_grad(ctx, gradient, upstream), *nothing
     if plain and len(inputs) > 1 and not _is_power_of_two(upstream.item()):
         return _make_anew(ctx, inputs, upstream), *nothing
     return _scale_grad(gradient, upstream), *nothing
@@ -374,13 +368,9 @@ def _example(device: torch.device) -> tuple[Tensor, ...]:
     return tuple(torch.empty((n, 2, 4096), dtype=dtype, device=device) for n in (10, 2))
 
 
-# Programs of `triton_sweep` wait for each other, and none has run on a GPU yet: only who asks for it gets it.
 register(
     "dino_loss",
     Backend("triton", unavailable_reason=triton_unavailable_reason, unsupported_reason=triton.unsupported_reason),
-    Backend(
-        "triton_sweep", unavailable_reason=triton_unavailable_reason, unsupported_reason=triton.sweep_unsupported_reason
-    ),
     Backend("native", unavailable_reason=native_unavailable_reason, unsupported_reason=native.unsupported_reason),
     Backend("reference"),
     example=_example,
@@ -418,13 +408,11 @@ def _reference_gradient(student, teacher, center, row_statistics, upstream, stud
 
 FORWARD = {
     "triton": triton.forward,
-    "triton_sweep": triton.sweep_forward,
     "native": native.forward,
     "reference": _reference_forward,
 }
 GRADIENT = {
     "triton": triton.gradient,
-    "triton_sweep": triton.gradient,
     "native": native.gradient,
     "reference": _reference_gradient,
 }

@@ -1,4 +1,4 @@
-"""The Triton backends of dino_loss: kernels/dino_loss.py, and kernels/dino_loss_sweep.py for `triton_sweep`."""
+"""The Triton backend of dino_loss: kernels/dino_loss.py."""
 
 from __future__ import annotations
 
@@ -24,15 +24,6 @@ def unsupported_reason(student: Tensor | None = None, *others: Tensor) -> str | 
     return None if student is None else gpu.too_old(student.device)
 
 
-def sweep_unsupported_reason(student: Tensor | None = None, *others: Tensor) -> str | None:
-    """The same for `triton_sweep`."""
-    if (reason := unsupported_reason(student, *others)) or student is None:
-        return reason
-    from dino_fast.kernels import dino_loss_sweep
-
-    return dino_loss_sweep.unsupported_reason(student)
-
-
 def forward(student, teacher, center, student_temp, teacher_temp, outputs):
     from dino_fast.kernels import dino_loss as kernels
 
@@ -48,18 +39,6 @@ def forward(student, teacher, center, student_temp, teacher_temp, outputs):
     return loss, mean, entropy, grad, row_statistics, kept_center
 
 
-def sweep_forward(student, teacher, center, student_temp, teacher_temp, outputs):
-    *_, grad, row_statistics, kept_center = outputs
-    if grad.numel() == 0:
-        return forward(student, teacher, center, student_temp, teacher_temp, outputs)
-    from dino_fast.kernels import dino_loss_sweep
-
-    rows = contiguous_rows(student), contiguous_rows(teacher)
-    center = center.to(torch.float32).contiguous()
-    loss, entropy, mean = dino_loss_sweep.sweep(*rows, center, student_temp, teacher_temp, row_statistics, grad)
-    return loss, mean, entropy, grad, row_statistics, kept_center
-
-
 def gradient(student, teacher, center, row_statistics, upstream, student_temp, teacher_temp):
     from dino_fast.kernels import dino_loss as kernels
 
@@ -69,16 +48,3 @@ def gradient(student, teacher, center, row_statistics, upstream, student_temp, t
     statistics = row_statistics.contiguous()
     kernels.gradient(student, teacher, center, statistics, upstream, grad, student_temp, teacher_temp)
     return grad
-
-
-def scale_grad(ctx, grad: Tensor, upstream: Tensor) -> Tensor:
-    """grad * upstream, where only the GPU knows upstream: in place, by a kernel that returns at once if it is 1.
-    A graph that is run again gets a new tensor, from what the first run left; if that was for an upstream gradient of
-    0, the second run's is not finite."""
-    from dino_fast.kernels.dino_loss_sweep import scale
-
-    if ctx.taken is None:
-        ctx.taken = upstream
-        scale(grad, upstream)
-        return grad
-    return grad * (upstream / ctx.taken).to(grad.dtype)
