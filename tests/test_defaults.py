@@ -11,6 +11,7 @@ import functools
 import importlib
 import io
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +43,15 @@ from dino_fast.loss import (
     linear_ibot_loss,
     sinkhorn_center,
 )
-from dino_fast.models import DINOHead, DINOv2, MultiCropWrapper, VisionTransformer, build_backbone
+from dino_fast.models import (
+    DINOHead,
+    DINOv2,
+    MultiCropWrapper,
+    VisionTransformer,
+    build_backbone,
+    export_backbone,
+    load_backbone,
+)
 from dino_fast.ops.linear.matmul import Norm, linear, matmul
 from dino_fast.ops.linear.mlp import mlp
 from dino_fast.optim import AdamWEMA, as_found_inf, build_optimizer, ema_update
@@ -261,6 +270,12 @@ def wrapped() -> list[Any]:
     return [out.detach(), *(p.grad for p in network.parameters() if p.requires_grad)]
 
 
+def saved_and_loaded() -> list[Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = export_backbone(built(lambda: DINOv2(**SMALL, registers=2)), Path(folder) / "b.safetensors")
+        return list(load_backbone(path).state_dict().values())
+
+
 PIXELS, OTHER = drawn(B, 3, 16, 16), drawn(B, 3, 24, 32, seed=1)
 HALF = torch.bfloat16
 # name: (the public names that it covers, the call)
@@ -305,6 +320,7 @@ CALLS: dict[str, tuple[str, Callable[[], Any]]] = {
     "DINOv2": ("DINOv2", lambda: model(lambda: DINOv2(**SMALL, registers=2), PIXELS, OTHER)),
     "DINOHead": ("DINOHead WeightNormLinear", lambda: model(lambda: DINOHead(D, K, hidden_dim=16), drawn(B, D))),
     "MultiCropWrapper": ("MultiCropWrapper", wrapped),
+    "saved and loaded": ("export_backbone load_backbone", saved_and_loaded),
     "build_backbone": (
         "build_backbone ARCHITECTURES vit_tiny vit_small vit_base vit_large",
         lambda: model(lambda: build_backbone("vit_tiny", depth=1), PIXELS),

@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     from dino_fast.eval.common.backbone import open_backbone
     from dino_fast.models.weights.export import export
 
-    frozen = open_backbone(args.checkpoint, args.which, "cpu")
+    frozen = open_backbone(args.checkpoint, args.which, "cpu", tokens=False)
     facts = {"mean": list(frozen.mean), "std": list(frozen.std)}
     if frozen.pixel_range is not None:
         facts["pixel_range"] = list(frozen.pixel_range)

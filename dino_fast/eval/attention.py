@@ -36,15 +36,15 @@ _GAP = 4  # pixels between the pictures of a sheet
 def mass_mask(attention: Tensor, mass: float = MASS) -> Tensor:
     """Non-negative `[..., N]` -> bool `[..., N]`: the largest entries, which together hold `mass` of each row's sum.
 
-    At least one entry of each row is kept.
+    The mask has at least one entry in each row.
     """
     if not 0 < mass <= 1:
         raise UserError(f"the mass is {mass}; it is a share above 0 and up to 1 (the usual value is 0.6)")
     value, order = attention.double().sort(dim=-1, stable=True)
     running = value.cumsum(dim=-1) / value.sum(dim=-1, keepdim=True).clamp(min=1e-300)
-    keep = running > 1 - mass
-    keep[..., -1] = True
-    return torch.zeros_like(keep).scatter_(-1, order, keep)
+    inside = running > 1 - mass
+    inside[..., -1] = True
+    return torch.zeros_like(inside).scatter_(-1, order, inside)
 
 
 def attention_maps(frozen: Frozen, image: Tensor, image_size: int) -> tuple[Tensor, Tensor]:
@@ -119,7 +119,8 @@ def evaluate(
 
     An image NAME.jpg becomes the folder `out`/NAME (see `draw`). A video becomes `out`/frames/*.png, each frame beside
     its overlay of the heads' mean, and `out`/attention.mp4 where PyAV is installed. Returns `images` or `frames` (how
-    many), `left_out` (messages of unreadable images), `out`, `heads`, `mp4` (its path, or what to install).
+    many), `left_out` (messages of unreadable images), `out`, `heads`, `mp4` (its path, or the command that installs
+    PyAV).
     """
     path = Path(data).expanduser()
     mass_mask(torch.ones(1, dtype=torch.float32, device="cpu"), mass)  # refuses a bad share before any time is spent

@@ -92,7 +92,9 @@ def match(queries: list[str], database: list[str], pattern: str | None = None) -
     except re.error as error:
         raise UserError(f"--match {pattern!r} is no regular expression: {error}") from error
     if compiled is not None and compiled.groups < 1:
-        raise UserError(f"--match {pattern!r} has no group: put brackets around what a copy and its original share")
+        raise UserError(
+            f"--match {pattern!r} has no group: put brackets around the part that a copy and its original share"
+        )
 
     def key(name: str) -> str:
         if compiled is None:
@@ -135,7 +137,7 @@ def evaluate(
     if not any(rows):
         raise UserError(
             f"no file name of {test} is one of {data}: copies are found by name, so name each as its original, or say "
-            "with --match what they share"
+            "with --match which part of the name they share"
         )
     others = [] if distractors is None else list_images(distractors)
     frozen = open_backbone(checkpoint, which, device)

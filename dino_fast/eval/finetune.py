@@ -30,8 +30,8 @@ from dino_fast.eval.common.crops import random_crop
 from dino_fast.models import VisionTransformer, set_drop_path_seed
 from dino_fast.seeding import derive_seed
 
-_AUGMENT, _CROP, _ERASE, _MIX, _HEAD = range(10, 15)  # what a draw is for, apart from the loader's
-_GRAY = 128  # fills what RandAugment uncovers
+_AUGMENT, _CROP, _ERASE, _MIX, _HEAD = range(10, 15)  # draws' purposes, part of their seeds; others than the loader's
+_GRAY = 128  # fills the pixels that RandAugment uncovers
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Classifier(nn.Module):
 
 
 class _Pictures(torch.utils.data.Dataset["tuple[Tensor, int, int] | None"]):
-    """Distorted images of one epoch: uint8 `[C, h, w]` with their label and index, None for what cannot be read."""
+    """Distorted images of one epoch: uint8 `[C, h, w]` with their label and index, None for an unreadable image."""
 
     def __init__(self, source: Source, size: tuple[int, int], recipe: Recipe, epoch: int) -> None:
         self.source, self.size, self.recipe, self.epoch = source, size, recipe, epoch
@@ -147,7 +147,7 @@ def mixed(images: Tensor, targets: Tensor, recipe: Recipe, epoch: int, batch: in
     else:
         height, width = images.shape[2:]
         h, w = (round(side * math.sqrt(1 - share)) for side in (height, width))
-        y, x = rng.integers(height), rng.integers(width)  # the box's centre
+        y, x = rng.integers(height), rng.integers(width)  # the box's center
         box = np.s_[:, :, max(0, y - h // 2) : y + h - h // 2, max(0, x - w // 2) : x + w - w // 2]
         images = images.clone()
         images[box] = other[box]

@@ -27,7 +27,7 @@ from dino_fast.seeding import derive_seed
 RATES = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)  # per 256 images; the published one is 0.001
 _MOMENTUM = 0.9
 _ROWS = 8192  # features classified at once
-_ORDER = 3  # what the draw is for (0 to 2 are the loader's)
+_ORDER = 3  # the draw's purpose, part of its seed (0 to 2 are the loader's)
 
 
 @dataclass
@@ -169,10 +169,10 @@ def evaluate(
         return x.to(frozen.device), y.to(frozen.device)
 
     test_features, test_labels = centered(held_out)
-    by_epoch: list[list[tuple[float, float]]] = []  # [epochs][rates]: top-1, top-5
+    epoch_results: list[list[tuple[float, float]]] = []  # [epochs][rates]: top-1, top-5
 
     def measure(epoch: int, heads: Heads) -> None:
-        by_epoch.append(accuracy(heads, test_features, test_labels))
+        epoch_results.append(accuracy(heads, test_features, test_labels))
 
     if crops == "centre":
         fixed = centered(train)
@@ -184,9 +184,9 @@ def evaluate(
     heads = fit(features_of, classes, rates, epochs=epochs, batch_size=batch_size, seed=seed, on_epoch=measure)
     rows: list[dict[str, Any]] = []
     for i, rate in enumerate(heads.rates):
-        top1 = [epoch[i][0] for epoch in by_epoch]
+        top1 = [epoch[i][0] for epoch in epoch_results]
         best = {"best_epoch_top1": max(top1), "best_epoch": top1.index(max(top1))}
-        rows.append({"rate": rate, "top1": top1[-1], "top5": by_epoch[-1][i][1], **best})
+        rows.append({"rate": rate, "top1": top1[-1], "top5": epoch_results[-1][i][1], **best})
     result = {
         **max(rows, key=lambda row: row["top1"]),
         "results": rows,

@@ -130,9 +130,9 @@ def evaluate(
     names hard images, `database`, `queries`, `left_out` (queries with nothing to find), and the settings.
     """
     if ground_truth is None:
-        names, read, questions = _by_labels(data, test)
+        names, read, questions = _labeled_questions(data, test)
     else:
-        names, read, questions = _by_file(data, test, Path(ground_truth))
+        names, read, questions = _listed_questions(data, test, Path(ground_truth))
     if not all(0 < scale <= 4 for scale in scales) or not scales:
         raise UserError(f"scales are {list(scales)}; give one or more above 0 and up to 4")
     frozen = open_backbone(checkpoint, which, device, tokens=False)
@@ -173,7 +173,7 @@ def evaluate(
 Reader = dict[str, Callable[[int, Frozen], Tensor]]
 
 
-def _by_labels(data: str | Path, test: str | Path | None) -> tuple[dict[str, Any], Reader, list[Question]]:
+def _labeled_questions(data: str | Path, test: str | Path | None) -> tuple[dict[str, Any], Reader, list[Question]]:
     source = open_source(data)
     asked = source.test if test is None else open_source(test)
     same = asked is None
@@ -183,7 +183,7 @@ def _by_labels(data: str | Path, test: str | Path | None) -> tuple[dict[str, Any
             if part.unused_labels:
                 raise UserError(f"{where}: what a query should find is not known: {part.unused_labels}")
             raise UserError(
-                f"{where} has no labels, and what a query should find is not known: give one sub-folder per class, or "
+                f"{where} has no labels to say which images a query should find: give one sub-folder per class, or "
                 "--ground-truth"
             )
     assert source.labels is not None and asked.labels is not None
@@ -205,7 +205,9 @@ def _by_labels(data: str | Path, test: str | Path | None) -> tuple[dict[str, Any
     return {"database": len(source), "same": same}, read, questions
 
 
-def _by_file(data: str | Path, test: str | Path | None, file: Path) -> tuple[dict[str, Any], Reader, list[Question]]:
+def _listed_questions(
+    data: str | Path, test: str | Path | None, file: Path
+) -> tuple[dict[str, Any], Reader, list[Question]]:
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

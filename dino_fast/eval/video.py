@@ -81,7 +81,7 @@ def carry(target: Tensor, sources: Tensor, masks: Tensor, settings: Settings) ->
     """
     n, h, w, dim = sources.shape
     radius = settings.radius or max(h, w)
-    # Tiles about as large as the reach: smaller ones copy neighbors more often, larger ones compare what is too far.
+    # Tiles about as large as the reach: smaller ones copy neighbors more often, larger ones compare patches beyond it.
     side = settings.radius or max(1, math.isqrt(_SIMILARITIES // (n * h * w)))
     result = target.new_empty(h, w, masks.shape[-1])
     for (top, end), (left, right) in itertools.product(_parts(h, side), _parts(w, side)):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dino_fast.models.packing import Packing
 from dino_fast.models.vit import Block, Linear, VisionTransformer, init_linear, set_drop_path_seed
 
-# Name in torch.hub -> embed_dim, depth, num_heads, and what the giant has besides. `<name>_reg` has four registers.
+# Name in torch.hub -> embed_dim, depth, num_heads, and the giant's further arguments. `<name>_reg` has four registers.
 SIZES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
     "dinov2_vits14": (384, 12, 6, {}),
     "dinov2_vitb14": (768, 12, 12, {}),
@@ -29,9 +29,9 @@ IMG_SIZE, PATCH_SIZE = 518, 14
 
 
 class DINOv2(VisionTransformer):
-    """Images `[B, in_chans, H, W]` -> normalised class tokens `[B, embed_dim]`.
+    """Images `[B, in_chans, H, W]` -> normalized class tokens `[B, embed_dim]`.
 
-    `layer_scale` is what the learned scales start at, None leaves them out; `swiglu` takes the gated MLP, of hidden
+    `layer_scale` is the learned scales' initial value, None leaves them out; `swiglu` takes the gated MLP, of hidden
     width 8 * ceil(mlp_ratio * embed_dim * 2/3 / 8). With registers the position embeddings are interpolated with
     antialiasing to the exact size, as the released weights with registers expect; `antialias` overrides that.
 
@@ -74,9 +74,11 @@ class DINOv2(VisionTransformer):
         set_drop_path_seed(self, 0, 0)
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
+        """The normalized tokens `[B, 1 + N, embed_dim]` after each of the last `n` blocks, without the registers."""
         return [self._without_registers(tokens) for tokens in super().get_intermediate_layers(x, n)]
 
     def position_embedding(self, height: int, width: int) -> Tensor:
+        """The table `[1, 1 + h*w, embed_dim]` for a grid of h x w patches; `antialias` says how it is interpolated."""
         if not self.antialias or (height, width) == self.grid:
             return super().position_embedding(height, width)
         return self.resampled(height, width, antialiased_matrix)
@@ -109,19 +111,24 @@ class ScaledBlock(Block):
         self.ls1 = LayerScale(dim, layer_scale) if scaled else nn.Identity()  # type: ignore[arg-type]
         self.ls2 = LayerScale(dim, layer_scale) if scaled else nn.Identity()  # type: ignore[arg-type]
 
-    def attention_branch(self, x: Tensor, packing: Packing, classes: bool) -> Tensor:
-        return cast(Tensor, self.ls1(super().attention_branch(x, packing, classes)))
+    def attention_branch(self, x: Tensor, packing: Packing, cls_only: bool) -> Tensor:
+        """The attention's contribution to the residual stream, scaled."""
+        return cast(Tensor, self.ls1(super().attention_branch(x, packing, cls_only)))
 
     def mlp_branch(self, x: Tensor) -> Tensor:
+        """The MLP's contribution to the residual stream, scaled."""
         return cast(Tensor, self.ls2(super().mlp_branch(x)))
 
 
 class LayerScale(nn.Module):
+    """A learned scale a channel (arXiv:2103.17239)."""
+
     def __init__(self, dim: int, start: float) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.full((dim,), start))
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[..., dim]` -> `[..., dim]`."""
         return x * self.gamma
 
 
@@ -134,11 +141,12 @@ class SwiGLU(nn.Module):
         self.w3 = Linear(hidden, dim)
 
     def forward(self, x: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
+        """`[rows, dim]`, of which `norm` is taken first -> `[rows, dim]`."""
         gate, value = self.w12(x, norm).chunk(2, dim=-1)
         return cast(Tensor, self.w3(F.silu(gate) * value))
 
 
-def options_of(name: str) -> dict[str, Any] | None:
+def model_options(name: str) -> dict[str, Any] | None:
     """The constructor's arguments of a model by its name in torch.hub, or None for a name that is none of them."""
     base = name.removesuffix("_reg")
     if base not in SIZES:

@@ -27,9 +27,9 @@ class MultiCropWrapper(nn.Module):
         """The head's output `[sum of rows, out_dim]` of crops, each `[B, C, h, w]`, crop by crop."""
         return cast(Tensor, self.head(self.features(crops)))
 
-    def features(self, crops: Sequence[Tensor], kept: Tensor | None = None) -> Tensor:
-        """The head's input `[sum of rows, embed_dim]`. `kept` is what the backbone's `stochastic_depth` drew."""
+    def features(self, crops: Sequence[Tensor], keep_indices: Tensor | None = None) -> Tensor:
+        """The head's input `[sum of rows, embed_dim]`; `keep_indices` as in the backbone's forward."""
         if isinstance(self.backbone, VisionTransformer):
-            return cast(Tensor, self.backbone(crops, kept))
+            return cast(Tensor, self.backbone(crops, keep_indices))
         outputs = [self.backbone(crop) for crop in crops]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

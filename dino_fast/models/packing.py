@@ -1,4 +1,4 @@
-"""Crops of several resolutions as one buffer of tokens: where each lies, how they attend, which of them are kept.
+"""Crops of several resolutions as one buffer of tokens: their places, their attention, and stochastic depth.
 
 The crops of one resolution are a group; groups lie one after the other, so a buffer is [sum of crops * tokens, C] and a
 group is a view of it. Everything that works token by token is then one call for all resolutions.
@@ -117,44 +117,49 @@ def computed_count(n: int, rate: float) -> int:
     return n if rate < GATHER_FROM else math.ceil(n * (1 - rate) - 1e-9)
 
 
-def take(x: Tensor, packing: Packing, kept: KeptSamples) -> Tensor:
+def take(x: Tensor, packing: Packing, samples: KeptSamples) -> Tensor:
     """The rows of [tokens, C] that the branch is computed for; a copy where those are not all."""
-    return x if kept.crops is None else x.index_select(0, _rows(packing, kept.crops))
+    return x if samples.crops is None else x.index_select(0, _rows(packing, samples.crops))
 
 
-def kept_alone(kept: KeptSamples) -> KeptSamples:
-    """The same with a branch computed for nothing that is dropped, unless that leaves a group without crops.
+def without_dropped(samples: KeptSamples) -> KeptSamples:
+    """The same without the dropped crops, so that no branch is computed for them, unless a group would be empty.
 
     Reads the mask, so it must be on the CPU.
     """
-    if kept.mask is None or bool(kept.mask.all()):
-        return kept._replace(mask=None)
-    parts = kept.mask.split([n for n, _ in kept.packing.groups])
+    if samples.mask is None or bool(samples.mask.all()):
+        return samples._replace(mask=None)
+    parts = samples.mask.split([n for n, _ in samples.packing.groups])
     places = [part.nonzero()[:, 0] for part in parts]
     if not all(map(len, places)):
-        return kept
-    crops = places if kept.crops is None else [i[place] for i, place in zip(kept.crops, places, strict=True)]
-    groups = [(len(i), length) for i, (_, length) in zip(crops, kept.packing.groups, strict=True)]
-    return KeptSamples(tuple(crops), None, pack(groups, kept.packing.cu_seqlens.device), kept.scale)
+        return samples
+    crops = places if samples.crops is None else [i[place] for i, place in zip(samples.crops, places, strict=True)]
+    groups = [(len(i), length) for i, (_, length) in zip(crops, samples.packing.groups, strict=True)]
+    return KeptSamples(tuple(crops), None, pack(groups, samples.packing.cu_seqlens.device), samples.scale)
 
 
-def add_to_kept(x: Tensor, branch: Tensor, packing: Packing, kept: KeptSamples) -> Tensor:
+def add_to_kept(x: Tensor, branch: Tensor, packing: Packing, samples: KeptSamples) -> Tensor:
     """x [tokens, C] with `branch`, the rows that it was computed for, added to the kept crops' rows, scaled up."""
     mask = None
-    if kept.mask is not None:
-        parts = kept.mask.split([n for n, _ in kept.packing.groups])
+    if samples.mask is not None:
+        parts = samples.mask.split([n for n, _ in samples.packing.groups])
         lengths = [length for _, length in packing.groups]
         mask = joined([part[:, None].expand(-1, n).flatten() for part, n in zip(parts, lengths, strict=True)])[:, None]
-    rows = None if kept.crops is None else _rows(packing, kept.crops)
+    rows = None if samples.crops is None else _rows(packing, samples.crops)
     if torch.compiler.is_compiling():
         product = branch if mask is None else branch * mask.to(branch.dtype)
-        return x.add(product, alpha=kept.scale) if rows is None else x.index_add(0, rows, product, alpha=kept.scale)
-    return cast(Tensor, _AddRows.apply(x, branch, mask, rows, kept.scale))
+        return (
+            x.add(product, alpha=samples.scale) if rows is None else x.index_add(0, rows, product, alpha=samples.scale)
+        )
+    return cast(Tensor, _AddRows.apply(x, branch, mask, rows, samples.scale))
 
 
 class _AddRows(torch.autograd.Function):
-    """PyTorch's keeps the branch for its backward, to know its shape; here it can be freed. The scale is no tensor of
-    the branch's dtype: rounded to bfloat16, it would no longer be the inverse of the share that is kept."""
+    """PyTorch's own operation keeps the branch for its backward, to know its shape; here it can be freed.
+
+    The scale is no tensor of the branch's dtype: rounded to bfloat16, it would no longer be the inverse of the share
+    that is kept.
+    """
 
     @staticmethod
     def forward(x: Tensor, branch: Tensor, mask: Tensor | None, rows: Tensor | None, scale: float) -> Tensor:
@@ -172,11 +177,11 @@ class _AddRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         mask, rows = ctx.saved_tensors
-        of_branch = grad if rows is None else grad.index_select(0, rows)
+        grad_branch = grad if rows is None else grad.index_select(0, rows)
         weights = ctx.scale
         if mask is not None:
             weights = mask.to(torch.promote_types(grad.dtype, torch.float32)) * ctx.scale
-        return grad, (of_branch * weights).to(ctx.dtype), None, None, None
+        return grad, (grad_branch * weights).to(ctx.dtype), None, None, None
 
 
 def _rows(packing: Packing, crops: Sequence[Tensor]) -> Tensor:

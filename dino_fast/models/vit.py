@@ -25,9 +25,9 @@ from dino_fast.models.packing import (
     attend_first,
     computed_count,
     joined,
-    kept_alone,
     pack,
     take,
+    without_dropped,
 )
 from dino_fast.ops.linear.matmul import Norm, linear
 from dino_fast.ops.linear.mlp import mlp
@@ -35,7 +35,7 @@ from dino_fast.seeding import derive_seed
 
 
 class VisionTransformer(nn.Module):
-    """Images `[B, in_chans, H, W]` -> normalised class tokens `[B, embed_dim]`.
+    """Images `[B, in_chans, H, W]` -> normalized class tokens `[B, embed_dim]`.
 
     H and W are any multiples of `patch_size`: the position embeddings, learned for `img_size` (a side, or height and
     width), are interpolated. `drop_path_rate` is the stochastic depth of the last block, growing linearly from 0 at
@@ -83,22 +83,22 @@ class VisionTransformer(nn.Module):
         self.apply(init_linear)
         set_drop_path_seed(self, 0, 0)  # blocks differ, also where nobody sets it
 
-    def forward(self, x: Tensor | Sequence[Tensor], kept: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor | Sequence[Tensor], keep_indices: Tensor | None = None) -> Tensor:
         """Images `[B, C, H, W]`, or several such tensors of different sizes -> `[sum of B, embed_dim]`.
 
-        All sizes go through as one buffer of tokens. `kept` is what `stochastic_depth` drew; by default it is drawn
-        here.
+        All sizes go through as one buffer of tokens. `keep_indices` come from `stochastic_depth`, which is called here
+        where they are not given.
         """
         images = [x] if isinstance(x, Tensor) else list(x)
         tokens, packing = self._tokens(images)
-        branches = self._kept(packing, images, kept)
+        branches = self._kept_samples(packing, images, keep_indices)
         for block, pair in zip(self.blocks[:-1], branches, strict=False):
             tokens = self.call_block(block, tokens, packing, pair)
         # Nothing but the class token is used after the last block, so the rest of it is made for that token alone.
         return cast(Tensor, self.norm(self.call_block(self.blocks[-1], tokens, packing, branches[-1], True)))
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """`[B, C, H, W]` -> all normalised tokens `[B, 1 + N, embed_dim]`, the class token first."""
+        """`[B, C, H, W]` -> all normalized tokens `[B, 1 + N, embed_dim]`, the class token first."""
         return self.get_intermediate_layers(x)[0]
 
     def get_last_selfattention(self, x: Tensor) -> Tensor:
@@ -111,19 +111,20 @@ class VisionTransformer(nn.Module):
         return last.attn.probabilities(last.norm1(tokens).unflatten(0, packing.groups[0]))
 
     def get_intermediate_layers(self, x: Tensor, n: int = 1) -> list[Tensor]:
-        """The normalised tokens `[B, 1 + N, embed_dim]` after each of the last `n` blocks, in order."""
+        """The normalized tokens `[B, 1 + N, embed_dim]` after each of the last `n` blocks, in order."""
         if not 1 <= n <= len(self.blocks):
             raise UserError(f"n is {n}; this backbone has {len(self.blocks)} blocks, so 1 to {len(self.blocks)}")
         tokens, packing = self._tokens([x])
         outputs = []
-        for i, (block, kept) in enumerate(zip(self.blocks, self._kept(packing, [x], None), strict=True)):
-            tokens = block(tokens, packing, kept)
+        branches = self._kept_samples(packing, [x], None)
+        for i, (block, kept_samples) in enumerate(zip(self.blocks, branches, strict=True)):
+            tokens = block(tokens, packing, kept_samples)
             if i >= len(self.blocks) - n:
                 outputs.append(self.norm(tokens).unflatten(0, packing.groups[0]))
         return outputs
 
     def stochastic_depth(self, images: Sequence[Tensor], numbers: np.ndarray[Any, Any] | None = None) -> Tensor | None:
-        """Draws what stochastic depth drops: int64 on the CPU, for `forward`; None where nothing is.
+        """Draws the images that stochastic depth keeps: int64 on the CPU, for `forward`; None where it drops none.
 
         `numbers` int64 `[sum of B]` are the images' in the whole batch, size by size (default 0, 1, ...). In blocks
         of a rate below `packing.GATHER_FROM` an image's draw is a function of its number and the seed, whichever images
@@ -139,18 +140,18 @@ class VisionTransformer(nn.Module):
             raise UserError(f"{len(array)} numbers for {sum(counts)} images; each image has one")
         return torch.cat([layer.draw(counts, array) for layer in layers for _ in range(2)])
 
-    def _kept(
-        self, packing: Packing, images: Sequence[Tensor], drawn: Tensor | None
+    def _kept_samples(
+        self, packing: Packing, images: Sequence[Tensor], keep_indices: Tensor | None
     ) -> list[tuple[KeptSamples, KeptSamples] | None]:
         """For each block the images that its two branches are computed for and added to, None for all."""
         device = images[0].device
-        if drawn is None:
-            drawn = self.stochastic_depth(images)
-            if drawn is not None and device.type == "cuda":
-                drawn = drawn.pin_memory().to(device, non_blocking=True)
-        if drawn is None:
+        if keep_indices is None:
+            keep_indices = self.stochastic_depth(images)
+            if keep_indices is not None and device.type == "cuda":
+                keep_indices = keep_indices.pin_memory().to(device, non_blocking=True)
+        if keep_indices is None:
             return [None] * len(self.blocks)
-        shapes_may_change = type(drawn) is Tensor and device.type == "cpu" and not torch.compiler.is_compiling()
+        shapes_may_change = type(keep_indices) is Tensor and device.type == "cpu" and not torch.compiler.is_compiling()
         result: list[tuple[KeptSamples, KeptSamples] | None] = []
         used = 0
         for block in cast("list[Block]", self.blocks):
@@ -165,10 +166,10 @@ class VisionTransformer(nn.Module):
             pair = []
             for _ in range(2):
                 sizes = [*(counts if gathers else ()), sum(counts)]
-                *crops, mask = drawn[used : used + sum(sizes)].split(sizes)
+                *crops, mask = keep_indices[used : used + sum(sizes)].split(sizes)
                 used += sum(sizes)
-                kept = KeptSamples(tuple(crops) if gathers else None, mask, inner, 1 / (1 - rate))
-                pair.append(kept_alone(kept) if shapes_may_change else kept)
+                samples = KeptSamples(tuple(crops) if gathers else None, mask, inner, 1 / (1 - rate))
+                pair.append(without_dropped(samples) if shapes_may_change else samples)
             result.append((pair[0], pair[1]))
         return result
 
@@ -200,7 +201,7 @@ class VisionTransformer(nn.Module):
         first = 1 + self.registers
         packing = pack([(len(x), first + h * w) for x, (h, w) in zip(images, grids, strict=True)], images[0].device)
         patches = self.patch_embed(images, packing)
-        # One row for every token: positions, and what the class token and the patches' bias add to them.
+        # One row for every token: its position, plus the class token or the patches' bias.
         tables = []
         for (n, _), grid in zip(packing.groups, grids, strict=True):
             position = self.position_embedding(*grid)
@@ -209,7 +210,7 @@ class VisionTransformer(nn.Module):
         return torch.addmm(joined(tables), patches, self.patch_embed.proj.weight.flatten(1).t()), packing
 
     def _leading(self, position: Tensor) -> Tensor:
-        """What stands before the patches, `[1, 1 + registers, embed_dim]`."""
+        """The tokens before the patches, `[1, 1 + registers, embed_dim]`."""
         return self.cls_token + position[:, :1]
 
     def _grid_of(self, x: Tensor) -> tuple[int, int]:
@@ -226,14 +227,18 @@ def _call(block: nn.Module, *inputs: Any) -> Tensor:
 
 
 class PatchEmbed(nn.Module):
-    """Images `[B, C, H, W]` of several sizes -> `[tokens, C * patch * patch]`: the patches row by row, and rows of
-    zeros where the tokens before them will be. A convolution's weight by name, it multiplies as a matrix."""
+    """Images `[B, C, H, W]` of several sizes -> `[tokens, C * patch * patch]`: each patch's pixels as a row.
+
+    Rows of tokens that are no patches are zeros. `proj` is a convolution by its names in the state dict; its weight is
+    used as a matrix.
+    """
 
     def __init__(self, patch_size: int, in_chans: int, dim: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_chans, dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, images: Sequence[Tensor], packing: Packing) -> Tensor:
+        """Copies the patches of all images into one new buffer."""
         weight, size = self.proj.weight, self.proj.weight.shape[-1]
         tokens = sum(n * length for n, length in packing.groups)
         buffer = weight.new_zeros(tokens, weight[0].numel())  # also a cast, where the images are of another dtype
@@ -250,6 +255,7 @@ class Linear(nn.Linear):
     """PyTorch's, with products by `dino_fast.ops.linear.matmul`; of `norm(input)` where there is a norm."""
 
     def forward(self, input: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
+        """`[rows, in]`, of which `norm` is taken first -> `[rows, out]`."""
         return linear(input, self.weight, self.bias, norm_of(norm))
 
 
@@ -259,42 +265,51 @@ def norm_of(module: nn.LayerNorm | None) -> Norm | None:
 
 
 class Attention(nn.Module):
+    """Multi-head self-attention over the tokens of each image; queries, keys and values are one linear layer."""
+
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = Linear(dim, dim)
 
-    def forward(self, x: Tensor, packing: Packing, classes: bool = False, norm: nn.LayerNorm | None = None) -> Tensor:
-        """[tokens, C], of which `norm` is taken first -> the same; with `classes` the first token of every image alone,
-        [images, C]."""
-        if not classes:
+    def forward(self, x: Tensor, packing: Packing, cls_only: bool = False, norm: nn.LayerNorm | None = None) -> Tensor:
+        """`[tokens, C]`, of which `norm` is taken first -> `[tokens, C]`.
+
+        With `cls_only` the result is made for the first token of every image alone, `[images, C]`.
+        """
+        if not cls_only:
             qkv = self.qkv(x, norm).unflatten(1, (3, self.num_heads, -1))
             return cast(Tensor, self.proj(attend(qkv, packing)))
         dim, bias = x.shape[1], self.qkv.bias
-        of_q, of_kv = (None, None) if bias is None else bias.split([dim, 2 * dim])
+        bias_q, bias_kv = (None, None) if bias is None else bias.split([dim, 2 * dim])
         weight_q, weight_kv = self.qkv.weight.split([dim, 2 * dim])
-        q = linear(packing.first(x), weight_q, of_q, norm_of(norm)).unflatten(1, (self.num_heads, -1))
-        kv = linear(x, weight_kv, of_kv, norm_of(norm)).unflatten(1, (2, self.num_heads, -1))
+        q = linear(packing.first(x), weight_q, bias_q, norm_of(norm)).unflatten(1, (self.num_heads, -1))
+        kv = linear(x, weight_kv, bias_kv, norm_of(norm)).unflatten(1, (2, self.num_heads, -1))
         return cast(Tensor, self.proj(attend_first(q, kv, packing)))
 
     def probabilities(self, x: Tensor) -> Tensor:
-        """[B, N, C] -> softmax(q k^T / sqrt(d)), `[B, H, N, N]`."""
+        """`[B, N, C]` -> softmax(q k^T / sqrt(d)), `[B, H, N, N]`."""
         q, k, _ = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         return cast(Tensor, (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1))
 
 
 class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between them."""
+
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.fc1 = Linear(dim, hidden)
         self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor, norm: nn.LayerNorm | None = None) -> Tensor:
+        """`[rows, dim]`, of which `norm` is taken first -> `[rows, dim]`."""
         return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, norm_of(norm))
 
 
 class Block(nn.Module):
+    """Attention and MLP, each after a layer norm and added to its input."""
+
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, drop_path_rate: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
@@ -304,29 +319,35 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(
-        self, x: Tensor, packing: Packing, kept: tuple[KeptSamples, KeptSamples] | None = None, classes: bool = False
+        self,
+        x: Tensor,
+        packing: Packing,
+        kept_samples: tuple[KeptSamples, KeptSamples] | None = None,
+        cls_only: bool = False,
     ) -> Tensor:
-        """[tokens, C] -> the same; with `classes` the first token of every image alone, [images, C].
+        """`[tokens, C]` -> `[tokens, C]`; with `cls_only` the first token of every image alone, `[images, C]`.
 
-        `kept` are the images that attention and MLP are computed for and added to; the others' tokens pass by.
+        `kept_samples` are the images that attention and MLP are computed for and added to; the others' tokens pass by.
         """
-        rest, packing_of_rest = x, packing
-        if classes:
-            rest = packing.first(x)
-            packing_of_rest = packing._replace(groups=tuple((n, 1) for n, _ in packing.groups))
-        if kept is None:
-            rest = rest + self.attention_branch(x, packing, classes)
-            return rest + self.mlp_branch(rest)
-        mixed, single = kept
-        branch = self.attention_branch(take(x, packing, mixed), mixed.packing, classes)
-        rest = add_to_kept(rest, branch, packing_of_rest, mixed)
-        branch = self.mlp_branch(take(rest, packing_of_rest, single))
-        return add_to_kept(rest, branch, packing_of_rest, single)
+        residual, out_packing = x, packing
+        if cls_only:
+            residual = packing.first(x)
+            out_packing = packing._replace(groups=tuple((n, 1) for n, _ in packing.groups))
+        if kept_samples is None:
+            residual = residual + self.attention_branch(x, packing, cls_only)
+            return residual + self.mlp_branch(residual)
+        attended, transformed = kept_samples
+        branch = self.attention_branch(take(x, packing, attended), attended.packing, cls_only)
+        residual = add_to_kept(residual, branch, out_packing, attended)
+        branch = self.mlp_branch(take(residual, out_packing, transformed))
+        return add_to_kept(residual, branch, out_packing, transformed)
 
-    def attention_branch(self, x: Tensor, packing: Packing, classes: bool) -> Tensor:
-        return cast(Tensor, self.attn(x, packing, classes, self.norm1))
+    def attention_branch(self, x: Tensor, packing: Packing, cls_only: bool) -> Tensor:
+        """The attention's contribution to the residual stream."""
+        return cast(Tensor, self.attn(x, packing, cls_only, self.norm1))
 
     def mlp_branch(self, x: Tensor) -> Tensor:
+        """The MLP's contribution to the residual stream."""
         return cast(Tensor, self.mlp(x, self.norm2))
 
 
@@ -343,14 +364,15 @@ class DropPath(nn.Module):
         self.reseed(0)
 
     def reseed(self, seed: int) -> None:
+        """Starts the sequence of draws of `seed`."""
         self.seed, self.draws = seed, 0
 
     @torch.compiler.disable  # type: ignore[misc, untyped-decorator]
     def draw(self, counts: Sequence[int], numbers: np.ndarray[Any, Any]) -> Tensor:
-        """For groups of so many images, numbered one group after the other: what `KeptSamples` holds of a branch.
+        """One branch's keep indices for groups of `counts` images, numbered one group after the other.
 
-        int64 on the CPU: a mask of all images, 1 where the branch is kept; from a rate of `GATHER_FROM` on, the indices
-        of those that it is computed for, ascending, group by group, and a mask of these.
+        Returns int64 on the CPU: a mask of all images, 1 where the branch is kept; from a rate of `GATHER_FROM` on, the
+        indices of the images that it is computed for, ascending, group by group, and a mask of these.
         """
         seed = derive_seed(self.seed, self.draws)
         self.draws += 1
@@ -371,6 +393,7 @@ class DropPath(nn.Module):
         return torch.tensor(np.concatenate(crops + masks), dtype=torch.int64, device="cpu")
 
     def extra_repr(self) -> str:
+        """The rate, for `print(model)`."""
         return f"rate={self.rate:.3f}"
 
 
@@ -408,11 +431,11 @@ def _placed(matrix: Callable[[int, int], Tensor], source: int, target: int, like
     """`matrix(source, target)` as `like` is; to a GPU it is copied once, since the host waits for such a copy."""
     if not like.is_cuda or type(like) is not Tensor:
         return matrix(source, target).to(like)
-    return _kept_on_gpu(matrix, source, target, like.device, like.dtype)
+    return _cached_on_gpu(matrix, source, target, like.device, like.dtype)
 
 
 @functools.lru_cache(maxsize=64)
-def _kept_on_gpu(
+def _cached_on_gpu(
     matrix: Callable[[int, int], Tensor], source: int, target: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
     with torch.inference_mode(False):

@@ -115,7 +115,7 @@ def _with_tapes(train_state: TrainState, kernels: HostKernels) -> tuple[list[Tap
 def on_host(kernels: HostKernels, monkeypatch: pytest.MonkeyPatch) -> HostKernels:
     """AdamWEMA through the CUDA kernels' bodies on the host; all else through PyTorch's operations, of fixed shapes."""
     monkeypatch.setenv("DINO_FAST_BACKEND", "reference")
-    monkeypatch.setattr("dino_fast.models.vit.kept_alone", lambda kept: kept)
+    monkeypatch.setattr("dino_fast.models.vit.without_dropped", lambda samples: samples)
     for table, name in (("_ADAMW_EMA", "adamw_ema"), ("_GRAD_NORMS", "grad_norms"), ("_EMA_UPDATE", "ema_update")):
         monkeypatch.setitem(getattr(multi_tensor, table), "reference", getattr(multi_tensor_cuda, name))
     return kernels

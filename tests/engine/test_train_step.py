@@ -162,7 +162,7 @@ def test_no_host_read_in_a_step(given: dict[str, Any], monkeypatch: pytest.Monke
     train_state, hyperparams, batch = _train_state(config), Schedules(config, PER_EPOCH).values_at(7), _batch(0, config)
     # These look at numbers of CPU tensors alone, for which nothing waits.
     monkeypatch.setenv("DINO_FAST_BACKEND", "multi_tensor=reference")
-    monkeypatch.setattr("dino_fast.models.vit.kept_alone", lambda kept: kept)
+    monkeypatch.setattr("dino_fast.models.vit.without_dropped", lambda samples: samples)
     monkeypatch.setattr(
         sys.modules["dino_fast.ops.dino_loss"], "_scale_grad", lambda gradient, upstream: gradient * upstream
     )

@@ -93,7 +93,9 @@ def test_a_network_that_is_not_there_or_not_known_is_refused(tmp_path):
     net = VisionTransformer(**SMALL).state_dict()
     torch.save({"student.backbone." + n: t for n, t in net.items()}, tmp_path / "a.pth")
     with pytest.raises(UserError, match=r"holds no teacher: its names begin with 'student\.'; try --which student"):
-        files.load_backbone(tmp_path / "a.pth")
+        files.load_backbone(tmp_path / "a.pth", which="teacher")
+    with pytest.warns(UserWarning, match=r"a\.pth holds no teacher; its student is loaded"):
+        same(files.load_backbone(tmp_path / "a.pth").state_dict(), net)
     torch.save({prefix + n: t for prefix in ("one.", "two.") for n, t in net.items()}, tmp_path / "b.pth")
     with pytest.raises(UserError, match=r"holds 2 networks, 'one\.', 'two\.'"):
         files.load_backbone(tmp_path / "b.pth")

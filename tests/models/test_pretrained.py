@@ -88,7 +88,7 @@ def test_a_full_checkpoint_gives_both_networks_heads_and_centre(
 ) -> None:
     source = request.getfixturevalue(kind)
     with pytest.warns(
-        UserWarning, match=r"student's backbone, its head; the teacher's backbone, its head; the centre$"
+        UserWarning, match=r"student's backbone, its head; the teacher's backbone, its head; the center$"
     ):
         train_state = started(source)
     same(train_state.student.state_dict(), trained.student.state_dict())

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from dino_fast.errors import UserError
 from dino_fast.models import VisionTransformer, build_backbone, set_drop_path_seed, vit_small
-from dino_fast.models.packing import KeptSamples, add_to_kept, computed_count, kept_alone, pack, take
+from dino_fast.models.packing import KeptSamples, add_to_kept, computed_count, pack, take, without_dropped
 from dino_fast.models.vit import uniform
 from tests import original
 
@@ -190,7 +190,7 @@ def share_kept(rate, n, draws, seed=0):
     packing = pack([(n, 2)], torch.device("cpu"))
     images, x, kept = [torch.empty(n, 3, 32, 32)], torch.zeros(2 * n, 4), torch.zeros(n)
     for _ in range(draws // 2):
-        for branch in model._kept(packing, images, None)[0]:
+        for branch in model._kept_samples(packing, images, None)[0]:
             rows = take(torch.ones_like(x), packing, branch)
             out = add_to_kept(x, rows, packing, branch).view(n, 8)
             assert torch.equal(out, out[:, :1].expand(-1, 8))
@@ -269,7 +269,7 @@ def test_uniform_numbers_are_those_of_splitmix64():
 
 @pytest.mark.parametrize("rate", [0.15, 0.6])
 @pytest.mark.parametrize("counts", [(1, 1), (2, 9), (12, 40)])
-def test_a_branch_of_the_kept_alone_equals_the_masked_one(rate, counts, monkeypatch):
+def test_a_branch_without_the_dropped_crops_equals_the_masked_one(rate, counts, monkeypatch):
     """What a CPU computes and what a GPU does: outputs and gradients."""
     model, _ = packed_and_apart()
     for block in model.blocks:
@@ -280,8 +280,8 @@ def test_a_branch_of_the_kept_alone_equals_the_masked_one(rate, counts, monkeypa
     dropped = 0
     for step in range(5):
         results = []
-        for form in (kept_alone, lambda kept: kept):
-            monkeypatch.setattr("dino_fast.models.vit.kept_alone", form)
+        for form in (without_dropped, lambda kept: kept):
+            monkeypatch.setattr("dino_fast.models.vit.without_dropped", form)
             set_drop_path_seed(model, 0, step)
             model.zero_grad()
             out = model(images)
@@ -289,9 +289,9 @@ def test_a_branch_of_the_kept_alone_equals_the_masked_one(rate, counts, monkeypa
             results.append([out.detach(), *(p.grad.clone() for p in model.parameters())])
         torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
         set_drop_path_seed(model, 0, step)
-        monkeypatch.setattr("dino_fast.models.vit.kept_alone", kept_alone)
+        monkeypatch.setattr("dino_fast.models.vit.without_dropped", without_dropped)
         _, packing = model._tokens(images)
-        branches = [branch for pair in model._kept(packing, images, None) for branch in pair]
+        branches = [branch for pair in model._kept_samples(packing, images, None) for branch in pair]
         dropped += sum(sum(counts) - sum(n for n, _ in branch.packing.groups) for branch in branches)
     assert dropped or counts == (1, 1)  # not computed
 

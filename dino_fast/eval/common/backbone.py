@@ -21,7 +21,7 @@ from dino_fast.data.deep_pixels import Range, range_of
 from dino_fast.data.source import configure
 from dino_fast.errors import UserError
 from dino_fast.eval.common.frames import read_image
-from dino_fast.models import VisionTransformer
+from dino_fast.models import VisionTransformer, load_backbone
 
 Feature = Callable[[Tensor], Tensor]
 
@@ -85,11 +85,11 @@ def open_backbone(
 ) -> Frozen:
     """Opens a run, a checkpoint, a weights file or folder, `hub:NAME` of torch.hub, or `timm:NAME` that timm downloads.
 
-    Raises UserError where it is not a vision transformer as DINO names it, or a key does not fit. An evaluation that
-    needs no `tokens` takes convolutional networks too, a ResNet-50 of the original's or a run's.
+    Raises UserError where it is not a vision transformer as DINO names it, or a key does not fit. With
+    `tokens` False other libraries' models are taken too: a ResNet-50 of the original's, or a run's `timm/NAME`.
     """
-    from dino_fast.models.networks import timm_backbone
-    from dino_fast.models.weights.read import describe, load_backbone
+    from dino_fast.models.weights.pretrained import timm_backbone
+    from dino_fast.models.weights.read import describe
 
     where = pick_device(device)
     if str(checkpoint).startswith("timm:"):
@@ -99,8 +99,8 @@ def open_backbone(
         backbone = load_backbone(checkpoint, which=which)
     if tokens and not isinstance(backbone, VisionTransformer):
         raise UserError(
-            f"{checkpoint} is a {type(backbone).__name__}, which has no tokens and no attention; it can be judged with "
-            "'dino-fast eval' knn, linear and retrieval"
+            f"{checkpoint} is {getattr(backbone, 'arch', type(backbone).__name__)}, another library's model, of which "
+            "pooled features are read, no tokens and no attention: 'dino-fast eval' knn, linear or retrieval judge it"
         )
     backbone.eval().requires_grad_(False).to(where)
     mean, std = (tuple(facts.get(name, default)) for name, default in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)))

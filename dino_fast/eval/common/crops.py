@@ -20,7 +20,7 @@ from dino_fast.ops.multi_crop import from_pillow, to_pillow
 from dino_fast.seeding import derive_seed
 
 logger = logging.getLogger(__name__)
-_CROP = 4  # what the draw is for (0 to 2 are the loader's)
+_CROP = 4  # the draw's purpose, part of its seed (0 to 2 are the loader's)
 
 
 def random_crop(image: Tensor, size: tuple[int, int], seed: int) -> Tensor:

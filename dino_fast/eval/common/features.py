@@ -1,6 +1,6 @@
 """Features of a whole source, kept in files between evaluations.
 
-A file of features is found again by what it was computed from: the weights, the kind of feature, the image size and the
+A file of features is found again by its inputs: the weights, the kind of feature, the image size and the
 list of images with their sizes and times. Anything else is another file, so a stale one is never read.
 """
 

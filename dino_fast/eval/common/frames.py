@@ -89,7 +89,7 @@ def read_video(path: Path, channels: int = 3) -> Iterator[Tensor]:
 
 
 def can_write_video() -> str:
-    """Empty, or what to install."""
+    """Empty, or the command that installs the missing package."""
     try:
         import av  # noqa: F401
     except ImportError:
@@ -123,9 +123,9 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: float) -> int:
     return count
 
 
-def _av(what: str) -> ModuleType:
+def _av(purpose: str) -> ModuleType:
     try:
         import av
     except ImportError as error:
-        raise UserError(f"{what} needs the package av (pip install av); a folder of frames needs nothing") from error
+        raise UserError(f"{purpose} needs the package av (pip install av); a folder of frames needs nothing") from error
     return av

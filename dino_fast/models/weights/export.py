@@ -11,7 +11,8 @@ import json
 import shutil
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,13 +23,13 @@ from torch import Tensor, nn
 from dino_fast.atomic import atomic_write
 from dino_fast.augment import IMAGENET_MEAN, IMAGENET_STD
 from dino_fast.errors import UserError, nearest, unwritable
-from dino_fast.models import DINOv2, VisionTransformer
-from dino_fast.models.vit import Attention, Block, grid_of
+from dino_fast.models.dinov2 import DINOv2
+from dino_fast.models.vit import Attention, Block, VisionTransformer, grid_of
 from dino_fast.models.weights.hub_folder import write_folder
 from dino_fast.models.weights.key_mapping import to_timm, to_transformers
 from dino_fast.models.weights.read import export_backbone
 
-Writer = Callable[[VisionTransformer, Path, dict[str, Any]], str]
+Writer = Callable[[Any, Path, dict[str, Any]], str]
 
 _HUBCONF = '''"""torch.hub.load(FOLDER, "backbone", source="local") gives the backbone with its weights."""
 
@@ -38,8 +39,8 @@ dependencies = ["torch", "dino_fast"]
 
 
 def backbone():
-    """The vision transformer: images [B, C, H, W], normalised by MEAN and STD -> class tokens [B, dim]."""
-    from dino_fast.models.weights.read import load_backbone
+    """The backbone: images [B, C, H, W], normalized by MEAN and STD -> class tokens [B, dim]."""
+    from dino_fast.models import load_backbone
 
     return load_backbone(Path(__file__).parent / "backbone.safetensors")
 
@@ -48,18 +49,26 @@ MEAN, STD = {mean}, {std}
 '''
 
 
-def export(backbone: VisionTransformer, path: str | Path, format: str | None = None, **facts: Any) -> tuple[Path, str]:
-    """Writes `backbone` to `path` as `format` (by default what the ending says), whole or not at all.
+def export(backbone: nn.Module, path: str | Path, format: str | None = None, **facts: Any) -> tuple[Path, str]:
+    """Writes `backbone` to `path` as `format` (by default the format of its ending), whole or not at all.
 
     `facts` are `mean` and `std` of the images it was trained on, and `pixel_range`, the values of images of more than 8
-    bits that were 0 and 1. Returns the path and how to load what is there. Raises
-    UserError for an unknown format, an ending or a place that does not fit, or a library that is not installed.
+    bits that were 0 and 1. Models of timm and torchvision, from `build_backbone` or `load_backbone`, have fewer formats.
+    Returns the path and how to load it. Raises UserError for an unknown format, one that has no such models, an ending
+    or a place that does not fit, or a library that is not installed.
     """
     path = Path(path)
     format = format or _by_ending(path)
     if format not in FORMATS:
         raise UserError(f"there is no format '{format}'{nearest(format, FORMATS)}; formats: {', '.join(FORMATS)}")
     write, ending = FORMATS[format]
+    if not isinstance(backbone, VisionTransformer):
+        library = str(getattr(backbone, "arch", "")).partition("/")[0]
+        if format == "transformers" or (format == "timm" and library != "timm"):
+            raise UserError(
+                f"--format {format} has no layout for {getattr(backbone, 'arch', type(backbone).__name__)}; use "
+                "safetensors (the model's own names), torch-hub, onnx or torch-export"
+            )
     if ending and path.suffix not in ending:
         raise UserError(f"--format {format} writes a file: the name must end in {' or '.join(ending)}, not {path.name}")
     if not ending and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
@@ -87,12 +96,12 @@ def _by_ending(path: Path) -> str:
 # ---- weights ----
 
 
-def _safetensors(backbone: VisionTransformer, path: Path, facts: dict[str, Any]) -> str:
+def _safetensors(backbone: nn.Module, path: Path, facts: dict[str, Any]) -> str:
     export_backbone(backbone, path, **facts)
-    return f"dino_fast.models.weights.read.load_backbone({str(path)!r})"
+    return f"dino_fast.models.load_backbone({str(path)!r})"
 
 
-def _torch_hub(backbone: VisionTransformer, path: Path, facts: dict[str, Any]) -> str:
+def _torch_hub(backbone: nn.Module, path: Path, facts: dict[str, Any]) -> str:
     def fill(folder: Path) -> None:
         export_backbone(backbone, folder / "backbone.safetensors", **facts)
         export_backbone(backbone, folder / "backbone.pth")
@@ -110,7 +119,36 @@ def _hub(backbone: VisionTransformer, path: Path, facts: dict[str, Any]) -> str:
     return f"dino_fast.Backbone.from_pretrained({str(path)!r})"
 
 
-def _timm(backbone: VisionTransformer, path: Path, facts: dict[str, Any]) -> str:
+def _timm(backbone: nn.Module, path: Path, facts: dict[str, Any]) -> str:
+    if isinstance(backbone, VisionTransformer):
+        config, state = _timm_config(backbone, facts), to_timm(_state(backbone))
+    else:
+        config, state = _timm_model_config(backbone, facts), _state(backbone)
+
+    def fill(folder: Path) -> None:
+        _write_tensors(folder / "model.safetensors", state)
+        _write_json(folder / "config.json", config)
+
+    _folder(path, fill)
+    return f"timm.create_model('local-dir:{path}', pretrained=True)"
+
+
+def _timm_model_config(backbone: Any, facts: dict[str, Any]) -> dict[str, Any]:
+    """The description of a model of timm's own, built by `build_backbone`."""
+    own = backbone.pretrained_cfg
+    about = {"input_size": [backbone.in_chans, *backbone.img_size], "mean": facts["mean"], "std": facts["std"]}
+    about |= {key: own[key] for key in ("interpolation", "crop_pct", "first_conv", "classifier") if key in own}
+    return {
+        "architecture": backbone.arch.partition("/")[2],
+        "num_classes": 0,
+        "num_features": backbone.embed_dim,
+        "model_args": {**backbone.model_args, "num_classes": 0},
+        "pretrained_cfg": {**about, "num_classes": 0},
+    }
+
+
+def _timm_config(backbone: VisionTransformer, facts: dict[str, Any]) -> dict[str, Any]:
+    """The description of timm's vision transformer with this backbone's sizes."""
     size = {"img_size": list(backbone.img_size), "patch_size": backbone.patch_size, "embed_dim": backbone.embed_dim}
     arguments = {**size, "depth": len(backbone.blocks), "num_heads": backbone.num_heads, "num_classes": 0}
     name = "vit_small_patch16_224"
@@ -140,7 +178,7 @@ def _timm(backbone: VisionTransformer, path: Path, facts: dict[str, Any]) -> str
         "classifier": "head",
     }
     about |= {"pixel_range": facts["pixel_range"]} if "pixel_range" in facts else {}
-    config = {
+    return {
         "architecture": name,
         "num_classes": 0,
         "num_features": backbone.embed_dim,
@@ -148,13 +186,6 @@ def _timm(backbone: VisionTransformer, path: Path, facts: dict[str, Any]) -> str
         "model_args": arguments,
         "pretrained_cfg": about,
     }
-
-    def fill(folder: Path) -> None:
-        _write_tensors(folder / "model.safetensors", to_timm(_state(backbone)))
-        _write_json(folder / "config.json", config)
-
-    _folder(path, fill)
-    return f"timm.create_model('local-dir:{path}', pretrained=True)"
 
 
 def _transformers(backbone: VisionTransformer, path: Path, facts: dict[str, Any]) -> str:
@@ -212,15 +243,16 @@ def _transformers(backbone: VisionTransformer, path: Path, facts: dict[str, Any]
 # ---- computations ----
 
 
-def _torch_export(backbone: VisionTransformer, path: Path, facts: dict[str, Any]) -> str:
+def _torch_export(backbone: nn.Module, path: Path, facts: dict[str, Any]) -> str:
     images = _images(backbone)
     batch = torch.export.Dim("batch", min=1)
-    program = torch.export.export(Batched(backbone), (images,), dynamic_shapes=({0: batch},))
+    with _tracing(backbone):
+        program = torch.export.export(_traceable(backbone), (images,), dynamic_shapes=({0: batch},))
     _file(path, lambda temporary: torch.export.save(program, temporary))
     return f"torch.export.load({str(path)!r}).module()"
 
 
-def _onnx(backbone: VisionTransformer, path: Path, facts: dict[str, Any]) -> str:
+def _onnx(backbone: nn.Module, path: Path, facts: dict[str, Any]) -> str:
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -229,10 +261,10 @@ def _onnx(backbone: VisionTransformer, path: Path, facts: dict[str, Any]) -> str
             f"--format onnx needs the package {error.name}: pip install onnx onnxscript onnxruntime"
         ) from error
     images = _images(backbone)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _tracing(backbone):
         warnings.simplefilter("ignore")  # the exporter's remarks about itself
         program = torch.onnx.export(
-            Batched(backbone),
+            _traceable(backbone),
             (images,),
             input_names=["images"],
             output_names=["features"],
@@ -245,8 +277,8 @@ def _onnx(backbone: VisionTransformer, path: Path, facts: dict[str, Any]) -> str
     return f"onnxruntime.InferenceSession({str(path)!r}){_checked(backbone, path, images[:1])}"
 
 
-def _checked(backbone: VisionTransformer, path: Path, images: Tensor) -> str:
-    """What onnxruntime says to the file: how far its features are from the backbone's."""
+def _checked(backbone: nn.Module, path: Path, images: Tensor) -> str:
+    """Compares the file's features, computed by onnxruntime, with the backbone's; returns the note about it."""
     try:
         import onnxruntime
     except ImportError:
@@ -264,22 +296,42 @@ def _checked(backbone: VisionTransformer, path: Path, images: Tensor) -> str:
     return f"  (checked by onnxruntime: largest relative difference {error:.1e})"
 
 
+@contextmanager
+def _tracing(backbone: nn.Module) -> Iterator[None]:
+    """Another library's model may hold Python that cannot be traced: then a message instead of the tracer's errors."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(backbone, VisionTransformer):
+            raise
+        reason = (str(error) or repr(error)).splitlines()[0]
+        arch = getattr(backbone, "arch", type(backbone).__name__)
+        raise UserError(f"{arch} cannot be traced by torch.export ({reason}); use --format safetensors") from error
+
+
+def _traceable(backbone: nn.Module) -> nn.Module:
+    return Batched(backbone) if isinstance(backbone, VisionTransformer) else backbone
+
+
 class Batched(nn.Module):
-    """The same features from a batch of one size, image by image instead of as one buffer of tokens: a buffer's sizes
-    would be constants of the exported program, and so would the number of images."""
+    """The same features from a batch of images of one size, `[B, N, C]` instead of one buffer of tokens.
+
+    A buffer's sizes would be constants of the exported program, and so would the number of images.
+    """
 
     def __init__(self, backbone: VisionTransformer) -> None:
         super().__init__()
         self.backbone = backbone
 
     def forward(self, images: Tensor) -> Tensor:
+        """Images `[B, C, H, W]` -> normalized class tokens `[B, embed_dim]`."""
         net = self.backbone
         position = net.position_embedding(*grid_of(images.shape[2], images.shape[3], net.patch_size))
         patches = net.patch_embed.proj(images).flatten(2).transpose(1, 2) + position[:, 1:]
         x = torch.cat((net._leading(position).expand(images.shape[0], -1, -1), patches), dim=1)
         for block in cast("list[Block]", net.blocks):
-            x = x + _plain(block, "ls1")(self._attention(block.attn, block.norm1(x)))
-            x = x + _plain(block, "ls2")(block.mlp(block.norm2(x)))
+            x = x + _layer_scale(block, "ls1")(self._attention(block.attn, block.norm1(x)))
+            x = x + _layer_scale(block, "ls2")(block.mlp(block.norm2(x)))
         return cast(Tensor, net.norm(x[:, 0]))
 
     def _attention(self, attention: Attention, x: Tensor) -> Tensor:
@@ -288,18 +340,18 @@ class Batched(nn.Module):
         return cast(Tensor, attention.proj(output))
 
 
-def _plain(block: Block, name: str) -> Callable[[Tensor], Tensor]:
+def _layer_scale(block: Block, name: str) -> Callable[[Tensor], Tensor]:
     return getattr(block, name, None) or nn.Identity()
 
 
 @torch.no_grad()
-def _images(backbone: VisionTransformer) -> Tensor:
+def _images(backbone: Any) -> Tensor:
     """Two images for the tracer. One pass fills the caches of constant matrices, which must not hold traced tensors."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(
         2, backbone.in_chans, *backbone.img_size, generator=generator, dtype=torch.float32, device="cpu"
     )
-    Batched(backbone)(images)
+    _traceable(backbone)(images)
     return images
 
 
@@ -341,10 +393,10 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-# ---- what a backbone has ----
+# ---- sizes and parts of a backbone ----
 
 
-def _state(backbone: VisionTransformer) -> dict[str, Tensor]:
+def _state(backbone: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in backbone.state_dict().items()}
 
 

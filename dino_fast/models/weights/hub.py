@@ -35,7 +35,7 @@ URLS |= {
 def download(name: str) -> Path:
     """The file of a model by its name in torch.hub, in torch's cache (TORCH_HOME); fetched where it is not there yet.
 
-    Raises UserError for an unknown name, or without a network, saying what to fetch by hand.
+    Raises UserError for an unknown name, or without a network, saying which file to fetch by hand.
     """
     import torch
 
@@ -55,8 +55,11 @@ def download(name: str) -> Path:
 
 
 def folder_of_another_library(path: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The weights' file in a folder that timm, transformers or `dino-fast export` wrote, and what the folder says of
-    them (`num_heads`, `img_size`, `mean`, `std`); None where it is no such folder."""
+    """The weights' file in a folder that timm, transformers or `dino-fast export` wrote; None for any other folder.
+
+    With it comes the folder's description of the weights: `num_heads`, `img_size`, `mean`, `std`, as far as it has
+    them.
+    """
     if (path / "hubconf.py").exists() and (path / "backbone.safetensors").exists():
         return path / "backbone.safetensors", {}
     files = [path / name for name in ("model.safetensors", "pytorch_model.bin") if (path / name).exists()]
@@ -65,7 +68,7 @@ def folder_of_another_library(path: Path) -> tuple[Path, dict[str, Any]] | None:
     config = _json(path / "config.json")
     if "dino_fast" in config:  # ours: the weights' file says all
         return files[0], {}
-    facts = _of_timm(config) if "architecture" in config else _of_transformers(config)
+    facts = _timm_facts(config) if "architecture" in config else _transformers_facts(config)
     images = path / "preprocessor_config.json"
     if images.exists():
         statistics = _json(images)
@@ -73,11 +76,11 @@ def folder_of_another_library(path: Path) -> tuple[Path, dict[str, Any]] | None:
     return files[0], {name: value for name, value in facts.items() if value is not None}
 
 
-def _of_transformers(config: dict[str, Any]) -> dict[str, Any]:
+def _transformers_facts(config: dict[str, Any]) -> dict[str, Any]:
     return {"num_heads": config.get("num_attention_heads"), "img_size": config.get("image_size")}
 
 
-def _of_timm(config: dict[str, Any]) -> dict[str, Any]:
+def _timm_facts(config: dict[str, Any]) -> dict[str, Any]:
     about, options = config.get("pretrained_cfg") or {}, config.get("model_args") or {}
     size = options.get("img_size") or (about.get("input_size") or [None])[1:]
     facts = {"num_heads": options.get("num_heads"), "mean": about.get("mean"), "std": about.get("std")}

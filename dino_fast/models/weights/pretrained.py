@@ -3,66 +3,79 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from dino_fast.errors import UserError
+from dino_fast.errors import UserError, nearest
 from dino_fast.loss import DINOLoss
-from dino_fast.models import DINOHead, DINOv2, MultiCropWrapper, VisionTransformer
-from dino_fast.models.networks import Networks, read_networks
-from dino_fast.models.weights.read import backbone_state, load_weights
+from dino_fast.models.dinov2 import DINOv2
+from dino_fast.models.head import DINOHead
+from dino_fast.models.multi_crop_wrapper import MultiCropWrapper
+from dino_fast.models.registry import ARCHITECTURES, transformer_sizes
+from dino_fast.models.vit import VisionTransformer
+from dino_fast.models.weights.read import (
+    backbone_from,
+    backbone_state,
+    extras_of,
+    load_weights,
+    read,
+    sizes_of,
+)
 
 
 @torch.no_grad()
 def load_pretrained(
     source: str, student: MultiCropWrapper, teacher: MultiCropWrapper, loss: DINOLoss, head: bool
 ) -> None:
-    """Copies what `source` holds into student, teacher and centre: backbones, and with `head` the heads and the centre.
+    """Copies the weights in `source` into student, teacher and center: backbones; with `head` also heads and center.
 
-    `source` is whatever `dino-fast eval` takes. A file with one network gives it to both; without a head the heads stay
-    as they were drawn. Position embeddings of another grid are interpolated. What was taken, interpolated or left out
-    is told in warnings. Raises UserError naming each key that does not fit, and what would.
+    `source` is anything that `dino-fast eval` takes. A file with one network gives it to both; without a head the heads
+    stay as they were drawn. Position embeddings of another grid are interpolated. A warning says which weights were
+    taken, interpolated or left out. Raises UserError naming each key that does not fit, and the options that would fit.
     """
-    found = read_networks(source)
-    told = []
+    weights = read_pretrained(source)
+    notes = []
     for name, module in (("student", student), ("teacher", teacher)):
-        state = found.states.get(name) or next(iter(found.states.values()))
-        told.append(_take_backbone(module.backbone, state, found, name))
-        weights = {key.removeprefix("head."): tensor for key, tensor in state.items() if key.startswith("head.")}
-        if head and _is_head(weights):
-            told.append(", its head" + _take_head(module.head, weights, f"{source}, head of the {name}"))
-            told.append(_norm_last_layer(module.head))
-        told.append("; ")
-    taken_head = any(part.startswith(", its head") for part in told)
-    if taken_head and found.center is not None and found.center.numel() == loss.center.numel():
-        loss.center.copy_(found.center.reshape(loss.center.shape))
-        told.append("the centre; ")
-    if not taken_head:
-        told.append("the heads are new; ")
-    if len(found.states) == 1:
-        told.append("student and teacher start alike; ")
-    others = sorted({key.split(".")[0] for key in next(iter(found.states.values())) if _of_neither(key)})
+        state = weights.states.get(name) or next(iter(weights.states.values()))
+        notes.append(_load_backbone(module.backbone, state, weights, name))
+        head_state = {key.removeprefix("head."): tensor for key, tensor in state.items() if key.startswith("head.")}
+        if head and _is_head(head_state):
+            notes.append(", its head" + _load_head(module.head, head_state, f"{source}, head of the {name}"))
+            notes.append(_norm_last_layer(module.head))
+        notes.append("; ")
+    has_head = any(note.startswith(", its head") for note in notes)
+    if has_head and weights.center is not None and weights.center.numel() == loss.center.numel():
+        loss.center.copy_(weights.center.reshape(loss.center.shape))
+        notes.append("the center; ")
+    if not has_head:
+        notes.append("the heads are new; ")
+    if len(weights.states) == 1:
+        notes.append("student and teacher start alike; ")
+    others = sorted({key.split(".")[0] for key in next(iter(weights.states.values())) if _is_other_part(key)})
     if others:
-        told.append(f"left out: {', '.join(others)}; ")
-    warnings.warn(f"starting from {source}: {''.join(told).rstrip('; ')}", stacklevel=2)
+        notes.append(f"left out: {', '.join(others)}; ")
+    warnings.warn(f"starting from {source}: {''.join(notes).rstrip('; ')}", stacklevel=2)
 
 
-def _take_backbone(backbone: nn.Module, weights: dict[str, Tensor], found: Networks, name: str) -> str:
-    state, note = backbone_state(weights), f"the {name}'s backbone"
+def _load_backbone(backbone: nn.Module, state: dict[str, Tensor], weights: PretrainedWeights, name: str) -> str:
+    """Loads the backbone; returns the note about it."""
+    state, note = backbone_state(state), f"the {name}'s backbone"
     if isinstance(backbone, VisionTransformer):
         state, resampled = _on_grid(backbone, state)
         note += resampled
     try:
-        load_weights(backbone, state, f"{found.source}, backbone of the {name}")
+        load_weights(backbone, state, f"{weights.source}, backbone of the {name}")
     except UserError as error:
-        fitting = found.options()
+        fitting = weights.options()
         raise UserError(f"{error}{f'. For these weights: {fitting}' if fitting else ''}") from error
     return note
 
 
 def _on_grid(backbone: VisionTransformer, state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
-    """The weights with their position embeddings brought to the backbone's grid, and what to tell about it."""
+    """The weights with their position embeddings brought to the backbone's grid, and the note about it."""
     table = state.get("pos_embed")
     rows, columns = backbone.grid
     if table is None or table.ndim != 3 or table.shape[1] == 1 + rows * columns or table.shape[1] < 2:
@@ -79,8 +92,8 @@ def _on_grid(backbone: VisionTransformer, state: dict[str, Tensor]) -> tuple[dic
     return {**state, "pos_embed": like.position_embedding(rows, columns).clone()}, note
 
 
-def _take_head(head: nn.Module, weights: dict[str, Tensor], source: str) -> str:
-    """Returns what to tell of a predictor that only one of the two has."""
+def _load_head(head: nn.Module, weights: dict[str, Tensor], source: str) -> str:
+    """Loads the head; returns the note about a predictor that only one of the two has."""
     note = ""
     own = {name: tensor for name, tensor in head.state_dict().items() if name.startswith("predictor.")}
     given = [name for name in weights if name.startswith("predictor.")]
@@ -102,7 +115,7 @@ def _take_head(head: nn.Module, weights: dict[str, Tensor], source: str) -> str:
 
 
 def _norm_last_layer(head: nn.Module) -> str:
-    """Brings prototypes to length 1 where the head keeps them there; returns what to tell of it.
+    """Scales prototypes to length 1 where the head keeps them at it; returns the note about it.
 
     The loaded lengths would otherwise stay for good: `weight_g` is frozen, so that neither the student nor the
     teacher's moving average changes it.
@@ -119,6 +132,89 @@ def _is_head(weights: dict[str, Tensor]) -> bool:
     return any(name.startswith(("mlp.", "last_layer.")) for name in weights)
 
 
-def _of_neither(name: str) -> bool:
-    """Whether a tensor of a full checkpoint belongs to another part, such as the second head of DINOv2."""
+def _is_other_part(name: str) -> bool:
+    """Whether a tensor of a full checkpoint is of neither backbone nor head, such as the second head of DINOv2."""
     return name.startswith("ibot_head.")
+
+
+# ---- files ----
+
+
+class PretrainedWeights(NamedTuple):
+    """The networks in a file for a run to start from."""
+
+    source: str
+    states: dict[str, dict[str, Tensor]]  # keys "student" and "teacher", or one where the file has one network
+    center: Tensor | None
+    facts: dict[str, Any]
+
+    def options(self) -> str:
+        """The options of `dino-fast train` that fit the backbone; empty where it is no vision transformer."""
+        state = backbone_state(next(iter(self.states.values())))
+        try:
+            sizes = sizes_of(state, self.facts, self.source)
+        except UserError:
+            return ""
+        extras = extras_of(state)
+        known = transformer_sizes() if extras else ARCHITECTURES
+        fitting = [n for n, size in known.items() if size[:2] == (sizes["embed_dim"], sizes["depth"])]
+        if extras:
+            fitting = [name for name in fitting if name.endswith("_reg") == bool(extras["registers"])]
+            fitting = [name for name in fitting if name.startswith("dinov2")]
+        named = fitting[0] if fitting else f"vit_small --embed-dim {sizes['embed_dim']} --depth {sizes['depth']}"
+        channels = "" if sizes["in_chans"] == 3 else f" --channels {sizes['in_chans']}"
+        return f"--arch {named} --patch-size {sizes['patch_size']}{channels}"
+
+
+def read_pretrained(path: str | Path) -> PretrainedWeights:
+    """Student and teacher of a full checkpoint, or the one network of any other file, `hub:NAME` or `timm:NAME`."""
+    if str(path).startswith("timm:"):
+        backbone, facts = timm_backbone(str(path).removeprefix("timm:"))
+        return PretrainedWeights(str(path), {"teacher": dict(backbone.state_dict())}, None, facts)
+    states: dict[str, dict[str, Tensor]] = {}
+    facts = {}
+    problem = None
+    for which in ("teacher", "student"):
+        try:
+            states[which], facts = read(Path(path), which)
+        except UserError as error:
+            problem = problem or error
+    if problem is not None and not states:
+        raise problem
+    both = list(states.values())
+    if (
+        len(both) == 2
+        and both[0].keys() == both[1].keys()
+        and all(torch.equal(both[0][n], both[1][n]) for n in both[0])
+    ):
+        states.pop("student")
+    try:
+        center = read(Path(path), "dino_loss")[0].get("center")
+    except UserError:
+        center = None  # a file of backbones alone
+    return PretrainedWeights(str(path), states, center, facts)
+
+
+def timm_backbone(name: str) -> tuple[VisionTransformer, dict[str, Any]]:
+    """The backbone of that name with timm's weights, and the `mean` and `std` that go with them."""
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(f"timm:{name} needs the package timm: pip install timm") from error
+    if name.split(".")[0] not in timm.list_models():
+        near = nearest(name, timm.list_models("vit_*", pretrained=True))
+        raise UserError(f"timm has no model '{name}'{near or '; one that it has is vit_small_patch16_224.dino'}")
+    try:
+        model: Any = timm.create_model(name, pretrained=True, num_classes=0)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise UserError(
+            f"timm cannot provide the weights of '{name}' ({str(error).splitlines()[0]}). Download them where there is "
+            "a network and give the file"
+        ) from error
+    if not hasattr(model, "blocks") or not hasattr(model, "patch_embed") or not hasattr(model.blocks[0].attn, "qkv"):
+        raise UserError(f"timm's '{name}' is not a plain vision transformer, for example vit_small_patch16_224.dino")
+    size = tuple(model.patch_embed.img_size)
+    sizes = {"img_size": size, "num_heads": model.blocks[0].attn.num_heads}
+    backbone = backbone_from(model.state_dict(), sizes, f"timm:{name}")
+    config = model.pretrained_cfg
+    return backbone, {key: config[key] for key in ("mean", "std") if key in config}

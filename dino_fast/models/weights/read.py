@@ -17,8 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from dino_fast.atomic import atomic_write
+from dino_fast.defaults import torch_defaults
 from dino_fast.errors import UserError, nearest, unwritable
-from dino_fast.models import ARCHITECTURES, DINOv2, VisionTransformer, build_backbone, dinov2
+from dino_fast.models.dinov2 import DINOv2
+from dino_fast.models.registry import ARCHITECTURES, build_backbone, transformer_sizes
+from dino_fast.models.vit import VisionTransformer
 from dino_fast.models.weights.hub import download, folder_of_another_library, is_hub_name
 from dino_fast.models.weights.key_mapping import published
 
@@ -62,7 +65,7 @@ def read_state(path: str | Path, which: str = "teacher") -> dict[str, Tensor]:
 
 
 def describe(path: str | Path, which: str = "teacher") -> dict[str, Any]:
-    """What the file says of its network: any of `arch`, `patch_size`, `num_heads`, `img_size`, `mean`, `std`, ..."""
+    """The file's facts about its network: any of `arch`, `patch_size`, `num_heads`, `img_size`, `mean`, `std`, ..."""
     return read(Path(path), which)[1]
 
 
@@ -73,8 +76,10 @@ def backbone_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_weights(module: nn.Module, state: dict[str, Tensor], source: str | Path = "the given weights") -> None:
-    """Copies `state` into `module`. Raises UserError naming every key that is missing, unexpected or of another shape,
-    with the module unchanged."""
+    """Copies `state` into `module`.
+
+    Raises UserError naming every key that is missing, unexpected or of another shape, with the module unchanged.
+    """
     own = module.state_dict()
     missing, extra = [n for n in own if n not in state], [n for n in state if n not in own]
     shapes = [n for n in own if n in state and own[n].shape != state[n].shape]
@@ -88,21 +93,32 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], source: str | Path
     module.load_state_dict(state, strict=True)
 
 
+@torch_defaults()
 def load_backbone(
     path: str | Path,
     arch: str | None = None,
     patch_size: int | None = None,
-    which: str = "teacher",
+    which: str | None = None,
     num_heads: int | None = None,
 ) -> VisionTransformer:
     """The backbone in `path` (see `read_state`), built to the shapes of its weights.
 
-    What is given must agree with the file. Heads are not visible in the shapes: they come from the file's description,
-    from `arch`, or are taken 64 wide. A ResNet-50's weights, and those of a run with `timm/NAME` or
-    `torchvision/NAME`, give that library's model instead, with `embed_dim`, `img_size` and `in_chans` set. Raises
-    UserError for weights that are none of these.
+    `which` is "teacher" or "student"; by default it is the teacher, or the student of a file that has no teacher, with
+    a warning. `arch` and `patch_size`, where given, must agree with the file. Heads are not visible in the shapes: they
+    come from the file's description, from `arch`, or are taken 64 wide. A ResNet-50's weights, and those of a run with
+    `timm/NAME` or `torchvision/NAME`, give that library's model instead, with `embed_dim`, `img_size` and `in_chans`
+    set. Raises UserError for weights that are none of these.
     """
-    whole, facts = read(Path(path), which)
+    try:
+        whole, facts = read(Path(path), which or "teacher")
+    except UserError as error:
+        if which is not None:
+            raise
+        try:
+            whole, facts = read(Path(path), "student")
+        except UserError:
+            raise error from None
+        warnings.warn(f"{path} holds no teacher; its student is loaded", stacklevel=2)
     return backbone_from(whole, facts, path, arch, patch_size, num_heads)
 
 
@@ -114,16 +130,16 @@ def backbone_from(
     patch_size: int | None = None,
     num_heads: int | None = None,
 ) -> VisionTransformer:
-    """`load_backbone` of weights that are read already; `path` is what messages call them, `facts` as in `describe`."""
+    """`load_backbone` of weights that are read already; messages call them `path`; `facts` as `describe` gives them."""
     state = backbone_state(whole)
-    other = arch if arch is not None and "/" in arch else _of_a_library(state, facts)
+    other = arch if arch is not None and "/" in arch else _library_arch(state, facts)
     if other is not None:
         return cast(VisionTransformer, _library_backbone(other, state, facts, path))
     options = sizes_of(state, facts, path)
     if patch_size is not None and patch_size != options["patch_size"]:
         raise UserError(f"{path} has patches of {options['patch_size']} pixels, {patch_size} were asked for")
     if arch is not None:
-        known = architectures()
+        known = transformer_sizes()
         if arch not in known:
             raise UserError(f"unknown architecture '{arch}'{nearest(arch, known)}")
         asked = known[arch][:2]
@@ -157,6 +173,8 @@ def export_backbone(backbone: nn.Module, path: str | Path, **facts: Any) -> Path
     if isinstance(backbone, VisionTransformer):
         sizes = {"patch_size": backbone.patch_size, "num_heads": backbone.num_heads}
         facts = {**sizes, "img_size": list(backbone.img_size), **facts}
+    elif hasattr(backbone, "arch"):  # of timm or torchvision, which are built again by name
+        facts = {"arch": backbone.arch, "img_size": list(cast("tuple[int, int]", backbone.img_size)), **facts}
     try:
         with atomic_write(path) as temporary:
             if path.suffix == ".pth":
@@ -166,7 +184,7 @@ def export_backbone(backbone: nn.Module, path: str | Path, **facts: Any) -> Path
                 mode = temporary.stat().st_mode
                 save_file(state, temporary, metadata={"dino_fast": json.dumps(facts)})
                 temporary.chmod(mode)
-    except (OSError, RuntimeError, SafetensorError) as error:  # what the two writers raise on a full disk
+    except (OSError, RuntimeError, SafetensorError) as error:  # the two writers' errors on a full disk
         raise unwritable(path, error) from error
     return path
 
@@ -175,7 +193,7 @@ def export_backbone(backbone: nn.Module, path: str | Path, **facts: Any) -> Path
 
 
 def read(path: Path, which: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """`read_state` and `describe` in one; `which` may also be "dino_loss": the centre of a full checkpoint."""
+    """`read_state` and `describe` in one; `which` may also be "dino_loss": the center of a full checkpoint."""
     if which not in ("teacher", "student", "dino_loss"):
         raise UserError(f"which is '{which}'; it is 'teacher' or 'student'")
     if is_hub_name(path):
@@ -316,7 +334,7 @@ def _read_pickle(path: Path, which: str) -> tuple[dict[str, Tensor], dict[str, A
 
 
 def _numpy_scalars() -> list[Any]:
-    """What a pickled numpy float64 is made of, under the names of numpy 1 and 2."""
+    """The functions and types in a pickled numpy float64, under the names of numpy 1 and 2."""
     import numpy as np
 
     scalar = np.float64(0).__reduce__()[0]
@@ -332,7 +350,7 @@ def _numpy_scalars() -> list[Any]:
 
 
 def _plain_name(name: str) -> str:
-    """Without what DistributedDataParallel and torch.compile put into names; DINOv2's head is called as DINO's."""
+    """Without the prefixes of DistributedDataParallel and torch.compile; DINOv2's head is called as DINO's."""
     name = name.replace("_orig_mod.", "").removeprefix("module.")
     name = f"head.{name.removeprefix('dino_head.')}" if name.startswith("dino_head.") else name
     # How torch's newer weight norm calls the two.
@@ -380,7 +398,7 @@ def sizes_of(state: dict[str, Tensor], facts: dict[str, Any], path: str | Path) 
 
 
 def extras_of(state: dict[str, Tensor]) -> dict[str, Any]:
-    """What a DINOv2 backbone has beside DINO's; empty where the weights are DINO's."""
+    """The arguments that `DINOv2` has beside `VisionTransformer`'s; empty where the weights are DINO's."""
     registers, scaled = state.get("register_tokens"), "blocks.0.ls1.gamma" in state
     gated, masked = "blocks.0.mlp.w12.weight" in state, "mask_token" in state
     if registers is None and not (scaled or gated or masked):
@@ -403,7 +421,7 @@ def _img_size(tokens: int, patch: int, facts: dict[str, Any], path: str | Path) 
 
 def _heads(options: dict[str, Any], facts: dict[str, Any], path: str | Path) -> int:
     dim = options["embed_dim"]
-    known = architectures().get(facts.get("arch", ""))
+    known = transformer_sizes().get(facts.get("arch", ""))
     heads = facts.get("num_heads") or (known[2] if known and known[0] == dim else 0)
     if heads or dim % 64 == 0:
         return int(heads) or dim // 64
@@ -417,7 +435,7 @@ def _named(sizes: tuple[int, int]) -> str:
     return "".join(f"; it is a {name}" for name, known in ARCHITECTURES.items() if known[:2] == sizes)
 
 
-def _of_a_library(state: dict[str, Tensor], facts: dict[str, Any]) -> str | None:
+def _library_arch(state: dict[str, Tensor], facts: dict[str, Any]) -> str | None:
     """The architecture of weights that are another library's model, as their description or their names say."""
     if "/" in str(facts.get("arch", "")):
         return str(facts["arch"])
@@ -430,24 +448,16 @@ def _of_a_library(state: dict[str, Tensor], facts: dict[str, Any]) -> str | None
 def _library_backbone(arch: str, state: dict[str, Tensor], facts: dict[str, Any], path: str | Path) -> nn.Module:
     size = facts.get("img_size") or facts.get("global_size") or 224
     sides = (size, size) if isinstance(size, int) else (size[0], size[1])
-    channels = 3
     backbone = build_backbone(arch, img_size=sides[0])
     for name, tensor in backbone.state_dict().items():  # only images' channels make a convolution's second size differ
         given = state.get(name)
         if tensor.ndim == 4 and given is not None and given.ndim == 4 and given.shape[1] != tensor.shape[1] == 3:
-            channels = given.shape[1]
-            backbone = build_backbone(arch, in_chans=channels, img_size=sides[0])
+            backbone = build_backbone(arch, in_chans=given.shape[1], img_size=sides[0])
     load_weights(backbone, state, path)
-    backbone.img_size, backbone.in_chans, backbone.patch_size = sides, channels, 1
+    backbone.img_size = sides
     return cast(nn.Module, backbone)
 
 
-def architectures() -> dict[str, tuple[int, int, int]]:
-    """Name -> embed_dim, depth, num_heads, of DINO and DINOv2."""
-    released = {name: sizes[:3] for name, sizes in dinov2.SIZES.items()}
-    return {**ARCHITECTURES, **released, **{f"{name}_reg": sizes for name, sizes in released.items()}}
-
-
-def _some(what: str, entries: list[str]) -> list[str]:
+def _some(kind: str, entries: list[str]) -> list[str]:
     more = [f"  and {len(entries) - _SHOWN} more"] if len(entries) > _SHOWN else []
-    return [f"  {what}: {entry}" for entry in entries[:_SHOWN]] + more
+    return [f"  {kind}: {entry}" for entry in entries[:_SHOWN]] + more

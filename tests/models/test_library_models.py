@@ -1,4 +1,4 @@
-"""Convolutional networks: the original's ResNet-50 file, and runs of other libraries' models, opened and judged."""
+"""Models of timm and torchvision: the original's ResNet-50 file, and runs, opened, judged and exported."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ import torch
 from PIL import Image
 from torchvision.models import resnet50
 
+from dino_fast.cli.main import main
 from dino_fast.engine import checkpoint, train
 from dino_fast.engine.config import build_config
 from dino_fast.errors import UserError
 from dino_fast.eval import knn, linear
 from dino_fast.eval.common.backbone import open_backbone
+from dino_fast.models import build_backbone
 from dino_fast.models.weights import read as files
+from dino_fast.models.weights.export import export
 
-pytest.importorskip("timm")
+timm = pytest.importorskip("timm")
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,7 @@ def test_the_originals_resnet_loads_and_is_judged(released, colours):
     assert found["top1"] == 1 and found["feature"] == "pooled features [2048]"
     result, _ = linear.evaluate(path, colours, colours, image_size=32, device="cpu", epochs=2)
     assert result["feature"] == "pooled features [2048]"
-    with pytest.raises(UserError, match=r"ResNet, which has no tokens.*knn, linear and retrieval"):
+    with pytest.raises(UserError, match=r"torchvision/resnet50, another library.*knn, linear or retrieval"):
         open_backbone(path)
     state = model.state_dict()
     state["layer1.0.conv4.weight"] = state.pop("layer1.0.conv1.weight")
@@ -76,5 +79,55 @@ def test_a_run_of_another_librarys_model(arch, given, colours, tmp_path):
     for backbone in (from_run, exported):
         assert all(torch.equal(t, state[f"backbone.{name}"]) for name, t in backbone.state_dict().items())
     assert knn.evaluate(run, colours, colours, k=3, device="cpu")["image_size"] == [32, 32]
-    with pytest.warns(UserWarning, match="its head; the centre"):
+    with pytest.warns(UserWarning, match="its head; the center"):
         train(build_config({**sizes, **options, **given, "out": str(tmp_path / "next"), "init_from": str(run)}))
+
+
+@pytest.mark.parametrize(
+    "arch,options",
+    [
+        ("timm/vit_tiny_patch16_224", {"img_size": 32, "in_chans": 1}),
+        ("timm/resnet10t", {"in_chans": 3}),
+        ("torchvision/resnet18", {"img_size": 64}),
+    ],
+)
+@torch.no_grad()
+def test_they_are_exported_to_every_format_that_has_them(arch, options, tmp_path, capsys):
+    torch.manual_seed(0)
+    model = build_backbone(arch, **options).eval()
+    x = torch.randn(2, model.in_chans, *model.img_size)
+    wanted, facts = model(x), {"mean": [0.4] * 3, "std": [0.2] * 3}
+    saved = tmp_path / "b.safetensors"
+    for format, out in (("safetensors", saved), ("torch-hub", tmp_path / "hub")):
+        export(model, out, format, **facts)
+        opened = open_backbone(out, device="cpu", tokens=False)
+        assert torch.equal(opened.backbone(x), wanted) and opened.mean == (0.4,) * 3
+        assert opened.backbone.arch == arch
+    # The command reads the file again, as it reads a run.
+    assert main(["export", "--checkpoint", str(saved), "--out", str(tmp_path / "b.pt2")]) == 0
+    program = torch.export.load(tmp_path / "b.pt2").module()
+    for images in (x, torch.randn(3, *x.shape[1:])):
+        torch.testing.assert_close(program(images), model(images), rtol=1e-5, atol=1e-5)
+    if arch.startswith("timm"):
+        export(model, tmp_path / "timm", "timm", **facts)
+        again = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+        assert torch.equal(again(x), wanted)
+        assert list(again.pretrained_cfg["mean"]) == facts["mean"]
+    else:
+        with pytest.raises(UserError, match=f"timm has no layout for {arch}; use safetensors"):
+            export(model, tmp_path / "timm", "timm", **facts)
+    capsys.readouterr()
+    assert main(["export", "--checkpoint", str(saved), "--out", str(tmp_path / "t"), "--format", "transformers"]) == 2
+    assert f"transformers has no layout for {arch}; use safetensors" in capsys.readouterr().err
+
+
+def test_a_model_that_cannot_be_traced_is_said_so(tmp_path):
+    class Odd(torch.nn.Module):
+        arch, img_size, in_chans = "timm/odd", (8, 8), 3
+
+        def forward(self, x):
+            return x.mean() if x.sum().item() > 0 else x.std()
+
+    with pytest.raises(UserError, match=r"timm/odd cannot be traced by torch.export .*--format safetensors"):
+        export(Odd(), tmp_path / "b.pt2")
+    assert not list(tmp_path.iterdir())
