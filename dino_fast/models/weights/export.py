@@ -53,9 +53,9 @@ def export(backbone: nn.Module, path: str | Path, format: str | None = None, **f
     """Writes `backbone` to `path` as `format` (by default the format of its ending), whole or not at all.
 
     `facts` are `mean` and `std` of the images it was trained on, and `pixel_range`, the values of images of more than 8
-    bits that were 0 and 1. Models of timm and torchvision, from `build_backbone` or `load_backbone`, have fewer formats.
-    Returns the path and how to load it. Raises UserError for an unknown format, one that has no such models, an ending
-    or a place that does not fit, or a library that is not installed.
+    bits that were 0 and 1. Models of timm and torchvision, from `build_backbone` or `load_backbone`, have fewer
+    formats. Returns the path and how to load it. Raises UserError for an unknown format, one that has no such models,
+    an ending or a place that does not fit, or a library that is not installed.
     """
     path = Path(path)
     format = format or _by_ending(path)
@@ -64,7 +64,7 @@ def export(backbone: nn.Module, path: str | Path, format: str | None = None, **f
     write, ending = FORMATS[format]
     if not isinstance(backbone, VisionTransformer):
         library = str(getattr(backbone, "arch", "")).partition("/")[0]
-        if format == "transformers" or (format == "timm" and library != "timm"):
+        if format in ("transformers", "hub") or (format == "timm" and library != "timm"):
             raise UserError(
                 f"--format {format} has no layout for {getattr(backbone, 'arch', type(backbone).__name__)}; use "
                 "safetensors (the model's own names), torch-hub, onnx or torch-export"
