@@ -21,7 +21,8 @@ _PASSES = 3  # box blurs that make Pillow's Gaussian
 def resize(image: np.ndarray, height: int, width: int, filter: Image.Resampling) -> np.ndarray:
     """float32 [C, H, W] from 0 to 255 -> [C, height, width], antialiased."""
     planes = [np.asarray(Image.fromarray(plane).resize((width, height), filter)) for plane in image]
-    return np.clip(np.stack(planes), 0, 255)
+    resized: np.ndarray = np.clip(np.stack(planes), 0, 255)
+    return resized
 
 
 def distort(
