@@ -202,7 +202,7 @@ class MultiCrop:
         disagree.
         """
         self._check_images(images, params)
-        images = as_one_kind(images)
+        images = _as_one_kind(images)
         table = self.crop_table(params, [(image.shape[1], image.shape[2]) for image in images])
         return self.crop(images, table, dtype=dtype, backend=backend)
 
@@ -234,7 +234,7 @@ class MultiCrop:
 
         `out` are tensors to write to, of the shapes that are returned and the dtype that is wanted.
         """
-        images, (mean, std) = as_one_kind(images), self.statistics(images[0].shape[0])
+        images, (mean, std) = _as_one_kind(images), self.statistics(images[0].shape[0])
         if out is not None:
             multi_crop_into(out, list(images), *table, mean.flatten(), std.flatten(), backend)
             return out
@@ -294,7 +294,7 @@ def _floats(values: Sequence[Any]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
-def as_one_kind(images: Sequence[Tensor]) -> list[Tensor]:
+def _as_one_kind(images: Sequence[Tensor]) -> list[Tensor]:
     """All uint8 as they are; otherwise all float32 from 0 to 255, into which uint16 from 0 to 65535 is scaled."""
     if all(image.dtype == torch.uint8 for image in images):
         return list(images)

@@ -336,6 +336,13 @@ LEFT_OUT = {
     "pair": "sizes",
     "render_report": "writes a page, no tensors",
     "train": "below, with the evaluation of what it trained",
+    "load": "below",
+    "embed": "below",
+    "Run": "below: what train returns",
+    "Backbone": "below: what load returns",
+    "Embeddings": "below: what embed returns",
+    "Config": "settings, no tensors",
+    "build_config": "settings, no tensors",
     "evaluate": "below",
 }
 MODULES = (
@@ -418,11 +425,15 @@ def trained(folder: Path, out: Path) -> list[Any]:
         "drop_path_rate": 0.1, "batch_size": 8, "epochs": 1, "warmup_epochs": 0, "knn_every": 1, "device": "cpu",
         "data": str(folder), "out": str(out),
     })  # fmt: skip
-    dino_fast.train(config)
+    run = dino_fast.train(config)
+    embeddings = dino_fast.embed(folder / "val", run, device="cpu")
     layer = {"rates": (0.1,), "epochs": 1, "blocks": 1, "device": "cpu"}
     recipe = finetune.Recipe(epochs=1, batch_size=8)
     tuned, classifier = finetune.evaluate(out, folder, recipe=recipe, device="cpu")
     return [
+        dino_fast.load(run, device="cpu")(list(images(2))),
+        torch.from_numpy(embeddings.features),
+        embeddings.paths,
         knn.evaluate(out, folder, k=3, device="cpu"),
         [linear_protocol.evaluate(out, folder, crops=crops, **layer)[1].weight for crops in ("centre", "random")],
         tuned["top1"],

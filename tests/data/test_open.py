@@ -180,6 +180,6 @@ def test_pipes_and_sockets_are_never_opened(tmp_path: Path) -> None:
 
 def test_formats_that_are_not_read_are_named(tmp_path: Path) -> None:
     for i in range(3):
-        (tmp_path / f"{i}.HEIC").write_bytes(b"x")
-    with pytest.raises(UserError, match=r"holds no images .*\(left out: 3 \.heic"):
+        (tmp_path / f"{i}.DCM").write_bytes(b"x")
+    with pytest.raises(UserError, match=r"holds no images .*\(left out: 3 \.dcm"):
         open_source(tmp_path)

@@ -25,24 +25,9 @@ _ANNOTATIONS = {
 }
 # Pictures in formats that are not read. They are counted, so that nobody takes a part of a data set for the whole.
 _UNREAD = {
-    *(
-        ".heic",
-        ".heif",
-        ".tga",
-        ".dcm",
-        ".dicom",
-        ".jxl",
-        ".exr",
-        ".hdr",
-        ".psd",
-        ".svg",
-        ".eps",
-        ".pdf",
-        ".ico",
-        ".jpf",
-    ),
+    *(".dcm", ".dicom", ".jxl", ".exr", ".hdr", ".psd", ".svg", ".eps", ".pdf", ".ico", ".jpf"),
     *(".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2", ".raw", ".nii", ".mha", ".nrrd", ".pcx", ".sgi"),
-    *(".npy", ".npz", ".mat", ".mp4", ".mov", ".avi", ".mkv", ".webm", ".pbm", ".pnm", ".pfm", ".svs", ".czi"),
+    *(".npy", ".npz", ".mat", ".mp4", ".mov", ".avi", ".mkv", ".webm", ".pbm", ".pfm", ".svs", ".czi"),
 }
 _FEW = 0.05  # share of images outside of the class folders below which they look like a mistake
 _UNREAD_BYTES = {extension.encode() for extension in _UNREAD - EXTENSIONS}
