@@ -341,6 +341,7 @@ LEFT_OUT = {
     "Run": "below: what train returns",
     "Backbone": "below: what load returns",
     "Embeddings": "below: what embed returns",
+    "SourceNote": "a warning",
     "Config": "settings, no tensors",
     "build_config": "settings, no tensors",
     "evaluate": "below",
