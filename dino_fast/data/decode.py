@@ -109,7 +109,7 @@ def _decode(data: bytes, channels: int, pixel_range: Range | None) -> Tensor:
 
 def examine(data: bytes, channels: int) -> tuple[str, Range | None]:
     """What a file that can be read is, such as `JPEG RGB`; and the least and largest of its samples where they have
-    more than 8 bits and it does not state their range."""
+    more than 8 bits and it does not state their range. Raises ImageError for what cannot be read."""
     samples = read_samples(data, channels)
     if samples is not None:
         unstated = samples.stated is None and samples.values.dtype not in (np.uint8, np.bool_)
@@ -120,8 +120,11 @@ def examine(data: bytes, channels: int) -> tuple[str, Range | None]:
         with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:
             return f"{image.format} {image.mode}", None
         data = without_metadata(data, exif)
-    with Image.open(io.BytesIO(data)) as image:
-        return f"{image.format} {image.mode}", None
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return f"{image.format} {image.mode}", None
+    except Exception as error:  # Pillow's formats raise what they like
+        raise ImageError(f"no image that can be read ({type(error).__name__}: {error})") from error
 
 
 def jpeg_or_pixels(data: bytes, channels: int, pixel_range: Range | None = None) -> Jpeg | Tensor:

@@ -248,9 +248,10 @@ class Trainer:
         if failure is None and not self._agreed[3]:
             return batch
         reason = failure or UserError("another process found no data; its message says why")
-        if self.step <= max(self.saved_step, 0):
+        if self.step > max(self.saved_step, 0):
+            self.save_checkpoint({})
+        elif self.saved_step <= 0:  # there is nothing to save
             raise reason
-        self.save_checkpoint({})
         if signal := self._signal():  # sent to the workers as well, which it ended
             self._interrupt(signal)
         self.checkpointer.wait()
