@@ -12,6 +12,7 @@ from PIL import Image
 from dino_fast.augment import MultiCrop
 from dino_fast.cli import data_check, data_preview
 from dino_fast.data import ImageError, open_source
+from dino_fast.data.decode import ImageError, examine
 from dino_fast.data.inspect import draw
 from dino_fast.errors import UserError
 
@@ -111,3 +112,11 @@ def test_preview_of_unusual_extents(size: tuple[int, int], tmp_path: Path) -> No
     for seed in range(5):
         sheet = draw([source.read(0)], crops, seed)
         assert sheet.width > 2 * 32 and sheet.height > 32
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n" + b"x" * 50, b"II*\0" + b"\xff" * 60, b"\xff\xd8" * 9]
+)
+def test_what_is_no_image_is_an_image_error(data: bytes) -> None:
+    with pytest.raises(ImageError):
+        examine(data, 3)
