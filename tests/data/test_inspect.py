@@ -12,7 +12,7 @@ from PIL import Image
 from dino_fast.augment import MultiCrop
 from dino_fast.cli import data_check, data_preview
 from dino_fast.data import ImageError, open_source
-from dino_fast.data.decode import ImageError, examine
+from dino_fast.data.decode import examine
 from dino_fast.data.inspect import draw
 from dino_fast.errors import UserError
 
