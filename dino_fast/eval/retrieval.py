@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from dino_fast.data import Source, open_source
@@ -24,7 +25,8 @@ from dino_fast.data.labels import names_to_match
 from dino_fast.defaults import torch_defaults
 from dino_fast.errors import UserError, nearest
 from dino_fast.eval.common.backbone import Frozen, open_backbone
-from dino_fast.eval.common.frames import list_images, resize
+from dino_fast.eval.common.frames import list_images
+from dino_fast.ops.multi_crop import from_pillow, to_pillow
 from dino_fast.progress import watched
 
 SCALES = (1.0, 2**-0.5, 0.5)
@@ -67,17 +69,22 @@ def average_precision(
 def multi_scale_feature(frozen: Frozen, image: Tensor, longest: int, scales: tuple[float, ...] = SCALES) -> Tensor:
     """uint8 `[C, H, W]` -> float32 `[dim]` of length 1, on the CPU: the mean class token over the scales.
 
-    The image is made to fit `longest` pixels (never enlarged); each scale is rounded to whole patches.
+    As in the original's eval_image_retrieval.py the image is made to fit `longest` pixels (Pillow's thumbnail, LANCZOS,
+    never enlarged), scaled bilinearly, and what is no whole patch at its right and lower edges is left out.
     """
     patch = frozen.backbone.patch_size
-    shrink = min(1.0, longest / max(image.shape[1:]))
-    height, width = (max(1, round(side * shrink)) for side in image.shape[1:])
-    pixels = frozen.normalize(resize(image, height, width)[None])
+    planes = to_pillow(image)
+    for plane in planes:
+        plane.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    pixels = frozen.normalize(from_pillow(planes)[None])
     total = torch.zeros(frozen.backbone.embed_dim, dtype=torch.float32, device="cpu")
     for scale in scales:
-        size = [max(1, round(side * scale / patch)) * patch for side in (height, width)]
-        small = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
-        total += frozen.backbone(small)[0].float().cpu()
+        small = F.interpolate(pixels, scale_factor=scale, mode="bilinear", align_corners=False)
+        if min(small.shape[2:]) < patch:
+            size = [max(patch, side) for side in small.shape[2:]]
+            small = F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
+        height, width = (side // patch * patch for side in small.shape[2:])
+        total += frozen.backbone(small[:, :, :height, :width])[0].float().cpu()
     feature = F.normalize(total, dim=0)
     if not feature.isfinite().all():
         raise UserError("the backbone gives features that are not finite: its weights are damaged or have diverged")

@@ -61,13 +61,15 @@ def test_medium_and_hard():
 
 def test_the_feature_is_the_mean_class_token_over_three_sizes(checkpoint):
     frozen = open_backbone(checkpoint, device="cpu")
-    image = torch.randint(0, 256, (3, 50, 100), generator=torch.Generator().manual_seed(0)).byte()
-    small = np.asarray(Image.fromarray(image.permute(1, 2, 0).numpy()).resize((64, 32), Image.Resampling.BICUBIC))
-    pixels = (torch.from_numpy(small.copy()).permute(2, 0, 1)[None] / 255 - 0.5) / 0.5
+    image = torch.randint(0, 256, (3, 60, 100), generator=torch.Generator().manual_seed(0)).byte()
+    small = Image.fromarray(image.permute(1, 2, 0).numpy())
+    small.thumbnail((64, 64), Image.Resampling.LANCZOS)  # 38 x 64
+    pixels = (torch.from_numpy(np.asarray(small).copy()).permute(2, 0, 1)[None] / 255 - 0.5) / 0.5
     total = torch.zeros(16)
-    for size in ((32, 64), (24, 48), (16, 32)):  # 1, 0.707 (22.6 x 45.3) and 0.5 in whole patches of 8
-        resized = torch.nn.functional.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
-        total += frozen.backbone(resized)[0]
+    # The original scales by 1, 0.707 (26.9 x 45.3) and 0.5, and its convolution leaves out what is no whole patch of 8.
+    for scale, whole in ((1, (32, 64)), (2**-0.5, (24, 40)), (0.5, (16, 32))):
+        resized = torch.nn.functional.interpolate(pixels, scale_factor=scale, mode="bilinear", align_corners=False)
+        total += frozen.backbone(resized[:, :, : whole[0], : whole[1]])[0]
     expected = total / total.norm()
     torch.testing.assert_close(retrieval.multi_scale_feature(frozen, image, 64), expected, rtol=1e-4, atol=1e-5)
 
