@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
 
 _LIBRARY = torch.library.Library("dino_fast", "FRAGMENT")
 Backward = Callable[..., Any]
@@ -54,6 +55,7 @@ def define_operator(
     backward: Callable[..., Any] | None = None,
     setup_context: Callable[..., None] | None = None,
     mutates_args: Sequence[str] = (),
+    flops: Callable[..., int] | None = None,
 ) -> None:
     """Registers `torch.ops.dino_fast.NAME` with the schema of `forward`'s annotations.
 
@@ -61,6 +63,7 @@ def define_operator(
         fake: gives outputs of the right shapes and dtypes, as `torch.library.register_fake` takes it.
         alternative: name of a function to differentiate where this operator cannot be, for the message.
         backward, setup_context: as `torch.library.register_autograd` takes them; without them, no derivative.
+        flops: floating-point operations of a call with these arguments, for `torch.utils.flop_counter.FlopCounterMode`.
         mutates_args: the parameters whose tensors are written in place. Such an operator has no derivative, and is
             refused where one is recorded.
 
@@ -72,6 +75,10 @@ def define_operator(
     _LIBRARY.impl(name, forward, "CompositeExplicitAutograd")
     torch.library.register_fake(f"dino_fast::{name}", fake, lib=_LIBRARY)
     operator = getattr(torch.ops.dino_fast, name).default
+    if flops is not None:
+        register_flop_formula(getattr(torch.ops.dino_fast, name), get_raw=True)(
+            lambda *arguments, out_val=None, **named: flops(*arguments, **named)
+        )
     differentiate = make_autograd_impl(operator, Info(backward, setup_context))
 
     def autograd(keyset: Any, *arguments: Any) -> Any:

@@ -458,6 +458,17 @@ def test_flops_are_those_of_the_products(differentiable, monkeypatch):
     assert counter.get_total_flops() == flops(V, T, B, K, D) - flops(V, T, B, K, D, weight=False)
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_flop_counter_mode_sees_the_operation(backend):
+    V, T, B, K, D = 5, 2, 3, 400, 32
+    arguments, gains = problem(V, T, B, K, D)
+    arguments[0].requires_grad_()
+    arguments[1].requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        linear_dino_loss(*arguments, **gains, **TEMPS, backend=backend).loss.backward()
+    assert counter.get_total_flops() == flops(V, T, B, K, D)
+
+
 # --- errors ---------------------------------------------------------------------------------------------------------
 
 

@@ -352,3 +352,20 @@ def test_another_device_and_an_unknown_backend_are_said():
         packed_attention(torch.zeros(7, 3, 1, 8, device="meta"), int32(0, 7), 7)
     with pytest.raises(BackendError, match=r"it has.*native, sdpa, reference"):
         packed_attention(torch.zeros(7, 3, 1, 8), int32(0, 7), 7, backend="vulkan")
+
+
+def test_flop_counter_mode_sees_the_operation() -> None:
+    """Two products of L x L x d a head forward, five backward, of each sequence alone; 2 operations each."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils.flop_counter import FlopCounterMode
+
+    ends, H, d = torch.tensor([0, 5, 12], dtype=torch.int32), 2, 8
+    qkv = torch.randn(12, 3, H, d, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        out = packed_attention(qkv, ends, 7)
+        assert counter.get_total_flops() == 2 * 2 * (5**2 + 7**2) * H * d
+        out.sum().backward()
+    assert counter.get_total_flops() == 7 * 2 * (5**2 + 7**2) * H * d
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, FlopCounterMode(display=False) as counter:
+        packed_attention(fake.from_tensor(qkv.detach()), fake.from_tensor(ends), 7)
+    assert counter.get_total_flops() == 2 * 2 * 12 * 7 * H * d

@@ -390,12 +390,25 @@ def _backward(ctx: Any, upstream: Tensor | None, *unused: Tensor | None) -> tupl
     return tuple(gradients)
 
 
+def _forward_flops(*arguments: Any) -> int:
+    student, weight, teacher, differentiable = (arguments[i] for i in (0, 1, 3, 11))
+    return flops(len(student), len(teacher), student.shape[1], *weight.shape, student=differentiable, weight=False)
+
+
+def _weight_gradient_flops(*arguments: Any) -> int:
+    student, weight, teacher = (arguments[i] for i in (0, 1, 3))
+    sizes = (len(student), len(teacher), student.shape[1], *weight.shape)
+    return flops(*sizes) - flops(*sizes, weight=False)
+
+
 autograd.define_operator(
-    "linear_dino_loss", _forward, _fake_forward, alternative=REFERENCE, backward=_backward, setup_context=_setup_context
-)
+    "linear_dino_loss", _forward, _fake_forward, alternative=REFERENCE, backward=_backward,
+    setup_context=_setup_context, flops=_forward_flops,
+)  # fmt: skip
 autograd.define_operator(
-    "linear_dino_loss_weight_gradient", _weight_gradient, _fake_weight_gradient, alternative=REFERENCE
-)
+    "linear_dino_loss_weight_gradient", _weight_gradient, _fake_weight_gradient, alternative=REFERENCE,
+    flops=_weight_gradient_flops,
+)  # fmt: skip
 
 
 # --- backends, fastest first ----------------------------------------------------------------------------------------

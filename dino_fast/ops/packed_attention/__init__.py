@@ -27,6 +27,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from dino_fast import gpu
 from dino_fast.backends import (
@@ -222,11 +223,32 @@ def _backward(ctx: Any, grad: Tensor | None, unused: Tensor | None) -> tuple[Ten
     return gradient, None, None, None
 
 
+def flops(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *, products: int = 2) -> int:
+    """Floating-point operations of `products` matrix products a head and sequence: 2 in the forward, 5 in the backward.
+
+    Where the ends have no values (fake tensors), those of sequences that all have `max_seqlen` tokens: an upper bound.
+    """
+    tokens, _, H, d = qkv.shape
+    fake = isinstance(cu_seqlens, FakeTensor)
+    pairs = tokens * max_seqlen if fake else int(cu_seqlens.long().diff().square().sum())
+    return products * 2 * pairs * H * d
+
+
+def _forward_flops(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, *_: Any) -> int:
+    return flops(qkv, cu_seqlens, max_seqlen)
+
+
+def _backward_flops(*arguments: Any) -> int:
+    return flops(arguments[1], arguments[2], arguments[5], products=5)
+
+
 autograd.define_operator(
     "packed_attention_forward", _forward, _fake_forward, alternative=REFERENCE, backward=_backward,
-    setup_context=_setup_context,
+    setup_context=_setup_context, flops=_forward_flops,
 )  # fmt: skip
-autograd.define_operator("packed_attention_backward", _gradient, _fake_gradient, alternative=REFERENCE)
+autograd.define_operator(
+    "packed_attention_backward", _gradient, _fake_gradient, alternative=REFERENCE, flops=_backward_flops
+)
 
 
 class _Direct(torch.autograd.Function):
