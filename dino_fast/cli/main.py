@@ -47,8 +47,10 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line and returns its exit status: 0, 2 for what the user can correct, 130 or 143 for a signal, 1
-    where the results could not be printed."""
+    """Runs a command line and returns its exit status.
+
+    0; 1 where the results could not be printed; 2 for what the user can correct; 128 + its number for a signal.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     with lasting_streams() as output:
         _name_user()
@@ -152,8 +154,10 @@ def _unknown(parser: argparse.ArgumentParser, words: list[str], elsewhere: dict[
 
 
 def _plain_words(parser: argparse.ArgumentParser, words: list[str]) -> list[str]:
-    """The words as the parser wants them: `--image_size` is `--image-size`, and `--name true|false`, as main_dino.py
-    writes switches, is `--name` or `--no-name`."""
+    """The words as the parser wants them.
+
+    `--image_size` is `--image-size`, and `--name true|false`, as main_dino.py writes switches, `--name` or `--no-name`.
+    """
     known = {name: action for action in parser._actions for name in action.option_strings}
     plain: list[str] = []
     for word in words:

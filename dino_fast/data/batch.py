@@ -32,6 +32,7 @@ class PackedImages:
         return parts
 
     def pin_memory(self) -> PackedImages:
+        """A copy in pinned memory, from which copies to a GPU do not block."""
         return replace(self, buffer=self.buffer.pin_memory())
 
 

@@ -108,8 +108,11 @@ def _decode(data: bytes, channels: int, pixel_range: Range | None) -> Tensor:
 
 
 def examine(data: bytes, channels: int) -> tuple[str, Range | None]:
-    """What a file that can be read is, such as `JPEG RGB`; and the least and largest of its samples where they have
-    more than 8 bits and it does not state their range. Raises ImageError for what cannot be read."""
+    """A file's kind, such as `JPEG RGB`, and the range of its samples.
+
+    The range is the least and largest of them where they have more than 8 bits and the file does not state it, else
+    None. Raises ImageError for a file that cannot be read.
+    """
     samples = read_samples(data, channels)
     if samples is not None:
         unstated = samples.stated is None and samples.values.dtype not in (np.uint8, np.bool_)
@@ -128,8 +131,10 @@ def examine(data: bytes, channels: int) -> tuple[str, Range | None]:
 
 
 def jpeg_or_pixels(data: bytes, channels: int, pixel_range: Range | None = None) -> Jpeg | Tensor:
-    """The file itself where it is an ordinary, whole JPEG, which any decoder reads alike but for rounding; else what
-    `decode` makes of it."""
+    """The file itself where it is an ordinary, whole JPEG, else its pixels by `decode`.
+
+    Any decoder reads such a JPEG alike but for rounding.
+    """
     if data[:2] == b"\xff\xd8" and data.rstrip(b"\0")[-2:] == b"\xff\xd9":
         with contextlib.suppress(Exception), Image.open(io.BytesIO(data)) as image:  # decode says what is wrong
             if _is_ordinary(image, channels) and image.width * image.height <= MAX_PIXELS:

@@ -89,9 +89,11 @@ def read_samples(data: bytes, channels: int) -> Samples | None:
 
 
 def to_pixels(samples: Samples, channels: int, asked: Range | None) -> Tensor:
-    """[channels, H, W]: uint8 where the samples are, else float32 from 0 to 255. Values beyond the range are clipped,
-    and what is no number (no data) becomes black. Raises ImageError for channels that the file does not have, and
-    RangeError where the range is not known."""
+    """[channels, H, W]: uint8 where the samples are, else float32 from 0 to 255.
+
+    Values beyond the range are clipped, and NaN (no data) becomes black. Raises ImageError for channels that the file
+    does not have, and RangeError where the range is not known.
+    """
     values, (color, alpha) = samples.values, (samples.color, samples.alpha)
     if values.dtype == bool:
         values = values.astype(np.uint8) * np.uint8(255)

@@ -59,8 +59,10 @@ def eval_batches(
 
 
 def centered_images(source: Source, size: tuple[int, int], start: int = 0) -> Iterator[Tensor | ImageError]:
-    """`center_crop` of every image from `start` on, in order, or why it cannot be read. Threads work two groups of
-    images each ahead."""
+    """`center_crop` of every image from `start` on, in order, or why it cannot be read.
+
+    Threads work two groups of images each ahead.
+    """
     first = start
 
     def read(start: int) -> list[Tensor | ImageError]:

@@ -43,8 +43,10 @@ class Index:
 
 
 def cache_folder() -> Path:
-    """`DINO_FAST_CACHE`, else dino-fast/ in the user's cache folder; a user without a home has it beside the temporary
-    files."""
+    """`DINO_FAST_CACHE`, else dino-fast/ in the user's cache folder.
+
+    A user without a home has it beside the temporary files.
+    """
     given = os.environ.get("DINO_FAST_CACHE")
     try:
         if given:

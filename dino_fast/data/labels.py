@@ -137,8 +137,11 @@ def share_classes(train: Source, test: Source) -> None:
 
 
 def names_to_match(first: Source, second: Source) -> tuple[list[str] | None, list[str] | None]:
-    """The classes' names of two sources. Numbers that stayed as they are count as names beside names that are numbers;
-    one without names beside real names has none, and its numbers are those of the names."""
+    """The classes' names of two sources, by which their labels are matched.
+
+    Numbers that stayed as they are count as names beside names that are numbers; one without names beside real names
+    has none, and its numbers are those of the names.
+    """
     return _names_beside(first, second), _names_beside(second, first)
 
 

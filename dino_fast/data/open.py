@@ -67,8 +67,10 @@ def _open(given: Any) -> Source:
 
 
 def split(source: Source, share: float = 0.1) -> tuple[Source, Source]:
-    """(what to train and build the k-NN bank on, what to hold out): the test part that came with the source, else a
-    seeded share of it, at least one image. The two share no image."""
+    """The part to train and build the k-NN bank on, and the part to hold out. They share no image.
+
+    Held out is the test part that came with the source, else a seeded share of it, at least one image.
+    """
     if source.test is not None:
         return source, source.test
     if len(source) < 2:

@@ -16,6 +16,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from dino_fast.data import jpeg
 from dino_fast.data.decode import ImageError, Jpeg, decode, ignore_pillow_warnings, jpeg_or_pixels
@@ -60,8 +61,10 @@ class Source:
         raise TypeError(f"{type(self).__name__} does not name its images")
 
     def read(self, index: int) -> Tensor:
-        """[channels, H, W]: uint8, or float32 from 0 to 255 where the file has more than 8 bits. Raises ImageError
-        naming the image."""
+        """[channels, H, W]: uint8, or float32 from 0 to 255 where the file has more than 8 bits.
+
+        Raises ImageError naming the image.
+        """
         return self._decoded(index, decode)
 
     def jpeg_or_pixels(self, index: int) -> Jpeg | Tensor:
@@ -88,12 +91,15 @@ class Source:
         return list(dict.fromkeys(notes))
 
     def prepare(self) -> None:
-        """Does once, before workers and threads start, what is not theirs to do: imports what decodes, and sets the
-        warning filters, which are the process's."""
+        """Prepares the process, once, before workers and threads start.
+
+        Imports the decoders, and sets the warning filters, which are the process's.
+        """
         ignore_pillow_warnings()
         jpeg.decoder()
 
     def label(self, index: int) -> int | None:
+        """The class number of an image, or None where it has no label."""
         if self.labels is None or self.labels[index] < 0:
             return None
         return int(self.labels[index])
@@ -119,15 +125,18 @@ class ArraySource(Source):
     def __len__(self) -> int:
         return len(self.images)
 
+    @override
     def name(self, index: int) -> str:
         return f"{self._name}, image {index}"
 
     def prepare(self) -> None:
         """Nothing: the images are decoded."""
 
+    @override
     def jpeg_or_pixels(self, index: int) -> Jpeg | Tensor:
         return self.read(index)
 
+    @override
     def read(self, index: int) -> Tensor:
         image = self.images[index]
         if self.channels == len(image):
@@ -154,6 +163,7 @@ class Subset(Source):
         self.labels = None if source.labels is None else source.labels[indices]
 
     @property
+    @override
     def channels(self) -> int:  # type: ignore[override]
         return self.source.channels
 
@@ -162,6 +172,7 @@ class Subset(Source):
         self.source.channels = value
 
     @property
+    @override
     def pixel_range(self) -> Range | None:  # type: ignore[override]
         return self.source.pixel_range
 
@@ -172,18 +183,23 @@ class Subset(Source):
     def __len__(self) -> int:
         return len(self.indices)
 
+    @override
     def prepare(self) -> None:
         self.source.prepare()
 
+    @override
     def name(self, index: int) -> str:
         return self.source.name(int(self.indices[index]))
 
+    @override
     def read(self, index: int) -> Tensor:
         return self.source.read(int(self.indices[index]))
 
+    @override
     def jpeg_or_pixels(self, index: int) -> Jpeg | Tensor:
         return self.source.jpeg_or_pixels(int(self.indices[index]))
 
+    @override
     def data(self, index: int) -> bytes:
         return self.source.data(int(self.indices[index]))
 
@@ -221,8 +237,10 @@ def lfs_pointer(path: Path) -> str:
 
 
 def printable(name: str) -> str:
-    """A file's name as text that any terminal and file takes: bytes that are no UTF-8, line ends and other characters
-    that cannot be printed become escapes such as \\xe9 and \\n."""
+    r"""A file's name as text that any terminal and file takes.
+
+    Bytes that are no UTF-8, line ends and other characters that cannot be printed become escapes such as \xe9 and \n.
+    """
     return "".join(c if c.isprintable() else _escape(c) for c in name)
 
 

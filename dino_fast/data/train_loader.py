@@ -106,6 +106,7 @@ class TrainLoader:
 
     @property
     def batches_per_epoch(self) -> int:
+        """Whole global batches in a pass over the images; the rest of a pass is left out."""
         return len(self.source) // self.batch_size
 
     def __iter__(self) -> Iterator[Batch]:
@@ -132,8 +133,10 @@ class TrainLoader:
             self.close()
 
     def close(self) -> None:
-        """Ends the workers, as the end of the iteration does. Call it where an exception may leave a loop over the
-        batches: its traceback would keep the workers alive."""
+        """Ends the workers, as the end of the iteration does.
+
+        Call it where an exception may leave a loop over the batches: its traceback would keep the workers alive.
+        """
         stop_workers(self._running)
         self._running = None
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch._utils import ExceptionWrapper
+from typing_extensions import override
 
 from dino_fast.data.batch import Batch
 from dino_fast.defaults import torch_defaults
@@ -30,8 +31,10 @@ _OTHER_FILES = 32  # shards, images, checkpoints, logs
 
 
 class _Queue(multiprocessing.queues.Queue):  # type: ignore[type-arg]
-    """Says in a batch's place why it cannot be sent. A plain queue prints a traceback in the worker and sends nothing,
-    and the training process waits for ever."""
+    """Says in a batch's place why it cannot be sent.
+
+    A plain queue prints a traceback in the worker and sends nothing, and the training process waits for ever.
+    """
 
     def _on_queue_feeder_error(self, error: BaseException, item: tuple[int, Any]) -> None:
         number, unsent = item
@@ -45,6 +48,7 @@ class _Queue(multiprocessing.queues.Queue):  # type: ignore[type-arg]
 class ForkContext(multiprocessing.context.ForkContext):
     """Forked workers share the source's memory, and use no GPU."""
 
+    @override
     def Queue(self, maxsize: int = 0) -> _Queue:  # type: ignore[override]
         return _Queue(maxsize, ctx=self)
 
@@ -102,8 +106,11 @@ def next_batch(batches: Iterator[Batch]) -> Batch | None:
 
 
 def stop_workers(batches: Iterator[Batch] | None) -> None:
-    """Ends the workers now. Left to Python, an exception's traceback keeps the iterator until the interpreter exits,
-    when PyTorch ends no workers any more."""
+    """Ends the workers now.
+
+    Left to Python, an exception's traceback keeps the iterator until the interpreter exits, when PyTorch ends no
+    workers any more.
+    """
     shutdown = getattr(batches, "_shutdown_workers", None)  # absent where there are no workers
     if shutdown is not None:
         shutdown()
@@ -121,8 +128,10 @@ def _allow_open_files(workers: int) -> None:
 
 
 def _lacking(error: BaseException) -> str | None:
-    """What to say of an error for want of files or of shared memory, where PyTorch's files are named </torch_...> and
-    Python's semaphores lie."""
+    """The advice for an error for want of files or of shared memory.
+
+    PyTorch's files there are named </torch_...>; Python's semaphores lie there, too.
+    """
     text = str(error)
     if "Too many open files" in text or "items of ancdata" in text:
         return _lacking_files("the data-loading workers ran out of them")

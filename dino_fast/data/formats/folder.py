@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
+from typing_extensions import override
 
 from dino_fast.data.decode import ImageError
 from dino_fast.data.formats.layout import ARCHIVES, Layout, annotation, counted, passed_over, read_layout
@@ -34,11 +35,14 @@ class FileSource(Source):
         return len(self._ends)
 
     def path(self, index: int) -> Path:
+        """The file of an image."""
         return self.root / os.fsdecode(self._names[self._starts[index] : self._ends[index]].tobytes())
 
+    @override
     def name(self, index: int) -> str:
         return printable(str(self.path(index)))
 
+    @override
     def data(self, index: int) -> bytes:
         try:
             return read_file(self.path(index))

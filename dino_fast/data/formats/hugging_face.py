@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import override
+
 from dino_fast.data.decode import ImageError
 from dino_fast.data.formats.parquet import IMAGE_COLUMNS, find_column
 from dino_fast.data.labels import LABEL_COLUMNS, class_numbers
@@ -32,9 +34,11 @@ class DatasetSource(Source):
     def __len__(self) -> int:
         return len(self._rows)
 
+    @override
     def name(self, index: int) -> str:
         return f"dataset, row {index}"
 
+    @override
     def data(self, index: int) -> bytes:
         value = self._rows[index][self._image][0].as_py()
         if isinstance(value, dict):

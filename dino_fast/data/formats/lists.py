@@ -77,8 +77,10 @@ def _text(path: Path) -> str:
 
 
 def _columns(path: Path, lines: list[str]) -> Columns:
-    """Paths and labels, by the first way to read the lines under which the first names a file, or the second below a
-    header."""
+    """Paths and labels, by the first way to read the lines under which they name files.
+
+    The first line must name one, or the second where the first is a header.
+    """
     tab = any("\t" in line for line in lines[:_CHECKED])
     plain = _tabbed if tab else _whole
     tables: list[Way] = [lambda lines: _table(path, lines, "\t")] * tab

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import override
 
 from dino_fast.data.decode import ImageError
 from dino_fast.data.index_cache import Index, cache_file, holds, load, save, watch
@@ -46,10 +47,12 @@ class ParquetSource(Source):
     def __len__(self) -> int:
         return int(self._starts[-1])
 
+    @override
     def name(self, index: int) -> str:
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         return f"{self.paths[part]}, row {index - self._starts[part]}"
 
+    @override
     def data(self, index: int) -> bytes:
         try:
             kind, data = self._rows[index]

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from typing_extensions import override
 
 from dino_fast.data.decode import ImageError, Jpeg, decode
 from dino_fast.data.formats import folder
@@ -55,6 +56,7 @@ class DecodedSource(Source):
     def __len__(self) -> int:
         return self._count
 
+    @override
     def name(self, index: int) -> str:
         return f"{self._name}, image {index}"
 
@@ -62,6 +64,7 @@ class DecodedSource(Source):
         """One image: an array or tensor [H, W], [H, W, C] or [C, H, W], of PIL, a path, or an encoded file."""
         raise TypeError(f"{type(self).__name__} has no items")
 
+    @override
     def read(self, index: int) -> Tensor:
         try:
             with self._lock:
@@ -72,6 +75,7 @@ class DecodedSource(Source):
         except ImageError as error:
             raise ImageError(f"{self.name(index)}: {error}") from error
 
+    @override
     def jpeg_or_pixels(self, index: int) -> Jpeg | Tensor:
         return self.read(index)
 
@@ -84,6 +88,7 @@ class ArrayItems(DecodedSource):
         self.images = images
         self.channels = images.shape[1]
 
+    @override
     def read(self, index: int) -> Tensor:
         try:
             pixels = _eight_bits(_array(self.images[index]), self._scale)
@@ -99,6 +104,7 @@ class ListSource(DecodedSource):
         super().__init__(name, len(items), scale)
         self.items = items
 
+    @override
     def item(self, index: int) -> Any:
         return self.items[index]
 
@@ -110,9 +116,11 @@ class TorchSource(DecodedSource):
         super().__init__(name, count, scale)
         self.dataset = dataset
 
+    @override
     def name(self, index: int) -> str:
         return f"{self._name}, item {index}"
 
+    @override
     def item(self, index: int) -> Any:
         return image_and_label(_get(self.dataset, index))[0]
 
