@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-size", type=int, default=480, help="shorter side in pixels (default: %(default)s)")
     parser.add_argument("--mass", type=float, default=0.6, help="share of attention in a mask (default: %(default)s)")
     parser.add_argument("--video", action="store_true", help="the images of the folder are the frames of one video")
-    parser.add_argument("--fps", type=float, default=30.0, help="of the mp4 (default: %(default)s)")
+    parser.add_argument("--fps", type=float, help="of the mp4 (default: the video file's, else 30)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -23,6 +23,7 @@ from dino_fast.eval.common.frames import (
     VIDEOS,
     can_write_video,
     fit_to_patches,
+    frame_rate,
     list_images,
     read_video,
     write_video,
@@ -111,7 +112,7 @@ def evaluate(
     image_size: int = 480,
     mass: float = MASS,
     video: bool = False,
-    fps: float = 30.0,
+    fps: float | None = None,
     which: str = "teacher",
     device: str | None = None,
 ) -> dict[str, Any]:
@@ -126,7 +127,7 @@ def evaluate(
     mass_mask(torch.ones(1, dtype=torch.float32, device="cpu"), mass)  # refuses a bad share before any time is spent
     is_file = path.is_file() and path.suffix.lower() in VIDEOS
     paths = [] if is_file else list_images(path)
-    if not fps > 0:
+    if fps is not None and not fps > 0:
         raise UserError(f"fps is {fps}; give a number of frames a second above 0")
     frozen = open_backbone(checkpoint, which, device)
     make_folder(out)
@@ -135,7 +136,8 @@ def evaluate(
     if video or is_file:
         frames = read_video(path, frozen.backbone.in_chans) if is_file else _frames(frozen, paths)
         frames = watched(frames, None if is_file else len(paths), "frames drawn")
-        return result | _draw_video(frozen, frames, out, image_size, fps)
+        rate = fps or (frame_rate(path) if is_file else None) or 30.0
+        return result | _draw_video(frozen, frames, out, image_size, rate)
     root = path if path.is_dir() else path.parent
     stems = [str(p.relative_to(root).with_suffix("")) for p in paths]
     for p, stem in watched(zip(paths, stems, strict=True), len(paths), "images drawn"):

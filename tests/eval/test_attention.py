@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import struct
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from dino_fast.cli import main as cli
 from dino_fast.errors import UserError
 from dino_fast.eval import attention
 from dino_fast.eval.common.backbone import class_attention, open_backbone
-from dino_fast.eval.common.frames import fit_to_patches, read_image, read_video, write_video
+from dino_fast.eval.common.frames import fit_to_patches, frame_rate, read_image, read_video, write_video
 
 
 def mask_by_hand(row, mass):
@@ -145,3 +147,53 @@ def test_paths_that_hold_nothing(tmp_path, checkpoint):
     for name, message in cases:
         with pytest.raises(UserError, match=message):
             attention.evaluate(checkpoint, tmp_path / name, tmp_path / "out")
+
+
+def half_white(path: Path, frames: int = 12, rate: float = 24) -> None:
+    """A film 64 wide and 32 high whose upper half is white."""
+    pixels = np.zeros((32, 64, 3), np.uint8)
+    pixels[:16] = 255
+    write_video(path, [pixels] * frames, rate)
+
+
+def test_a_film_of_a_turned_phone_is_shown_upright(tmp_path: Path) -> None:
+    """The track's matrix (0, 1, -1, 0) turns pictures clockwise by 90 degrees: what was above is then on the right."""
+    pytest.importorskip("av", reason="video files need PyAV: pip install av")
+    film = tmp_path / "film.mp4"
+    half_white(film)
+    data = bytearray(film.read_bytes())
+    at = data.index(b"tkhd") + 4 + 40
+    data[at : at + 36] = struct.pack(">9i", 0, 1 << 16, 0, -(1 << 16), 0, 0, 32 << 16, 0, 1 << 30)
+    film.write_bytes(bytes(data))
+    for channels in (1, 3):
+        frames = list(read_video(film, channels))
+        assert len(frames) == 12 and frames[0].shape == (channels, 64, 32)
+        assert frames[0][:, :, 20:].min() > 200 and frames[0][:, :, :12].max() < 60
+
+
+def test_the_film_that_is_written_has_the_rate_of_the_film_that_was_read(tmp_path: Path, checkpoint: Path) -> None:
+    pytest.importorskip("av", reason="video files need PyAV: pip install av")
+    film = tmp_path / "film.mp4"
+    half_white(film, frames=3)
+    assert frame_rate(film) == 24
+    for given, rate in ((None, 24), (10.0, 10)):
+        out = tmp_path / f"out{rate}"
+        attention.evaluate(checkpoint, film, out, image_size=32, fps=given, device="cpu")
+        assert frame_rate(out / "attention.mp4") == rate
+
+
+def test_films_that_were_cut(tmp_path: Path) -> None:
+    """One cut by its edit list, as editors do without encoding again, shows what is left; half a file is refused."""
+    pytest.importorskip("av", reason="video files need PyAV: pip install av")
+    film = tmp_path / "film.mp4"
+    half_white(film, rate=30)
+    whole = film.read_bytes()
+    data = bytearray(whole)
+    edit, scale = data.index(b"elst"), struct.unpack(">I", data[data.index(b"mdhd") + 16 :][:4])[0]
+    (media,) = struct.unpack(">i", data[edit + 16 :][:4])
+    data[edit + 16 : edit + 20] = struct.pack(">i", media + 6 * scale // 30)  # begins six frames later
+    film.write_bytes(bytes(data))
+    assert 0 < len(list(read_video(film))) < 12
+    film.write_bytes(whole[: whole.index(b"moov")])
+    with pytest.raises(UserError, match=r"film\.mp4 cannot be read: .*Is it cut off\?"):
+        next(read_video(film))

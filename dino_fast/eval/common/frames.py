@@ -68,17 +68,17 @@ def fit_to_patches(image: Tensor, side: int, patch: int) -> Tensor:
 
 
 def read_video(path: Path, channels: int = 3) -> Iterator[Tensor]:
-    """The frames of a video file, uint8 `[channels, H, W]`. Raises UserError where it ends before it says it does."""
+    """The frames of a video file as a player shows them, uint8 `[channels, H, W]`: upright, without what was trimmed.
+
+    Raises UserError before the first frame where the file has fewer than it says.
+    """
     av = _av(f"reading {path}")
-    count, expected = 0, 0
+    expected, count = _whole_frames(path, av), 0
     try:
         with av.open(str(path)) as file:
-            if not file.streams.video:
-                raise UserError(f"{path} has no pictures, only {len(file.streams)} other streams")
-            stream = file.streams.video[0]
-            expected = stream.frames  # 0 where the format does not say
-            for frame in file.decode(stream):
+            for frame in file.decode(file.streams.video[0]):
                 pixels = frame.to_ndarray(format="rgb24" if channels == 3 else "gray")
+                pixels = np.rot90(pixels, round(frame.rotation / 90))  # both count counterclockwise
                 count += 1
                 yield torch.from_numpy(pixels.transpose(2, 0, 1).copy() if channels == 3 else pixels[None].copy())
     except (av.error.FFmpegError, OSError) as error:
@@ -86,6 +86,43 @@ def read_video(path: Path, channels: int = 3) -> Iterator[Tensor]:
         raise UserError(f"{path} cannot be read{after}: {error}. Is it cut off?") from error
     if count < expected or not count:
         raise UserError(f"{path} ends early: {count} of {expected} frames are there. Copy or download it again")
+
+
+def frame_rate(path: Path) -> float | None:
+    """Frames a second of a video file, or None where it does not say."""
+    av = _av(f"reading {path}")
+    try:
+        with av.open(str(path)) as file:
+            rates = [stream.average_rate or stream.guessed_rate for stream in file.streams.video]
+    except (av.error.FFmpegError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}. Is it a video?") from error
+    return float(rates[0]) if rates and rates[0] else None
+
+
+def _whole_frames(path: Path, av: ModuleType) -> int:
+    """The number of frames that the file says it shows, or 0; from its packets, none of which is decoded.
+
+    A file that was trimmed without being encoded again keeps packets that are not shown. Raises UserError where packets
+    are missing or damaged.
+    """
+    packets = damaged = hidden = 0
+    try:
+        with av.open(str(path)) as file:
+            if not file.streams.video:
+                raise UserError(f"{path} has no pictures, only {len(file.streams)} other streams")
+            stream = file.streams.video[0]
+            stated = stream.frames  # 0 where the format does not say
+            for packet in file.demux(stream):
+                if packet.size:
+                    packets += 1
+                    damaged += packet.is_corrupt
+                    hidden += packet.is_discard
+    except (av.error.FFmpegError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}. Is it cut off?") from error
+    whole = packets - damaged
+    if whole < stated or not whole:
+        raise UserError(f"{path} ends early: {whole} of {stated} frames are there. Copy or download it again")
+    return max(0, stated - hidden)
 
 
 def can_write_video() -> str:
