@@ -122,7 +122,7 @@ def _whole_frames(path: Path, av: ModuleType) -> int:
     whole = packets - damaged
     if whole < stated or not whole:
         raise UserError(f"{path} ends early: {whole} of {stated} frames are there. Copy or download it again")
-    return max(0, stated - hidden)
+    return max(0, int(stated) - hidden)
 
 
 def can_write_video() -> str:
