@@ -11,7 +11,7 @@ from pathlib import Path
 # Turns for which an OpenMP thread spins between operations before it sleeps. libgomp's own 300,000 suit a machine of
 # one's own; two demo runs at once on two cores then wait for each other's spinning. Images/s, alone and each of two:
 # 300,000: 1055, 72; 10,000: 1062, 136; 4,000: 1128, 428; 2,000: 874, 524; asleep at once: 558, 315 (Intel Xeon).
-# Alone and beside one busy program: 300,000: 893, 22; 4,000: 620, 240; 100: 506, 371 (AMD EPYC, Zen 5).
+# Alone and beside one busy program: 300,000: 893, 22; 4,000: 620, 240; 100: 506, 371 (AMD EPYC, Zen 4).
 SPIN = "4000"
 _CGROUP = Path("/sys/fs/cgroup")
 
